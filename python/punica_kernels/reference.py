@@ -1,9 +1,9 @@
-"""The nine operations in plain PyTorch: the definition that tests compare with, and the place to read what an op means.
+"""The nine operations in plain PyTorch: the definition that tests compare with, the place to read what an op means.
 
 Same names, arguments and in-place behaviour as the package itself. Everything is computed in float64 from the given
-(already rounded) inputs and rounded once, when it is stored. An output (`o`, `y`, `output`) may also be a float64 tensor:
-it then receives the unrounded result, which is what a tolerance is measured against. Nothing here is fast, and arguments
-are not checked; index values that point outside their table are skipped or clamped, as the CUDA kernels do.
+(already rounded) inputs and rounded once, when it is stored. An output (`o`, `y`, `output`) may also be a float64
+tensor: it then receives the unrounded result, which is what a tolerance is measured against. Nothing here is fast, and
+arguments are not checked; index values that point outside their table are skipped or clamped, as on CUDA.
 
 Words: L layers, N KV heads, H query heads, P tokens a page, D head dim, B sequences. Row: one token.
 """
@@ -46,7 +46,7 @@ class _Sequence:
         self.kv_len = (len(pages) - 1) * page_size + last_page_offset if valid else 0
 
     def write(self, first: int, k: Tensor, v: Tensor) -> None:
-        """Token j of k, v ([len, N, D]) becomes position first + j; one that would come before position 0 is dropped."""
+        """Token j of k, v ([len, N, D]) becomes position first + j; what would come before position 0 is dropped."""
         for j in range(max(0, -first), len(k)):
             page, slot = divmod(first + j, self.page_size)
             self.pages[page][0, :, slot] = k[j]
