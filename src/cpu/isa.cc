@@ -1,0 +1,94 @@
+#include "src/cpu/isa.h"
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+namespace punica::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kNeon};
+
+thread_local const char* t_last_isa = nullptr;
+
+// __builtin_cpu_supports also asks the operating system whether it saves the registers.
+bool is_supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return is_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    case Isa::kAvx512Bf16:
+      return is_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::kNeon:
+      return false;
+  }
+  return false;
+#elif defined(__aarch64__)
+  return isa == Isa::kNeon;
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+struct Choice {
+  Isa isa = Isa::kBaseline;
+  Status status;
+};
+
+Choice choose() {
+  Choice choice;
+  std::string supported;
+  for (const Isa isa : kAll) {
+    if (!is_supported(isa)) continue;
+    choice.isa = isa;  // kAll goes from the slowest to the fastest
+    supported += (supported.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  const char* forced = std::getenv("PUNICA_ISA");
+  if (forced == nullptr || *forced == '\0') return choice;
+  for (const Isa isa : kAll) {
+    if (std::string_view(forced) == isa_name(isa) && is_supported(isa)) {
+      choice.isa = isa;
+      return choice;
+    }
+  }
+  choice.status = {StatusCode::kUnsupported, "environment variable PUNICA_ISA must be one of " + supported +
+                                                 " on this CPU, got '" + forced + "'"};
+  return choice;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kBaseline:
+      return "baseline";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
+    case Isa::kNeon:
+      return "neon";
+  }
+  return "unknown";
+}
+
+Status active_isa(Isa* isa) {
+  static const Choice choice = choose();
+  *isa = choice.isa;
+  return choice.status;
+}
+
+const char* last_isa() { return t_last_isa; }
+
+void record_isa(const char* name) { t_last_isa = name; }
+
+}  // namespace punica::cpu
