@@ -1,0 +1,37 @@
+#include "punica/kv_cache.h"
+
+#include <tvm/ffi/tvm_ffi.h>
+
+#include "bindings/convert.h"
+#include "bindings/paged_kv.h"
+
+namespace punica::bindings {
+namespace {
+
+void init_kv(Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, Tensor k, Tensor v, Tensor seqlen_indptr,
+             int64_t num_layers, int64_t layer_idx, int64_t num_kv_heads, int64_t page_size, int64_t num_threads) {
+  const InitKvParams params{
+      .kv = to_paged_kv(kv_ptrs, kv_indptr, last_page_offset, num_layers, layer_idx, num_kv_heads, page_size),
+      .k = to_view(k),
+      .v = to_view(v),
+      .seqlen_indptr = to_view(seqlen_indptr),
+  };
+  raise_if_error(punica::init_kv(params, make_context(params.k, num_threads)));
+}
+
+void append_kv(Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, Tensor k, Tensor v, int64_t num_layers,
+               int64_t layer_idx, int64_t num_kv_heads, int64_t page_size, int64_t num_threads) {
+  const AppendKvParams params{
+      .kv = to_paged_kv(kv_ptrs, kv_indptr, last_page_offset, num_layers, layer_idx, num_kv_heads, page_size),
+      .k = to_view(k),
+      .v = to_view(v),
+  };
+  raise_if_error(punica::append_kv(params, make_context(params.k, num_threads)));
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_kv, init_kv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append_kv, append_kv);
+
+}  // namespace punica::bindings
