@@ -1,0 +1,90 @@
+// What both LoRA kernels share. Part of a translation unit that foreach_target.h includes once for each instruction
+// set.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "src/cpu/bf16_dot-inl.h"
+#include "src/cpu/lora_kernels.h"
+#include "src/cpu/parallel.h"
+#include "src/cpu/simd-inl.h"
+
+#if defined(PUNICA_CPU_LORA_COMMON_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef PUNICA_CPU_LORA_COMMON_INL_H_
+#undef PUNICA_CPU_LORA_COMMON_INL_H_
+#else
+#define PUNICA_CPU_LORA_COMMON_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace punica::cpu {
+namespace HWY_NAMESPACE {
+
+// More than 16 vector registers: larger tiles.
+inline constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON;
+
+template <class T, bool kBf16Isa>
+inline constexpr bool kNativeDot = kBf16Isa&& std::is_same_v<T, bfloat16_t>;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// dst[i] = src[i] for i < n, and zeros up to the next multiple of kLanes.
+template <class T>
+HWY_INLINE void to_floats(const T* HWY_RESTRICT src, int64_t n, float* HWY_RESTRICT dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(load(src + i), dst + i);
+  if (i < n) store(load_n(src + i, n - i), dst + i);
+}
+
+// y[i] = T(y[i] + scale * sums[i])
+template <class T>
+HWY_INLINE void accumulate_row(T* HWY_RESTRICT y, const float* HWY_RESTRICT sums, int64_t n, float scale) {
+  const VF factor = broadcast(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(hn::MulAdd(load(sums + i), factor, load(y + i)), y + i);
+  if (i < n) store_n(hn::MulAdd(load_n(sums + i, n - i), factor, load_n(y + i, n - i)), y + i, n - i);
+}
+
+// One task of sgmv: rows [token, token + num_tokens) with segment `segment`, outputs [output, output + num_outputs).
+struct SgmvTask {
+  int64_t segment;
+  int64_t token;
+  int64_t num_tokens;
+  int64_t output;
+  int64_t num_outputs;
+};
+
+// Calls body(task) for all tasks of the call.
+template <class Body>
+void for_each_sgmv_task(const SgmvParams& params, const SgmvSplit& split, const Body& body) {
+  const int64_t num_segments = params.w_ptr.shape[0], d_out = params.y.shape[1];
+  const int64_t output_blocks = round_up(d_out, split.outputs_per_task) / split.outputs_per_task;
+  const int64_t* first_block = split.first_block;
+  parallel_for(split.num_threads, first_block[num_segments] * output_blocks, [&](int64_t index) {
+    const int64_t block = index / output_blocks;
+    const int64_t segment = std::upper_bound(first_block, first_block + num_segments + 1, block) - first_block - 1;
+    const Segment rows = sgmv_segment(params, segment);
+    SgmvTask task;
+    task.segment = segment;
+    task.token = rows.begin + (block - first_block[segment]) * split.tokens_per_task;
+    task.num_tokens = std::min(split.tokens_per_task, rows.end - task.token);
+    task.output = index % output_blocks * split.outputs_per_task;
+    task.num_outputs = std::min(split.outputs_per_task, d_out - task.output);
+    body(task);
+  });
+}
+
+// Layer layer_idx of the weights at an address of a w_ptr table.
+template <class T>
+HWY_INLINE const T* layer_weights(const TensorView& w_ptr, int64_t index, int64_t layer_idx, int64_t layer_size) {
+  return reinterpret_cast<const T*>(w_ptr.as<const int64_t>()[index]) + layer_idx * layer_size;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace punica::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // PUNICA_CPU_LORA_COMMON_INL_H_

@@ -1,0 +1,276 @@
+// LoRA with weights whose rows run along the sum, W: [outputs, K] (dispatch_bgmv, sgmv_shrink): dot products of rows of
+// x and rows of W, both dense along K.
+//
+// Every dot product is computed in the same way, whatever tile it is part of: K is cut into blocks of kDotBlock; within
+// a block, lane i of one accumulator takes the elements i (or the pair i, where bfloat16 is native) of step after step,
+// the last step filled up with zeros; the lanes are added in the order of reduce4(); the blocks are added in order.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "src/cpu/lora_common-inl.h"
+
+#if defined(PUNICA_CPU_LORA_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef PUNICA_CPU_LORA_DOT_INL_H_
+#undef PUNICA_CPU_LORA_DOT_INL_H_
+#else
+#define PUNICA_CPU_LORA_DOT_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace punica::cpu {
+namespace HWY_NAMESPACE {
+
+// One step of a dot product: kStep elements of either side.
+template <class T, bool kNative>
+struct DotStep {
+  static constexpr int64_t kStep = kLanes;
+  using Operand = VF;
+
+  static HWY_INLINE Operand load(const T* p) { return HWY_NAMESPACE::load(p); }
+  // The first n < kStep elements, zeros behind them. Reads up to kStep elements if these lie before `end`.
+  static HWY_INLINE Operand load_n(const T* p, int64_t n, const T* end) {
+    // The mask also drops what would be NaN times zero.
+    if (end - p >= kStep) return hn::IfThenElseZero(hn::FirstN(F32(), static_cast<size_t>(n)), load(p));
+    return HWY_NAMESPACE::load_n(p, n);
+  }
+  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return hn::MulAdd(a, b, sum); }
+};
+
+#if HWY_TARGET == HWY_AVX3
+template <>
+struct DotStep<bfloat16_t, true> {
+  static constexpr int64_t kStep = 2 * kLanes;
+  using Operand = VBF16;
+
+  static HWY_INLINE Operand load(const bfloat16_t* p) { return load_bf16(p); }
+  static HWY_INLINE Operand load_n(const bfloat16_t* p, int64_t n, const bfloat16_t*) {
+    const hn::ScalableTag<uint16_t> bits;
+    const auto first = hn::FirstN(bits, static_cast<size_t>(n));
+    return hn::BitCast(hn::ScalableTag<bfloat16_t>(),
+                       hn::MaskedLoad(first, bits, reinterpret_cast<const uint16_t*>(p)));
+  }
+  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return dot_bf16(sum, a, b); }
+};
+#endif
+
+// Elements of K that one accumulator takes before its lanes are added: bounds the rounding error, and lets the weights
+// of a block stay in the L1 cache.
+template <bool kNative>
+inline constexpr int64_t kDotBlock = kNative ? 1024 : 512;
+
+using F32x4 = hn::FixedTag<float, 4>;
+using V4 = hn::Vec<F32x4>;
+
+// Sum of the 128-bit blocks of v, halves first.
+template <class D>
+HWY_INLINE V4 sum_blocks(D d, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(d) == 4) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return sum_blocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+
+// The sums of the lanes of four vectors. Each is added in the same order.
+HWY_INLINE V4 reduce4(VF a, VF b, VF c, VF d) {
+  const F32 f;
+  const hn::Repartition<double, F32> wide;
+  const VF ab = hn::Add(hn::InterleaveLower(f, a, b), hn::InterleaveUpper(f, a, b));
+  const VF cd = hn::Add(hn::InterleaveLower(f, c, d), hn::InterleaveUpper(f, c, d));
+  const auto low = hn::InterleaveLower(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  const auto high = hn::InterleaveUpper(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  return sum_blocks(f, hn::Add(hn::BitCast(f, low), hn::BitCast(f, high)));
+}
+
+// Outputs that a chunk of sums holds.
+inline constexpr int64_t kSumsChunk = kOutInOutputsPerTask;
+
+// sums[i] = dot product of x and row `row + i` of w, for i < n <= kSumsChunk; sums has room for n rounded up to 4.
+// w is [num_rows, k], x is [k].
+template <class T, bool kNative>
+HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, int64_t row, int64_t n,
+                         const T* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
+  using Step = DotStep<T, kNative>;
+  const int64_t whole = k / Step::kStep * Step::kStep;
+  const int64_t rest = k - whole;
+  const T* w_end = w + num_rows * k;
+  typename Step::Operand x_rest{};
+  if (rest > 0) x_rest = Step::load_n(x + whole, rest, x + k);
+  for (int64_t i = 0; i < n; i += 4) {
+    // Rows behind the last are the last again: computed, never used.
+    const T* row0 = w + (row + i) * k;
+    const T* row1 = w + (row + std::min(i + 1, n - 1)) * k;
+    const T* row2 = w + (row + std::min(i + 2, n - 1)) * k;
+    const T* row3 = w + (row + std::min(i + 3, n - 1)) * k;
+    V4 total = hn::Zero(F32x4());
+    for (int64_t begin = 0; begin < k; begin += kDotBlock<kNative>) {
+      VF sum0 = zero(), sum1 = zero(), sum2 = zero(), sum3 = zero();
+      const int64_t end = std::min(begin + kDotBlock<kNative>, whole);
+      for (int64_t j = begin; j < end; j += Step::kStep) {
+        const auto xj = Step::load(x + j);
+        sum0 = Step::dot(sum0, Step::load(row0 + j), xj);
+        sum1 = Step::dot(sum1, Step::load(row1 + j), xj);
+        sum2 = Step::dot(sum2, Step::load(row2 + j), xj);
+        sum3 = Step::dot(sum3, Step::load(row3 + j), xj);
+      }
+      if (rest > 0 && begin + kDotBlock<kNative> >= k) {
+        sum0 = Step::dot(sum0, Step::load_n(row0 + whole, rest, w_end), x_rest);
+        sum1 = Step::dot(sum1, Step::load_n(row1 + whole, rest, w_end), x_rest);
+        sum2 = Step::dot(sum2, Step::load_n(row2 + whole, rest, w_end), x_rest);
+        sum3 = Step::dot(sum3, Step::load_n(row3 + whole, rest, w_end), x_rest);
+      }
+      total = hn::Add(total, reduce4(sum0, sum1, sum2, sum3));
+    }
+    hn::StoreU(total, F32x4(), sums + i);
+  }
+}
+
+template <class T, bool kNative>
+void run_bgmv(const BgmvParams& params, const BgmvSplit& split) {
+  const int64_t h_out = params.y.shape[1], h_in = params.x.shape[1];
+  const int64_t tasks_per_row = round_up(h_out, split.outputs_per_task) / split.outputs_per_task;
+  parallel_for(split.num_threads, params.y.shape[0] * tasks_per_row, [&](int64_t task) {
+    const int64_t b = task / tasks_per_row;
+    const int64_t index = params.indices.as<const int64_t>()[b];
+    if (index < 0 || index >= params.w_ptr.shape[0]) return;
+    const T* w = layer_weights<T>(params.w_ptr, index, params.layer_idx, h_out * h_in);
+    const T* x = params.x.as<const T>() + b * params.x.stride[0];
+    T* y = params.y.as<T>() + b * params.y.stride[0];
+    const int64_t first = task % tasks_per_row * split.outputs_per_task;
+    const int64_t last = std::min(first + split.outputs_per_task, h_out);
+    alignas(64) float sums[kSumsChunk];
+    for (int64_t i = first; i < last; i += kSumsChunk) {
+      const int64_t n = std::min(kSumsChunk, last - i);
+      dot_rows<T, kNative>(w, h_out, h_in, i, n, x, sums);
+      accumulate_row(y + i, sums, n, params.scale);
+    }
+  });
+}
+
+// Tokens of a tile: its accumulators and operands fit the registers.
+inline constexpr int64_t kDotTokens = kManyRegisters ? 4 : 2;
+
+// sums[m * kSumsChunk + i] += dot product of x[m] and row i of w, for all m < kDotTokens, i < 4. w is [4, k], k a
+// multiple of the step.
+template <class P, bool kNative>
+HWY_INLINE void dot_tile(const P* const* x, const P* HWY_RESTRICT w, int64_t k, float* HWY_RESTRICT sums) {
+  using Step = DotStep<P, kNative>;
+  VF sum[kDotTokens][4];
+  for (auto& row : sum) {
+    for (VF& s : row) s = zero();
+  }
+  for (int64_t j = 0; j < k; j += Step::kStep) {
+    const auto w0 = Step::load(w + j), w1 = Step::load(w + k + j);
+    const auto w2 = Step::load(w + 2 * k + j), w3 = Step::load(w + 3 * k + j);
+    for (int64_t m = 0; m < kDotTokens; ++m) {
+      const auto xm = Step::load(x[m] + j);
+      sum[m][0] = Step::dot(sum[m][0], w0, xm);
+      sum[m][1] = Step::dot(sum[m][1], w1, xm);
+      sum[m][2] = Step::dot(sum[m][2], w2, xm);
+      sum[m][3] = Step::dot(sum[m][3], w3, xm);
+    }
+  }
+  const F32x4 d;
+  for (int64_t m = 0; m < kDotTokens; ++m) {
+    float* s = sums + m * kSumsChunk;
+    hn::StoreU(hn::Add(hn::LoadU(d, s), reduce4(sum[m][0], sum[m][1], sum[m][2], sum[m][3])), d, s);
+  }
+}
+
+// What the tiles read: elements as they are where bfloat16 is native, else float32, so that conversions happen once.
+template <class T, bool kNative>
+using Packed = std::conditional_t<kNative, T, float>;
+
+// Copies n elements, filled up with zeros to a multiple of the step.
+template <class T, bool kNative>
+HWY_INLINE void pack_row(const T* HWY_RESTRICT src, int64_t n, Packed<T, kNative>* HWY_RESTRICT dst) {
+  if constexpr (kNative) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
+    const int64_t padded = round_up(n, DotStep<T, true>::kStep);
+    if (n < padded) std::memset(dst + n, 0, static_cast<size_t>(padded - n) * sizeof(T));
+  } else {
+    to_floats(src, n, dst);
+  }
+}
+
+template <class T, bool kNative>
+void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
+  using P = Packed<T, kNative>;
+  constexpr int64_t kStep = DotStep<P, kNative>::kStep;
+  constexpr int64_t kBlock = kDotBlock<kNative>;
+  // Rows of W that are packed at a time: 32 KiB.
+  constexpr int64_t kRows = 16;
+  const int64_t d_out = params.y.shape[1], d_in = params.x.shape[1];
+  const T* w = layer_weights<T>(params.w_ptr, task.segment, params.layer_idx, d_out * d_in);
+  const int64_t x_stride = params.x.stride[0], y_stride = params.y.stride[0];
+  const T* x = params.x.as<const T>() + task.token * x_stride;
+  T* y = params.y.as<T>() + task.token * y_stride + task.output;
+
+  // Too few tokens to pay for packing.
+  if (task.num_tokens < 4) {
+    alignas(64) float sums[kSumsChunk];
+    for (int64_t t = 0; t < task.num_tokens; ++t) {
+      dot_rows<T, kNative>(w, d_out, d_in, task.output, task.num_outputs, x + t * x_stride, sums);
+      accumulate_row(y + t * y_stride, sums, task.num_outputs, 1.0f);
+    }
+    return;
+  }
+
+  alignas(64) P w_packed[kRows * kBlock];
+  alignas(64) P x_packed[kDotTokens * kBlock];
+  alignas(64) float sums[kMaxTokensPerTask * kSumsChunk];
+  std::memset(sums, 0, static_cast<size_t>(round_up(task.num_tokens, kDotTokens) * kSumsChunk) * sizeof(float));
+  for (int64_t begin = 0; begin < d_in; begin += kBlock) {
+    const int64_t k = std::min(kBlock, d_in - begin);
+    const int64_t k_padded = round_up(k, kStep);
+    const bool pack_x = !std::is_same_v<T, P> || k != k_padded;
+    for (int64_t i = 0; i < task.num_outputs; i += kRows) {
+      const int64_t num_rows = std::min(kRows, task.num_outputs - i);
+      for (int64_t r = 0; r < round_up(num_rows, 4); ++r) {
+        const int64_t row = task.output + i + std::min(r, num_rows - 1);
+        pack_row<T, kNative>(w + row * d_in + begin, k, w_packed + r * k_padded);
+      }
+      for (int64_t t = 0; t < task.num_tokens; t += kDotTokens) {
+        const P* tile_x[kDotTokens];
+        for (int64_t m = 0; m < kDotTokens; ++m) {
+          const T* row = x + std::min(t + m, task.num_tokens - 1) * x_stride + begin;
+          if (pack_x) {
+            pack_row<T, kNative>(row, k, x_packed + m * k_padded);
+            tile_x[m] = x_packed + m * k_padded;
+          } else {
+            tile_x[m] = reinterpret_cast<const P*>(row);
+          }
+        }
+        for (int64_t r = 0; r < num_rows; r += 4) {
+          dot_tile<P, kNative>(tile_x, w_packed + r * k_padded, k_padded, sums + t * kSumsChunk + i + r);
+        }
+      }
+    }
+  }
+  for (int64_t t = 0; t < task.num_tokens; ++t) {
+    accumulate_row(y + t * y_stride, sums + t * kSumsChunk, task.num_outputs, 1.0f);
+  }
+}
+
+template <class T, bool kBf16Isa>
+void bgmv(const BgmvParams& params, const BgmvSplit& split) {
+  PUNICA_RECORD_ISA(kBf16Isa);
+  run_bgmv<T, kNativeDot<T, kBf16Isa>>(params, split);
+}
+
+template <class T, bool kBf16Isa>
+void sgmv_out_in(const SgmvParams& params, const SgmvSplit& split) {
+  PUNICA_RECORD_ISA(kBf16Isa);
+  for_each_sgmv_task(params, split,
+                     [&](const SgmvTask& task) { sgmv_out_in_task<T, kNativeDot<T, kBf16Isa>>(params, task); });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace punica::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // PUNICA_CPU_LORA_DOT_INL_H_
