@@ -1,0 +1,40 @@
+"""Kernels for serving many LoRA adapters in one batch.
+
+    lora        dispatch_bgmv, sgmv_shrink, sgmv_cutlass, sgmv_cutlass_tmp_size
+    attention   batch_prefill, batch_decode
+    kv_cache    init_kv, append_kv
+    norm        rms_norm
+
+All write in place and return None; errors are RuntimeErrors that name operation, argument, what was expected and what
+came. `punica_kernels.reference` has the same functions in plain PyTorch: the definition of what each computes.
+`torch.ops.punica_kernels.*` are the same operations for torch's dispatcher, which torch.compile sees through.
+"""
+
+from . import _torch_ops as _torch_ops  # registers the operations with torch
+from . import reference
+from ._library import function as _function
+from ._settings import active_isa, early_reads, has_cuda, last_isa, set_checks
+from .attention import batch_decode, batch_prefill
+from .kv_cache import append_kv, init_kv
+from .lora import dispatch_bgmv, sgmv_cutlass, sgmv_cutlass_tmp_size, sgmv_shrink
+from .norm import rms_norm
+
+__version__ = str(_function("version")())
+
+__all__ = [
+    "active_isa",
+    "append_kv",
+    "batch_decode",
+    "batch_prefill",
+    "dispatch_bgmv",
+    "early_reads",
+    "has_cuda",
+    "init_kv",
+    "last_isa",
+    "reference",
+    "rms_norm",
+    "set_checks",
+    "sgmv_cutlass",
+    "sgmv_cutlass_tmp_size",
+    "sgmv_shrink",
+]

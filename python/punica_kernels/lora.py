@@ -1,0 +1,189 @@
+"""LoRA: matrix products whose weights differ from row to row.
+
+Weights are passed as addresses: `w_ptr` holds `data_ptr()` of one tensor [L, ...] an adapter (or a segment), L layers.
+Whoever calls keeps those tensors alive. On the CPU these are host addresses.
+
+`y`, `x` and the weights have one data type T: float16, bfloat16 or float32. Sums are accumulated in float32 and rounded
+once, when `y` is stored. A row's bits do not depend on the other rows of the batch.
+"""
+
+from typing import overload
+
+import torch
+from torch import Tensor, get_num_threads
+from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+
+from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, missing, refuse_grad_and_neg
+from ._library import Kernel, function
+
+_bgmv, _cutlass, _shrink = Kernel("dispatch_bgmv"), Kernel("sgmv_cutlass"), Kernel("sgmv_shrink")
+_tmp_size = function("sgmv_cutlass_tmp_size")
+
+# Bytes of weights that a call on the CPU reads, if no two rows share them, in about 100 us: above, the GIL is released.
+_LONG = 2_000_000
+
+
+@overload
+def dispatch_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None: ...
+@overload
+def dispatch_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, *, indicies: Tensor, layer_idx: int, scale: float) -> None: ...
+def dispatch_bgmv(
+    y: Tensor,
+    x: Tensor,
+    w_ptr: Tensor,
+    indices: Tensor | None = None,
+    layer_idx: int | None = None,
+    scale: float | None = None,
+    *,
+    indicies: Tensor | None = None,
+) -> None:
+    """`y[b] += scale * W[indices[b]][layer_idx] @ x[b]` for every row b: one adapter a row.
+
+    Args:
+        y: T [B, h_out], updated in place. Rows may be strided (a slice of a wider tensor), here and in `x`.
+        x: T [B, h_in].
+        w_ptr: int64 [num_adapters], addresses of weights T [L, h_out, h_in].
+        indices: int64 [B], rows of `w_ptr`; a negative one leaves its row of `y` as it is. `indicies` is accepted too.
+        layer_idx: which of the L layers.
+        scale: factor of the update.
+
+    Raises:
+        RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `indices` and the
+            addresses that they choose are checked too, on CUDA after `set_checks(True)`.
+    """
+    if indices is None:
+        indices = indicies
+    elif indicies is not None:
+        raise TypeError("dispatch_bgmv() got both 'indices' and 'indicies', two spellings of one argument")
+    if indices is None or layer_idx is None or scale is None:
+        missing("dispatch_bgmv", "indices" if indices is None else "layer_idx" if layer_idx is None else "scale")
+    direct = not is_intercepted() and {type(y), type(x), type(w_ptr), type(indices)} <= PLAIN
+    if direct:
+        _run_bgmv(y, x, w_ptr, indices, layer_idx, scale)
+    else:
+        torch.ops.punica_kernels.dispatch_bgmv(y, x, w_ptr, indices, layer_idx, scale)
+
+
+def sgmv_shrink(
+    y: Tensor, x: Tensor, w_ptr: Tensor, s_start: Tensor, s_end: Tensor, tmp: Tensor | None, layer_idx: int
+) -> None:
+    """`y[s:e] += x[s:e] @ W[i][layer_idx].T` for every segment i, the rows s = s_start[i] to e = s_end[i] (exclusive).
+
+    Args:
+        y: T [rows, d_out], updated in place. Rows may be strided, here and in `x`.
+        x: T [rows, d_in].
+        w_ptr: int64 [S], for each segment the address of weights T [L, d_out, d_in] (a row for each output).
+        s_start, s_end: int32 [S]. Segments may be empty, may leave rows out (those stay as they are), may share an
+            address, and must not overlap.
+        tmp: uint8 workspace of any size, or None.
+        layer_idx: which of the L layers.
+
+    Raises:
+        RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `s_start`, `s_end`
+            and the addresses of segments with rows are checked too, on CUDA after `set_checks(True)`.
+    """
+    direct = (
+        not is_intercepted()
+        and {type(y), type(x), type(w_ptr), type(s_start), type(s_end)} <= PLAIN
+        and type(tmp) in PLAIN_OR_NONE
+    )
+    if direct:
+        _run_shrink(y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+    else:
+        torch.ops.punica_kernels.sgmv_shrink(y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+
+
+def sgmv_cutlass(
+    y: Tensor, x: Tensor, w_ptr: Tensor, s_start: Tensor, s_end: Tensor, tmp: Tensor | None, layer_idx: int
+) -> None:
+    """`y[s:e] += x[s:e] @ W[i][layer_idx]` for every segment i, the rows s = s_start[i] to e = s_end[i] (exclusive).
+
+    Any d_in and d_out: it expands (d_in < d_out) and shrinks.
+
+    Args:
+        y: T [rows, d_out], updated in place. Rows may be strided, here and in `x`.
+        x: T [rows, d_in].
+        w_ptr: int64 [S], for each segment the address of weights T [L, d_in, d_out] (a row for each input).
+        s_start, s_end: int32 [S]. Segments may be empty, may leave rows out (those stay as they are), may share an
+            address, and must not overlap.
+        tmp: uint8 workspace of `sgmv_cutlass_tmp_size(S)` bytes or more, or None.
+        layer_idx: which of the L layers.
+
+    Raises:
+        RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `s_start`, `s_end`
+            and the addresses of segments with rows are checked too, on CUDA after `set_checks(True)`.
+    """
+    direct = (
+        not is_intercepted()
+        and {type(y), type(x), type(w_ptr), type(s_start), type(s_end)} <= PLAIN
+        and type(tmp) in PLAIN_OR_NONE
+    )
+    if direct:
+        _run_cutlass(y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+    else:
+        torch.ops.punica_kernels.sgmv_cutlass(y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+
+
+def sgmv_cutlass_tmp_size(num_segments: int) -> int:
+    """Bytes of `tmp` that `sgmv_cutlass` needs for `num_segments` segments; at least 1.
+
+    Raises:
+        RuntimeError: `num_segments` is negative.
+    """
+    return int(_tmp_size(num_segments))
+
+
+# What follows runs an op on real tensors; the dispatcher's kernels for CPU and CUDA are these same functions.
+
+
+def _is_long(y: Tensor, x: Tensor) -> bool:
+    # On CUDA a call only launches. A tensor of the wrong rank is for the library to refuse. The first product is at
+    # least twice the second, and cheap: most decode calls end there.
+    return x.nbytes * y.nbytes > 2 * _LONG and y.is_cpu and y.dim() == 2 and x.nbytes * y.shape[1] > _LONG
+
+
+def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None:
+    # Of lazy negative views torch makes floating-point ones only: conj().imag.
+    tensors = (y, x, w_ptr, indices)
+    if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
+        refuse_grad_and_neg("dispatch_bgmv", tensors)
+    try:
+        kernel = _bgmv.released if _is_long(y, x) else _bgmv.held
+        kernel(y, x, w_ptr, indices, layer_idx, scale, get_num_threads())
+    except RuntimeError as cause:
+        explain("dispatch_bgmv", tensors, cause)
+    _increment_version((y,))
+
+
+def _run_sgmv(
+    op: str,
+    kernels: Kernel,
+    y: Tensor,
+    x: Tensor,
+    w_ptr: Tensor,
+    s_start: Tensor,
+    s_end: Tensor,
+    tmp: Tensor | None,
+    layer_idx: int,
+) -> None:
+    tensors = (y, x, w_ptr, s_start, s_end, tmp)
+    if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
+        refuse_grad_and_neg(op, tensors)
+    try:
+        kernel = kernels.released if _is_long(y, x) else kernels.held
+        kernel(y, x, w_ptr, s_start, s_end, tmp, layer_idx, get_num_threads())
+    except RuntimeError as cause:
+        explain(op, tensors, cause)
+    _increment_version((y,) if tmp is None else (y, tmp))
+
+
+def _run_shrink(
+    y: Tensor, x: Tensor, w_ptr: Tensor, s_start: Tensor, s_end: Tensor, tmp: Tensor | None, layer_idx: int
+) -> None:
+    _run_sgmv("sgmv_shrink", _shrink, y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+
+
+def _run_cutlass(
+    y: Tensor, x: Tensor, w_ptr: Tensor, s_start: Tensor, s_end: Tensor, tmp: Tensor | None, layer_idx: int
+) -> None:
+    _run_sgmv("sgmv_cutlass", _cutlass, y, x, w_ptr, s_start, s_end, tmp, layer_idx)

@@ -1,0 +1,53 @@
+"""Root-mean-square normalisation."""
+
+import torch
+from torch import Tensor, get_num_threads
+from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+
+from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, refuse_grad_and_neg
+from ._library import Kernel
+
+_rms_norm = Kernel("rms_norm")
+
+# Bytes of input that a call on the CPU takes about 100 us for: above, the GIL is released.
+_LONG = 1_000_000
+
+
+def rms_norm(output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None) -> None:
+    """`output = input * rsqrt(mean(input^2) + epsilon) * weight`, row by row, in float32 with one rounding.
+
+    With a `residual`, `residual += input` first (rounded to T), and that sum is normalised.
+
+    Args:
+        output: T [rows, columns], written. May be `input` itself. Rows may be strided (a slice of a wider tensor),
+            here, in `input` and in `residual`. T is float16, bfloat16 or float32.
+        input: T [rows, columns].
+        weight: T [columns], contiguous.
+        epsilon: added to the mean of squares; at least 0.
+        residual: T [rows, columns], updated in place; must not overlap the other tensors.
+
+    Raises:
+        RuntimeError: an argument breaks this contract; nothing is written.
+    """
+    direct = (
+        not is_intercepted() and {type(output), type(input), type(weight)} <= PLAIN and type(residual) in PLAIN_OR_NONE
+    )
+    if direct:
+        _run_rms_norm(output, input, weight, epsilon, residual=residual)
+    else:
+        torch.ops.punica_kernels.rms_norm(output, input, weight, epsilon, residual=residual)
+
+
+# Runs the op on real tensors; the dispatcher's kernel for CPU and CUDA is this same function.
+def _run_rms_norm(
+    output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None
+) -> None:
+    tensors = (output, input, weight, residual)
+    if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(t is not None and t.is_neg() for t in tensors):
+        refuse_grad_and_neg("rms_norm", tensors)
+    try:
+        kernel = _rms_norm.released if input.is_cpu and input.nbytes > _LONG else _rms_norm.held
+        kernel(output, input, weight, epsilon, residual, get_num_threads())
+    except RuntimeError as cause:
+        explain("rms_norm", tensors, cause)
+    _increment_version((output,) if residual is None else (output, residual))
