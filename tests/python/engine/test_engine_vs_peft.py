@@ -1,8 +1,8 @@
 """SmolLM2-135M and the four adapters of examples/: the engine against Transformers + PEFT on the same weights.
 
-The base weights are rounded to bfloat16 once, when the GGUF file is converted, and the adapters are stored in bfloat16: all
-runs start from the same numbers, and a difference is one of arithmetic. Every prompt of the demo is continued by the tokens
-that float32 finds best, given to all (teacher forcing), and the logits are compared at every step.
+The base weights are rounded to bfloat16 once, when the GGUF file is converted, and the adapters are stored in bfloat16:
+all runs start from the same numbers, and a difference is one of arithmetic. Every prompt of the demo is continued by
+the tokens that float32 finds best, given to all (teacher forcing), and the logits are compared at every step.
 """
 
 import importlib.util
@@ -126,7 +126,5 @@ def test_batched_equals_alone(model, adapters, prompts, greedy, dtype, record_pr
                 assert gap <= 4 * torch.finfo(dtype).eps * best, f"{case[1]}, step {step}: {a} and {b}, {gap} apart"
                 ties += 1
                 break
-    print(
-        f"{str(dtype).removeprefix('torch.')}: {len(prompts) - ties} of {len(prompts)} texts the same, {ties} part at a tie"
-    )
+    print(f"{dtype}: {len(prompts) - ties} of {len(prompts)} texts the same, {ties} part at a tie")
     record_property("texts that part at a tie", ties)
