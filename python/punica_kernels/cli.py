@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong with the input (one line on stderr), 130 interrupted."""
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; our own progress says what is loading
     try:
         from .engine.errors import EngineError
 
@@ -142,7 +144,7 @@ def generate(args: argparse.Namespace) -> int:
     console = Console()
     show = show_panes if console.is_terminal else show_lines
     show(engine, console)
-    console.print(summary(engine, load_seconds), highlight=False)
+    console.print(summary(engine, load_seconds), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -225,7 +227,6 @@ def quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------------------ output

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import punica_kernels as pk
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+import punica_kernels as pk
 
 from .checkpoint import MODULES, ModelConfig, first_line, read_json
 from .errors import EngineError

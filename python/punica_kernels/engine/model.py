@@ -7,10 +7,11 @@ adds it to the stream and normalises the sum in one pass over the memory.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import punica_kernels as pk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import punica_kernels as pk
 
 from .adapters import DecodeLora, PrefillLora
 from .checkpoint import Checkpoint, ModelConfig, Weights

@@ -187,7 +187,7 @@ class Engine:
                 text += request.stream.finish()
             if text or request.finish_reason:
                 outputs.append((request, text))
-        return outputs
+        return sorted(outputs, key=lambda output: output[0].index)
 
     def choose(self, requests: list[Request], logits: Tensor) -> list[int]:
         """The next token of each request, from logits [B, vocab]."""
