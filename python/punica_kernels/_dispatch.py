@@ -1,9 +1,10 @@
 """Which way a call takes, and what is refused before it reaches the library.
 
 The direct way hands the tensors to the library at once. It is right only if nothing listens in: torch is not compiling,
-no TorchDispatchMode is on the stack, no functorch transform is active, and every tensor is a plain one. A FakeTensor or
-a functionalized tensor handed over directly would arrive as a null pointer, and make_fx would not see the op. All else
-goes through torch's dispatcher, which is slower by microseconds and comes back to the same functions.
+no TorchDispatchMode is on the stack, no functorch transform or forward-mode level is active, and every tensor is a
+plain one. A FakeTensor or a functionalized tensor handed over directly would arrive as a null pointer, and make_fx
+would not see the op. All else goes through torch's dispatcher, which is slower by microseconds and comes back to the
+same functions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 # The tensor arguments of each operation, in the order in which this package passes them around.
@@ -29,13 +31,20 @@ TENSORS = {
     "rms_norm": ("output", "input", "weight", "residual"),
 }
 
+_OPTIONAL = frozenset({"tmp", "tmpbuf", "lse", "residual"})
+
 # The direct way is for {type(y), type(x), ...} <= PLAIN, and type(optional) in PLAIN_OR_NONE.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 PLAIN_OR_NONE = PLAIN | {NoneType}
 
 
 def is_intercepted() -> bool:
-    return is_compiling() or _len_torch_dispatch_stack() != 0 or peek_interpreter_stack() is not None
+    return (
+        is_compiling()
+        or _len_torch_dispatch_stack() != 0
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def error(op: str, message: str) -> RuntimeError:
@@ -45,12 +54,15 @@ def error(op: str, message: str) -> RuntimeError:
 def refuse_grad_and_neg(op: str, tensors: Sequence[Tensor | None]) -> None:
     """Raises if a tensor asks for a gradient, or is a view whose memory holds its negative or conjugate."""
     grad = torch.is_grad_enabled()
+    dual = forward_ad._current_level >= 0
     for name, tensor in _named(op, tensors):
         if grad and tensor.requires_grad:
             raise error(op, f"{name} requires grad, but there is no backward; use torch.no_grad()")
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise error(op, f"{name} carries a tangent, but there is no forward-mode derivative either")
         if tensor.is_neg() or tensor.is_conj():
-            kind = "negative" if tensor.is_neg() else "conjugate"
-            raise error(op, f"{name} must be a plain tensor, got a lazy {kind} view; use resolve_{kind[:3]}()")
+            kind, remedy = ("negative", "resolve_neg") if tensor.is_neg() else ("conjugate", "resolve_conj")
+            raise error(op, f"{name} must be a plain tensor, got a lazy {kind} view; use {remedy}()")
 
 
 def explain(op: str, tensors: Sequence[Tensor | None], cause: Exception) -> None:
@@ -59,13 +71,17 @@ def explain(op: str, tensors: Sequence[Tensor | None], cause: Exception) -> None
     Tensors that torch cannot describe to the library at all fail before it sees them, with torch's words for it. On
     success none of this costs anything, and success is what must be fast.
     """
+    for name, given in zip(TENSORS[op], tensors, strict=True):
+        if given is None and name not in _OPTIONAL:
+            raise TypeError(f"punica_kernels.{op}: {name} must be a tensor, got None") from None
     for name, tensor in _named(op, tensors):
         if tensor.layout is not torch.strided:
             raise error(op, f"{name} must be a strided tensor, got layout {tensor.layout}") from None
         if tensor.is_quantized:
             raise error(op, f"{name} must not be quantized, got {tensor.dtype}") from None
     require_one_device(op, tensors)
-    if any(tensor.device.type != "meta" for _, tensor in _named(op, tensors)):
+    ours = str(cause).startswith("punica_kernels.")
+    if ours or any(tensor.device.type != "meta" for _, tensor in _named(op, tensors)):
         raise cause
 
 

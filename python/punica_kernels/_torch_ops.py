@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from . import attention, kv_cache, lora, norm
-from ._dispatch import TENSORS, error, refuse_grad_and_neg, require_one_device
+from ._dispatch import TENSORS, error, explain, refuse_grad_and_neg, require_one_device
 
 _TABLES = "Tensor kv_indptr, Tensor last_page_offset"
 _CACHE = "SymInt num_layers, SymInt layer_idx, SymInt num_kv_heads, SymInt page_size"
@@ -42,6 +43,19 @@ _OPS: dict[str, tuple[str, Callable[..., None]]] = {
     ),
 }
 
+# Torch would resolve a lazy view by copying, and refuse the others without naming the argument.
+_REFUSED = (
+    "Negative",
+    "Conjugate",
+    "SparseCPU",
+    "SparseCUDA",
+    "SparseCsrCPU",
+    "SparseCsrCUDA",
+    "QuantizedCPU",
+    "QuantizedCUDA",
+    "MkldnnCPU",
+)
+
 _library: Any = torch.library.Library("punica_kernels", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -58,13 +72,17 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 
     def without_grad(keyset: Any, *args: Any, **kwargs: Any) -> None:
         # Here and not only in `run`: what compiles or transforms the op peels requires_grad off before `run` sees it.
-        if torch.is_grad_enabled() and _C._any_requires_grad(*args, **kwargs):
+        if (torch.is_grad_enabled() and _C._any_requires_grad(*args, **kwargs)) or forward_ad._current_level >= 0:
             refuse_grad_and_neg(name, tensors(args, kwargs))
         with _C._AutoDispatchBelowAutograd():
             op.redispatch(keyset & _C._after_autograd_keyset, *args, **kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> None:
         require_one_device(name, tensors(args, kwargs))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        refuse_grad_and_neg(name, tensors(args, kwargs))
+        explain(name, tensors(args, kwargs), error(name, "tensors must be plain"))
 
     def no_vmap(*_: Any, **__: Any) -> None:
         raise error(name, "torch.vmap is not supported; pass a batch to the operation itself")
@@ -73,6 +91,8 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
     _library.impl(name, run, "CUDA")
     _library.impl(name, without_grad, "Autograd", with_keyset=True)
     _library.impl(name, no_vmap, "FuncTorchBatched")
+    for key in _REFUSED:
+        _library.impl(name, refuse, key)
     torch.library.register_fake(f"punica_kernels::{name}", fake, lib=_library)
     # Not dead code even if nothing in the graph reads what it writes. (Effect tokens would say more, but torch takes
     # them only for ops whose schema mutates nothing.)

@@ -148,15 +148,17 @@ def _run_prefill(
     logits_soft_cap: float = 0.0,
 ) -> None:
     tensors = (o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, lse)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(t is not None and t.is_neg() for t in (o, q, lse)):
-        refuse_grad_and_neg("batch_prefill", tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(
+            t is not None and t.is_neg() for t in (o, q, lse)
+        ):
+            refuse_grad_and_neg("batch_prefill", tensors)
         long = q.is_cpu and q.nbytes * (kv_ptrs.nbytes // 8) * page_size > _LONG
         (_prefill.released if long else _prefill.held)(
             o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
             page_size, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, get_num_threads(),
         )  # fmt: skip
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("batch_prefill", tensors, cause)
     _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])
 
@@ -181,15 +183,17 @@ def _run_decode(
     logits_soft_cap: float = 0.0,
 ) -> None:
     tensors = (o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, lse)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(t is not None and t.is_neg() for t in (o, q, lse)):
-        refuse_grad_and_neg("batch_decode", tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(
+            t is not None and t.is_neg() for t in (o, q, lse)
+        ):
+            refuse_grad_and_neg("batch_decode", tensors)
         # A page of one layer is at least 256 bytes a token and KV head for the usual head_dim of 64 and up.
         long = q.is_cpu and kv_ptrs.nbytes * 32 * page_size * num_kv_heads > _LONG
         (_decode.released if long else _decode.held)(
             o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
             sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, get_num_threads(),
         )  # fmt: skip
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("batch_decode", tensors, cause)
     _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])

@@ -101,15 +101,15 @@ def _run_init_kv(
     page_size: int,
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v, seqlen_indptr)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
-        refuse_grad_and_neg("init_kv", tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
+            refuse_grad_and_neg("init_kv", tensors)
         kernel = _init_kv.released if k.is_cpu and k.nbytes > _LONG else _init_kv.held
         kernel(
             kv_ptrs, kv_indptr, last_page_offset, k, v, seqlen_indptr, num_layers, layer_idx, num_kv_heads, page_size,
             get_num_threads(),
         )  # fmt: skip
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("init_kv", tensors, cause)
     _increment_version((kv_ptrs,))
 
@@ -126,14 +126,14 @@ def _run_append_kv(
     page_size: int,
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
-        refuse_grad_and_neg("append_kv", tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
+            refuse_grad_and_neg("append_kv", tensors)
         kernel = _append_kv.released if k.is_cpu and k.nbytes > _LONG else _append_kv.held
         kernel(
             kv_ptrs, kv_indptr, last_page_offset, k, v, num_layers, layer_idx, num_kv_heads, page_size,
             get_num_threads(),
         )  # fmt: skip
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("append_kv", tensors, cause)
     _increment_version((kv_ptrs,))

@@ -145,12 +145,12 @@ def _is_long(y: Tensor, x: Tensor) -> bool:
 def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None:
     # Of lazy negative views torch makes floating-point ones only: conj().imag.
     tensors = (y, x, w_ptr, indices)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
-        refuse_grad_and_neg("dispatch_bgmv", tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
+            refuse_grad_and_neg("dispatch_bgmv", tensors)
         kernel = _bgmv.released if _is_long(y, x) else _bgmv.held
         kernel(y, x, w_ptr, indices, layer_idx, scale, get_num_threads())
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("dispatch_bgmv", tensors, cause)
     _increment_version((y,))
 
@@ -167,12 +167,12 @@ def _run_sgmv(
     layer_idx: int,
 ) -> None:
     tensors = (y, x, w_ptr, s_start, s_end, tmp)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
-        refuse_grad_and_neg(op, tensors)
     try:
+        if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
+            refuse_grad_and_neg(op, tensors)
         kernel = kernels.released if _is_long(y, x) else kernels.held
         kernel(y, x, w_ptr, s_start, s_end, tmp, layer_idx, get_num_threads())
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain(op, tensors, cause)
     _increment_version((y,) if tmp is None else (y, tmp))
 

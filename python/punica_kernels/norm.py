@@ -43,11 +43,12 @@ def _run_rms_norm(
     output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None
 ) -> None:
     tensors = (output, input, weight, residual)
-    if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(t is not None and t.is_neg() for t in tensors):
-        refuse_grad_and_neg("rms_norm", tensors)
     try:
+        negative = output.is_neg() or input.is_neg() or weight.is_neg() or (residual is not None and residual.is_neg())
+        if negative or (is_grad_enabled() and _any_requires_grad(*tensors)):
+            refuse_grad_and_neg("rms_norm", tensors)
         kernel = _rms_norm.released if input.is_cpu and input.nbytes > _LONG else _rms_norm.held
         kernel(output, input, weight, epsilon, residual, get_num_threads())
-    except RuntimeError as cause:
+    except (RuntimeError, AttributeError) as cause:
         explain("rms_norm", tensors, cause)
     _increment_version((output,) if residual is None else (output, residual))
