@@ -28,9 +28,11 @@ file(GLOB punica_binding_sources CONFIGURE_DEPENDS bindings/*.cc)
 add_library(punica_kernels SHARED ${punica_binding_sources})
 target_include_directories(punica_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/src)
 target_link_libraries(punica_kernels PRIVATE punica_core punica_options punica_tvm_ffi)
-# Nothing but the exported functions is visible: neither the core's symbols nor the static CUDA runtime's may meet
-# those of another library in the process.
-target_link_options(punica_kernels PRIVATE -Wl,--exclude-libs,ALL -Wl,--as-needed)
+# Nothing but the exported functions is visible: neither the core's symbols, nor the static CUDA runtime's, nor inline
+# ones of the C++ library may meet those of another library in the process.
+set(punica_exports "${CMAKE_CURRENT_LIST_DIR}/exports.ld")
+target_link_options(punica_kernels PRIVATE -Wl,--version-script=${punica_exports} -Wl,--as-needed)
+set_target_properties(punica_kernels PROPERTIES LINK_DEPENDS "${punica_exports}")
 if(NOT PUNICA_SANITIZE)
   target_link_options(punica_kernels PRIVATE -Wl,-z,defs)
 endif()

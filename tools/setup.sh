@@ -55,14 +55,19 @@ make_venv() {
 
 build_wheel() {
   mkdir -p build
-  rm -rf build/dist
+  rm -rf build/dist build/dist-linux
   say "Building the wheel (log: build/wheel.log)"
   # With the tests in the same build tree the core is compiled once for both.
   if ! CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} $VENV/bin/python -m pip wheel . --disable-pip-version-check -v \
-      --no-deps --no-build-isolation -w build/dist -C build-dir=$BUILD -C cmake.define.PUNICA_BUILD_TESTS=ON \
+      --no-deps --no-build-isolation -w build/dist-linux -C build-dir=$BUILD -C cmake.define.PUNICA_BUILD_TESTS=ON \
       > build/wheel.log 2>&1 < /dev/null; then
     tail -n 60 build/wheel.log >&2
     fail "the build failed, see build/wheel.log"
+  fi
+  # Gives the wheel the oldest manylinux tag that its symbol versions allow; libtvm_ffi.so comes with apache-tvm-ffi.
+  if ! PATH="$PWD/$VENV/bin:$PATH" $VENV/bin/auditwheel -q repair --exclude libtvm_ffi.so -w build/dist \
+      build/dist-linux/*.whl >> build/wheel.log 2>&1; then
+    mkdir -p build/dist && cp build/dist-linux/*.whl build/dist
   fi
   grep -oh 'CUDA backend: .*' build/wheel.log | tail -n 1 || true
   $VENV/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall build/dist/*.whl

@@ -80,7 +80,7 @@ std::vector<float> project(const std::vector<float>& w, const std::vector<float>
 }
 
 struct Adapter {
-  std::vector<float> a = random_floats(kRank * kHidden, 0.1f);                // [1, rank, hidden]
+  std::vector<float> a = random_floats(kRank * kHidden, 0.1f);                 // [1, rank, hidden]
   std::vector<float> b = random_floats(kQueryHeads * kHeadDim * kRank, 0.1f);  // [1, query heads * head_dim, rank]
 };
 
@@ -256,8 +256,8 @@ int main() {
       largest = std::max(largest, std::abs(want[j]));
     }
     std::printf("%7lld %7lld %8lld  %8.4f %9.4f %9.4f %9.4f  %13.1e\n", static_cast<long long>(i),
-                static_cast<long long>(kPastTokens[i] + 1), static_cast<long long>(kAdapters[i]), got[0], got[1], got[2],
-                got[3], error);
+                static_cast<long long>(kPastTokens[i] + 1), static_cast<long long>(kAdapters[i]), got[0], got[1],
+                got[2], got[3], error);
     ok = ok && error <= 1e-5 * largest;
   }
   std::printf(ok ? "equal to the plain computation within 1e-5\n" : "WRONG\n");

@@ -244,7 +244,8 @@ TEST(BatchPrefill, QueryIsIndependentOfChunk) {
           const int64_t last = std::min(first + size, length);
           const Tensor part = run(first, last, first % 2 == 1);
           for (int64_t row = first; row < last; ++row) {
-            ASSERT_TRUE(part.same_bits(row - first, whole, row)) << "chunk [" << first << ", " << last << ") row " << row;
+            ASSERT_TRUE(part.same_bits(row - first, whole, row))
+                << "chunk [" << first << ", " << last << ") row " << row;
           }
         }
       }

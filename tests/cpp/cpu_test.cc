@@ -174,7 +174,8 @@ class Workload {
   std::vector<Tensor> w_ptr_;
 };
 
-// The set that PUNICA_ISA asks for is in use, and every kernel says that it was compiled for it.
+// The set that PUNICA_ISA asks for is in use, and every kernel says that it was compiled for it. (Not the writes into
+// the cache: they move bytes with memcpy.)
 TEST(Isa, TheForcedOneRuns) {
   const char* forced = std::getenv("PUNICA_ISA");
   const std::string expected = forced != nullptr && *forced != '\0' ? forced : isa_in_use();
@@ -182,6 +183,7 @@ TEST(Isa, TheForcedOneRuns) {
   for (const DType dtype : kFloatTypes) {
     Workload workload(dtype);
     for (const auto& [name, run] : workload.operations()) {
+      if (name == "init_kv" || name == "append_kv") continue;
       // On a thread of its own: what an operation before it left behind is not there.
       std::thread([&run = run, &name = name, &expected] {
         EXPECT_EQ(cpu::last_isa(), nullptr);

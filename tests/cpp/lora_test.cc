@@ -33,7 +33,8 @@ struct Shape {
   int64_t h_in, h_out;
 };
 
-// Below and beyond every vector length, both directions, the width of a known model (576), ranks that are no power of 2.
+// Below and beyond every vector length, both directions, the width of a known model (576), ranks that are no power
+// of 2.
 const Shape kShapes[] = {{1, 1}, {3, 7}, {16, 64}, {64, 16}, {33, 130}, {130, 5}, {576, 8}, {8, 576}, {257, 512}};
 
 std::string name(DType dtype, Shape shape) {
@@ -69,8 +70,8 @@ TEST(Bgmv, MatchesReference) {
           if (indices[b] < 0) {
             EXPECT_TRUE(y.same_bits(b, before, b)) << "row " << b;
           } else {
-            EXPECT_TRUE(close(y.row(b), lora_row(before.row(b), x.row(b), weights.adapters[indices[b]], 1, false, -0.75),
-                              dtype))
+            EXPECT_TRUE(close(y.row(b),
+                              lora_row(before.row(b), x.row(b), weights.adapters[indices[b]], 1, false, -0.75), dtype))
                 << "row " << b;
           }
         }
@@ -147,8 +148,8 @@ TEST(Bgmv, RowIsIndependentOfBatch) {
 TEST(Bgmv, NothingToDo) {
   std::mt19937 random(4);
   const Weights weights(DType::kFloat16, 1, 8 * 8, random);
-  for (const auto& [batch, h_in, h_out] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
-           {0, 8, 8}, {2, 0, 8}, {2, 8, 0}}) {
+  for (const auto& [batch, h_in, h_out] :
+       std::vector<std::tuple<int64_t, int64_t, int64_t>>{{0, 8, 8}, {2, 0, 8}, {2, 8, 0}}) {
     Tensor y(DType::kFloat16, {batch, h_out});
     Tensor x(DType::kFloat16, {batch, h_in});
     y.randomize(random);

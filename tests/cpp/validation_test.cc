@@ -71,6 +71,13 @@ void expect_all_refused(const std::string& op, const Params& valid, Status (*run
   EXPECT_TRUE(succeeded(run(valid, {})));  // so that the test did start from a valid call
 }
 
+// A dense tensor of another head_dim over the same memory.
+void set_head_dim(TensorView& tensor, int64_t head_dim) {
+  tensor.shape[2] = head_dim;
+  tensor.stride[1] = head_dim;
+  tensor.stride[0] = tensor.shape[1] * head_dim;
+}
+
 template <class Params>
 void append(std::vector<Break<Params>>& all, const std::vector<Break<Params>>& more) {
   all.insert(all.end(), more.begin(), more.end());
@@ -232,7 +239,8 @@ std::vector<Break<P>> broken_attention(const Fixture& f) {
                      {"kv_indptr[1]", [&f](P& q) { q.kv.kv_indptr = f.descending.view(); }},
                      {"o", [](P& q) { q.o.shape[2] = 6; }},
                      {"o", [](P& q) { q.o.dtype = DType::kFloat16; }},
-                     {"head_dim", [](P& q) { q.q.shape[2] = q.o.shape[2] = 7; }},
+                     {"head_dim", [](P& q) { set_head_dim(q.q, 7), set_head_dim(q.o, 7); }},
+                     {"head_dim", [](P& q) { set_head_dim(q.q, 258), set_head_dim(q.o, 258); }},
                      {"lse", [](P& q) { q.lse.dtype = DType::kFloat16; }},
                      {"lse", [](P& q) { q.lse.shape[1] = 3; }},
                      {"lse", [](P& q) { q.lse.data = nullptr; }},
@@ -372,7 +380,7 @@ TEST(Validation, InitKv) {
                      {"v", [](P& q) { q.v.shape[0] = 8; }},
                      {"v", [](P& q) { q.v.shape[2] = 6; }},
                      {"v", [](P& q) { q.v.dtype = DType::kFloat16; }},
-                     {"head_dim", [](P& q) { q.k.shape[2] = q.v.shape[2] = 7; }},
+                     {"head_dim", [](P& q) { set_head_dim(q.k, 7), set_head_dim(q.v, 7); }},
                      {"seqlen_indptr", [](P& q) { q.seqlen_indptr.shape[0] = 2; }},
                      {"seqlen_indptr[2]", [&](P& q) { q.seqlen_indptr = beyond.view(); }},
                      {"seqlen_indptr[2]", [&](P& q) { q.seqlen_indptr = descending.view(); }},
