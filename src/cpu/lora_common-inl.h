@@ -31,6 +31,64 @@ inline constexpr bool kNativeDot = kBf16Isa&& std::is_same_v<T, bfloat16_t>;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// One step of a dot product: kStep elements of either side.
+template <class T, bool kNative>
+struct DotStep {
+  static constexpr int64_t kStep = kLanes;
+  using Operand = VF;
+
+  static HWY_INLINE Operand load(const T* p) { return HWY_NAMESPACE::load(p); }
+  // The first n < kStep elements, zeros behind them. Reads up to kStep elements if these lie before `end`.
+  static HWY_INLINE Operand load_n(const T* p, int64_t n, const T* end) {
+    // The mask also drops what would be NaN times zero.
+    if (end - p >= kStep) return hn::IfThenElseZero(hn::FirstN(F32(), static_cast<size_t>(n)), load(p));
+    return HWY_NAMESPACE::load_n(p, n);
+  }
+  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return hn::MulAdd(a, b, sum); }
+};
+
+#if HWY_TARGET == HWY_AVX3
+template <>
+struct DotStep<bfloat16_t, true> {
+  static constexpr int64_t kStep = 2 * kLanes;
+  using Operand = VBF16;
+
+  static HWY_INLINE Operand load(const bfloat16_t* p) { return load_bf16(p); }
+  static HWY_INLINE Operand load_n(const bfloat16_t* p, int64_t n, const bfloat16_t*) {
+    const hn::ScalableTag<uint16_t> bits;
+    const auto first = hn::FirstN(bits, static_cast<size_t>(n));
+    return hn::BitCast(hn::ScalableTag<bfloat16_t>(),
+                       hn::MaskedLoad(first, bits, reinterpret_cast<const uint16_t*>(p)));
+  }
+  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return dot_bf16(sum, a, b); }
+};
+#endif
+
+using F32x4 = hn::FixedTag<float, 4>;
+using V4 = hn::Vec<F32x4>;
+
+// Sum of the 128-bit blocks of v, halves first.
+template <class D>
+HWY_INLINE V4 sum_blocks(D d, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(d) == 4) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return sum_blocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+
+// The sums of the lanes of four vectors. Each is added in the same order.
+HWY_INLINE V4 reduce4(VF a, VF b, VF c, VF d) {
+  const F32 f;
+  const hn::Repartition<double, F32> wide;
+  const VF ab = hn::Add(hn::InterleaveLower(f, a, b), hn::InterleaveUpper(f, a, b));
+  const VF cd = hn::Add(hn::InterleaveLower(f, c, d), hn::InterleaveUpper(f, c, d));
+  const auto low = hn::InterleaveLower(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  const auto high = hn::InterleaveUpper(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  return sum_blocks(f, hn::Add(hn::BitCast(f, low), hn::BitCast(f, high)));
+}
+
 // dst[i] = src[i] for i < n, and zeros up to the next multiple of kLanes.
 template <class T>
 HWY_INLINE void to_floats(const T* HWY_RESTRICT src, int64_t n, float* HWY_RESTRICT dst) {

@@ -1,5 +1,5 @@
-// LoRA with weights whose rows run along the sum, W: [outputs, K] (dispatch_bgmv, sgmv_shrink): dot products of rows of
-// x and rows of W, both dense along K.
+// LoRA of segments with weights whose rows run along the sum, W: [outputs, K] (sgmv_shrink): dot products of rows of x
+// and rows of W, both dense along K.
 //
 // Every dot product is computed in the same way, whatever tile it is part of: K is cut into blocks of kDotBlock; within
 // a block, lane i of one accumulator takes the elements i (or the pair i, where bfloat16 is native) of step after step,
@@ -23,68 +23,10 @@ HWY_BEFORE_NAMESPACE();
 namespace punica::cpu {
 namespace HWY_NAMESPACE {
 
-// One step of a dot product: kStep elements of either side.
-template <class T, bool kNative>
-struct DotStep {
-  static constexpr int64_t kStep = kLanes;
-  using Operand = VF;
-
-  static HWY_INLINE Operand load(const T* p) { return HWY_NAMESPACE::load(p); }
-  // The first n < kStep elements, zeros behind them. Reads up to kStep elements if these lie before `end`.
-  static HWY_INLINE Operand load_n(const T* p, int64_t n, const T* end) {
-    // The mask also drops what would be NaN times zero.
-    if (end - p >= kStep) return hn::IfThenElseZero(hn::FirstN(F32(), static_cast<size_t>(n)), load(p));
-    return HWY_NAMESPACE::load_n(p, n);
-  }
-  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return hn::MulAdd(a, b, sum); }
-};
-
-#if HWY_TARGET == HWY_AVX3
-template <>
-struct DotStep<bfloat16_t, true> {
-  static constexpr int64_t kStep = 2 * kLanes;
-  using Operand = VBF16;
-
-  static HWY_INLINE Operand load(const bfloat16_t* p) { return load_bf16(p); }
-  static HWY_INLINE Operand load_n(const bfloat16_t* p, int64_t n, const bfloat16_t*) {
-    const hn::ScalableTag<uint16_t> bits;
-    const auto first = hn::FirstN(bits, static_cast<size_t>(n));
-    return hn::BitCast(hn::ScalableTag<bfloat16_t>(),
-                       hn::MaskedLoad(first, bits, reinterpret_cast<const uint16_t*>(p)));
-  }
-  static HWY_INLINE VF dot(VF sum, Operand a, Operand b) { return dot_bf16(sum, a, b); }
-};
-#endif
-
 // Elements of K that one accumulator takes before its lanes are added: bounds the rounding error, and lets the weights
 // of a block stay in the L1 cache.
 template <bool kNative>
 inline constexpr int64_t kDotBlock = kNative ? 1024 : 512;
-
-using F32x4 = hn::FixedTag<float, 4>;
-using V4 = hn::Vec<F32x4>;
-
-// Sum of the 128-bit blocks of v, halves first.
-template <class D>
-HWY_INLINE V4 sum_blocks(D d, hn::Vec<D> v) {
-  if constexpr (hn::MaxLanes(d) == 4) {
-    return v;
-  } else {
-    const hn::Half<D> half;
-    return sum_blocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
-  }
-}
-
-// The sums of the lanes of four vectors. Each is added in the same order.
-HWY_INLINE V4 reduce4(VF a, VF b, VF c, VF d) {
-  const F32 f;
-  const hn::Repartition<double, F32> wide;
-  const VF ab = hn::Add(hn::InterleaveLower(f, a, b), hn::InterleaveUpper(f, a, b));
-  const VF cd = hn::Add(hn::InterleaveLower(f, c, d), hn::InterleaveUpper(f, c, d));
-  const auto low = hn::InterleaveLower(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
-  const auto high = hn::InterleaveUpper(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
-  return sum_blocks(f, hn::Add(hn::BitCast(f, low), hn::BitCast(f, high)));
-}
 
 // Outputs that a chunk of sums holds.
 inline constexpr int64_t kSumsChunk = kOutInOutputsPerTask;
@@ -129,28 +71,6 @@ HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, i
   }
 }
 
-template <class T, bool kNative>
-void run_bgmv(const BgmvParams& params, const BgmvSplit& split) {
-  const int64_t h_out = params.y.shape[1], h_in = params.x.shape[1];
-  const int64_t tasks_per_row = round_up(h_out, split.outputs_per_task) / split.outputs_per_task;
-  parallel_for(split.num_threads, params.y.shape[0] * tasks_per_row, [&](int64_t task) {
-    const int64_t b = task / tasks_per_row;
-    const int64_t index = params.indices.as<const int64_t>()[b];
-    if (index < 0 || index >= params.w_ptr.shape[0]) return;
-    const T* w = layer_weights<T>(params.w_ptr, index, params.layer_idx, h_out * h_in);
-    const T* x = params.x.as<const T>() + b * params.x.stride[0];
-    T* y = params.y.as<T>() + b * params.y.stride[0];
-    const int64_t first = task % tasks_per_row * split.outputs_per_task;
-    const int64_t last = std::min(first + split.outputs_per_task, h_out);
-    alignas(64) float sums[kSumsChunk];
-    for (int64_t i = first; i < last; i += kSumsChunk) {
-      const int64_t n = std::min(kSumsChunk, last - i);
-      dot_rows<T, kNative>(w, h_out, h_in, i, n, x, sums);
-      accumulate_row(y + i, sums, n, params.scale);
-    }
-  });
-}
-
 // Tokens of a tile: its accumulators and operands fit the registers.
 inline constexpr int64_t kDotTokens = kManyRegisters ? 4 : 2;
 
@@ -189,9 +109,12 @@ using Packed = std::conditional_t<kNative, T, float>;
 template <class T, bool kNative>
 HWY_INLINE void pack_row(const T* HWY_RESTRICT src, int64_t n, Packed<T, kNative>* HWY_RESTRICT dst) {
   if constexpr (kNative) {
-    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
-    const int64_t padded = round_up(n, DotStep<T, true>::kStep);
-    if (n < padded) std::memset(dst + n, 0, static_cast<size_t>(padded - n) * sizeof(T));
+    // A loop of vectors: short copies by memcpy cost more than they move.
+    using Step = DotStep<T, true>;
+    const hn::ScalableTag<T> d;
+    int64_t i = 0;
+    for (; i + Step::kStep <= n; i += Step::kStep) hn::StoreU(Step::load(src + i), d, dst + i);
+    if (i < n) hn::StoreU(Step::load_n(src + i, n - i, src + n), d, dst + i);
   } else {
     to_floats(src, n, dst);
   }
@@ -254,12 +177,6 @@ void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
   for (int64_t t = 0; t < task.num_tokens; ++t) {
     accumulate_row(y + t * y_stride, sums + t * kSumsChunk, task.num_outputs, 1.0f);
   }
-}
-
-template <class T, bool kBf16Isa>
-void bgmv(const BgmvParams& params, const BgmvSplit& split) {
-  PUNICA_RECORD_ISA(kBf16Isa);
-  run_bgmv<T, kNativeDot<T, kBf16Isa>>(params, split);
 }
 
 template <class T, bool kBf16Isa>

@@ -1,13 +1,15 @@
 // The LoRA kernels, compiled once for each instruction set: the tables of lora_kernels.h.
 //
-//   lora_dot-inl.h    weights whose rows run along the sum (dispatch_bgmv, sgmv_shrink)
-//   lora_outer-inl.h  weights whose rows run along the outputs (sgmv_cutlass)
+//   lora_bgmv-inl.h   dispatch_bgmv
+//   lora_dot-inl.h    sgmv_shrink: weights whose rows run along the sum
+//   lora_outer-inl.h  sgmv_cutlass: weights whose rows run along the outputs
 #include "src/cpu/lora_kernels.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/cpu/lora_kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "src/cpu/lora_bgmv-inl.h"
 #include "src/cpu/lora_dot-inl.h"
 #include "src/cpu/lora_outer-inl.h"
 
