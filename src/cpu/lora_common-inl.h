@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "src/cpu/bf16_dot-inl.h"
 #include "src/cpu/lora_kernels.h"
@@ -28,6 +29,14 @@ inline constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || HWY_TARGET == H
 
 template <class T, bool kBf16Isa>
 inline constexpr bool kNativeDot = kBf16Isa&& std::is_same_v<T, bfloat16_t>;
+
+inline constexpr int64_t kLineBytes = 64;
+
+// Brings n elements at p into the cache.
+template <class T>
+HWY_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLineBytes / static_cast<int64_t>(sizeof(T))) hwy::Prefetch(p + i);
+}
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

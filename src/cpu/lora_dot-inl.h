@@ -75,15 +75,18 @@ HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, i
 inline constexpr int64_t kDotTokens = kManyRegisters ? 4 : 2;
 
 // sums[m * kSumsChunk + i] += dot product of x[m] and row i of w, for all m < kDotTokens, i < 4. w is [4, k], k a
-// multiple of the step.
-template <class P, bool kNative>
-HWY_INLINE void dot_tile(const P* const* x, const P* HWY_RESTRICT w, int64_t k, float* HWY_RESTRICT sums) {
+// multiple of the step. Meanwhile k elements at each of next0, next1 are brought into the cache.
+template <class T, class P, bool kNative>
+HWY_INLINE void dot_tile(const P* const* x, const P* HWY_RESTRICT w, int64_t k, const T* next0, const T* next1,
+                         float* HWY_RESTRICT sums) {
   using Step = DotStep<P, kNative>;
   VF sum[kDotTokens][4];
   for (auto& row : sum) {
     for (VF& s : row) s = zero();
   }
   for (int64_t j = 0; j < k; j += Step::kStep) {
+    hwy::Prefetch(next0 + j);
+    hwy::Prefetch(next1 + j);
     const auto w0 = Step::load(w + j), w1 = Step::load(w + k + j);
     const auto w2 = Step::load(w + 2 * k + j), w3 = Step::load(w + 3 * k + j);
     for (int64_t m = 0; m < kDotTokens; ++m) {
@@ -155,7 +158,9 @@ void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
       const int64_t num_rows = std::min(kRows, task.num_outputs - i);
       for (int64_t r = 0; r < round_up(num_rows, 4); ++r) {
         const int64_t row = task.output + i + std::min(r, num_rows - 1);
-        pack_row<T, kNative>(w + row * d_in + begin, k, w_packed + r * k_padded);
+        const T* p = w + row * d_in + begin;
+        prefetch(p + d_in, k);
+        pack_row<T, kNative>(p, k, w_packed + r * k_padded);
       }
       for (int64_t t = 0; t < task.num_tokens; t += kDotTokens) {
         const P* tile_x[kDotTokens];
@@ -168,8 +173,16 @@ void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
             tile_x[m] = reinterpret_cast<const P*>(row);
           }
         }
+        // x comes from memory, in runs too short for the processor to guess the next one.
+        const bool last_tile = t + kDotTokens >= task.num_tokens;
+        const T* next_x = last_tile ? x + std::min(begin + kBlock, d_in - 1) : x + (t + kDotTokens) * x_stride + begin;
+        const int64_t next_rows = last_tile ? task.num_tokens : task.num_tokens - t - kDotTokens;
+        const int64_t per_tile = num_rows > 8 ? 1 : 2;
         for (int64_t r = 0; r < num_rows; r += 4) {
-          dot_tile<P, kNative>(tile_x, w_packed + r * k_padded, k_padded, sums + t * kSumsChunk + i + r);
+          const int64_t m = std::min(r / 4 * per_tile, next_rows - 1);
+          dot_tile<T, P, kNative>(tile_x, w_packed + r * k_padded, k_padded, next_x + m * x_stride,
+                                  next_x + std::min(m + per_tile - 1, next_rows - 1) * x_stride,
+                                  sums + t * kSumsChunk + i + r);
         }
       }
     }

@@ -28,7 +28,7 @@ inline constexpr int64_t kMaxTokensPerTask = 64;
 
 // sgmv_shrink and sgmv_cutlass cut the outputs at multiples of these numbers.
 inline constexpr int64_t kOutInOutputsPerTask = 64;
-inline constexpr int64_t kInOutOutputsPerTask = 256;
+inline constexpr int64_t kInOutOutputsPerTask = 512;
 
 // Indexed by DType: kFloat16, kBFloat16, kFloat32 are 0, 1, 2. The sizes of the params are positive.
 struct LoraKernels {

@@ -67,8 +67,10 @@ struct OuterTile {
 
   // out[m * out_stride + i] (+)= sum over j < k of x[m][j] * w[j][i], for m < kTokens, i < kOutputs.
   // w is packed: [ceil(k / kPair), kOutputs, kPair].
-  static HWY_INLINE void run(const P* const* x, const P* HWY_RESTRICT w, int64_t k, float* HWY_RESTRICT out,
-                             int64_t out_stride, bool accumulate) {
+  // Meanwhile k elements at each of next_x[m] are brought into the cache.
+  template <class T>
+  static HWY_INLINE void run(const P* const* x, const P* HWY_RESTRICT w, int64_t k, const T* const* next_x,
+                             float* HWY_RESTRICT out, int64_t out_stride, bool accumulate) {
     VF sum[kTokens][kVectors];
     for (auto& row : sum) {
       for (VF& s : row) s = zero();
@@ -84,7 +86,12 @@ struct OuterTile {
       }
     };
     int64_t j = 0;
-    for (; j + kPair <= k; j += kPair) step(j, [](const P* p) HWY_ATTR { return Step::broadcast_x(p); });
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    while (j + kPair <= k) {
+      for (int64_t m = 0; m < kTokens; ++m) hwy::Prefetch(next_x[m] + j);
+      const int64_t end = std::min(j + kLine, k / kPair * kPair);
+      for (; j < end; j += kPair) step(j, [](const P* p) HWY_ATTR { return Step::broadcast_x(p); });
+    }
     if constexpr (kPair == 2) {
       if (j < k) step(j, [](const P* p) HWY_ATTR { return Step::broadcast_last_x(p); });
     }
@@ -150,12 +157,18 @@ HWY_INLINE void sgmv_in_out_tiles(const SgmvParams& params, const SgmvTask& task
     const int64_t n = std::min(panel_outputs, task.output + task.num_outputs - i);
     for (int64_t begin = 0; begin < d_in; begin += kBlock) {
       const int64_t k = std::min(kBlock, d_in - begin);
-      pack_weights<Tile>(w + begin * d_out + i, d_out, k, n, packed);
+      const T* w_block = w + begin * d_out + i;
+      if (d_out > n) {
+        for (int64_t j = 0; j < k; ++j) prefetch(w_block + j * d_out, n);
+      }
+      pack_weights<Tile>(w_block, d_out, k, n, packed);
       for (int64_t t = 0; t < task.num_tokens; t += kTokens) {
         const P* tile_x[kTokens];
+        const T* next_x[kTokens];
         for (int64_t m = 0; m < kTokens; ++m) {
           // Tokens behind the last are the last again: computed, never stored to y.
           const T* row = x + std::min(t + m, task.num_tokens - 1) * x_stride + begin;
+          next_x[m] = x + std::min(t + m + kTokens, task.num_tokens - 1) * x_stride + begin;
           if constexpr (std::is_same_v<T, P>) {
             tile_x[m] = row;
           } else {
@@ -165,7 +178,12 @@ HWY_INLINE void sgmv_in_out_tiles(const SgmvParams& params, const SgmvTask& task
         }
         float* tile_sums = sums + (one_block ? 0 : t * sums_stride);
         for (int64_t c = 0; c < n; c += kOutputs) {
-          Tile::run(tile_x, packed + c * round_up(k, Tile::kPair), k, tile_sums + c, sums_stride, begin > 0);
+          if (one_block) {
+            for (int64_t m = kTokens; m < std::min(2 * kTokens, task.num_tokens - t); ++m) {
+              prefetch(y + (t + m) * y_stride + i + c, kOutputs);
+            }
+          }
+          Tile::run(tile_x, packed + c * round_up(k, Tile::kPair), k, next_x, tile_sums + c, sums_stride, begin > 0);
         }
         if (begin + kBlock < d_in) continue;
         for (int64_t m = 0; m < std::min(kTokens, task.num_tokens - t); ++m) {
