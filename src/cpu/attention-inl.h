@@ -1,0 +1,309 @@
+// The inner loops of attention: scores of a block of keys, its softmax, the weighted sum of its values. Included by
+// attention_kernels.cc once for each instruction set, after simd-inl.h and bf16_dot-inl.h.
+#include <type_traits>
+
+#include "src/cpu/attention_kernels.h"
+
+#if defined(PUNICA_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef PUNICA_CPU_ATTENTION_INL_H_
+#undef PUNICA_CPU_ATTENTION_INL_H_
+#else
+#define PUNICA_CPU_ATTENTION_INL_H_
+#endif
+
+#include "hwy/contrib/math/math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace punica::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+inline constexpr int64_t kPair = 2 * kLanes;
+
+// Rows that share the loads of keys and values. AVX2 has 16 registers, the others 32.
+inline constexpr int kRowTile = HWY_TARGET == HWY_AVX2 ? 2 : 4;
+
+// ---- Pairs of vectors: kPair elements, in an order of lanes that is the type's own, the same for load and store.
+
+template <class T>
+HWY_INLINE void load_pair(const T* p, VF& a, VF& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+// The even elements and the odd ones: cheaper than widening.
+HWY_INLINE void load_pair(const bfloat16_t* p, VF& a, VF& b) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, hn::LoadU(hn::ScalableTag<uint16_t>(), reinterpret_cast<const uint16_t*>(p)));
+  a = hn::BitCast(F32(), hn::ShiftLeft<16>(bits));
+  b = hn::BitCast(F32(), hn::And(bits, hn::Set(u, 0xFFFF0000u)));
+}
+
+template <class T>
+HWY_INLINE void store_pair(VF a, VF b, T* p) {
+  store(a, p);
+  store(b, p + kLanes);
+}
+HWY_INLINE void store_pair(VF a, VF b, bfloat16_t* p) {
+  alignas(64) bfloat16_t even[kLanes], odd[kLanes];
+  store(a, even);
+  store(b, odd);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    p[2 * i] = even[i];
+    p[2 * i + 1] = odd[i];
+  }
+}
+
+// ---- Scores: dot products of queries and keys.
+
+// Four vectors become one: in each 128-bit block, lane i is the sum of that block of vector i.
+HWY_INLINE VF sum_blocks(VF v0, VF v1, VF v2, VF v3) {
+  const F32 d;
+  const hn::Repartition<uint64_t, F32> d64;
+  const auto t0 = hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, v0, v1), hn::InterleaveUpper(d, v0, v1)));
+  const auto t1 = hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, v2, v3), hn::InterleaveUpper(d, v2, v3)));
+  return hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, t0, t1)), hn::BitCast(d, hn::InterleaveUpper(d64, t0, t1)));
+}
+
+// Sums over the blocks of each vector; block i of the result is that of vector i.
+HWY_INLINE VF sum_across_blocks(const float* v) {
+  const F32 d;
+#if HWY_MAX_BYTES == 16
+  return hn::Load(d, v);
+#else
+  const VF v0 = hn::Load(d, v), v1 = hn::Load(d, v + kLanes);
+#if HWY_MAX_BYTES == 32
+  return hn::Add(hn::ConcatLowerLower(d, v1, v0), hn::ConcatUpperUpper(d, v1, v0));
+#else
+  const VF v2 = hn::Load(d, v + 2 * kLanes), v3 = hn::Load(d, v + 3 * kLanes);
+  const VF even = hn::Add(hn::ConcatLowerLower(d, v2, v0), hn::ConcatUpperUpper(d, v2, v0));
+  const VF odd = hn::Add(hn::ConcatLowerLower(d, v3, v1), hn::ConcatUpperUpper(d, v3, v1));
+  return hn::Add(hn::OddEvenBlocks(odd, even), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(even, odd)));
+#endif
+#endif
+}
+
+// Asks for the bytes of a row ahead of its use. Pages lie anywhere: the hardware cannot know which comes next.
+HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
+// scores[m * kBlockTokens + j] = q[m] . keys[j] for kRows rows of q (q_stride apart) and the keys [begin, end) of the
+// block, widened to whole vectors of keys. Rows are padded to a multiple of kPair with zeros. KT is the type of the
+// keys; q is float32 in load_pair's order of KT, or bfloat16 where kNative. Prefetches next[j] if there is one.
+template <class KT, bool kNative, int kRows>
+HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* keys, int64_t padded_dim, int64_t begin,
+                              int64_t end, const KT* const* next, float* scores) {
+  alignas(64) float partial[kRows][kLanes / 4][kLanes];
+  for (int64_t group = begin / kLanes * kLanes; group < end; group += kLanes) {
+    HWY_UNROLL(1)
+    for (int64_t j = 0; j < kLanes / 4; ++j) {
+      const KT* const* k = keys + group + 4 * j;
+      const KT *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
+      if (next != nullptr) {
+        for (int64_t i = 0; i < 4; ++i) prefetch_row(next[group + 4 * j + i], padded_dim * int64_t{sizeof(KT)});
+      }
+      VF sum[kRows][4];
+      for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = zero();
+      HWY_UNROLL(1)
+      for (int64_t d = 0; d < padded_dim; d += kPair) {
+        if constexpr (kNative) {
+#if HWY_TARGET == HWY_AVX3
+          const auto x0 = load_bf16(k0 + d), x1 = load_bf16(k1 + d), x2 = load_bf16(k2 + d), x3 = load_bf16(k3 + d);
+          for (int m = 0; m < kRows; ++m) {
+            const auto y = load_bf16(static_cast<const bfloat16_t*>(q) + m * q_stride + d);
+            sum[m][0] = dot_bf16(sum[m][0], x0, y);
+            sum[m][1] = dot_bf16(sum[m][1], x1, y);
+            sum[m][2] = dot_bf16(sum[m][2], x2, y);
+            sum[m][3] = dot_bf16(sum[m][3], x3, y);
+          }
+#endif
+        } else {
+          const float* y = static_cast<const float*>(q) + d;
+          VF a, b;
+          load_pair(k0 + d, a, b);
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][0] = hn::MulAdd(a, load(y + m * q_stride), sum[m][0]);
+            sum[m][0] = hn::MulAdd(b, load(y + m * q_stride + kLanes), sum[m][0]);
+          }
+          load_pair(k1 + d, a, b);
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][1] = hn::MulAdd(a, load(y + m * q_stride), sum[m][1]);
+            sum[m][1] = hn::MulAdd(b, load(y + m * q_stride + kLanes), sum[m][1]);
+          }
+          load_pair(k2 + d, a, b);
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][2] = hn::MulAdd(a, load(y + m * q_stride), sum[m][2]);
+            sum[m][2] = hn::MulAdd(b, load(y + m * q_stride + kLanes), sum[m][2]);
+          }
+          load_pair(k3 + d, a, b);
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][3] = hn::MulAdd(a, load(y + m * q_stride), sum[m][3]);
+            sum[m][3] = hn::MulAdd(b, load(y + m * q_stride + kLanes), sum[m][3]);
+          }
+        }
+      }
+      for (int m = 0; m < kRows; ++m) {
+        hn::Store(sum_blocks(sum[m][0], sum[m][1], sum[m][2], sum[m][3]), F32(), partial[m][j]);
+      }
+    }
+    for (int m = 0; m < kRows; ++m) {
+      hn::Store(sum_across_blocks(partial[m][0]), F32(), scores + m * kBlockTokens + group);
+    }
+  }
+}
+
+// ---- Softmax.
+
+// 2^x for x <= 0, zero below -126 (where float32 ends); NaN stays NaN. 2^f - 1 = f * polynomial(f) on [-0.5, 0.5] has
+// a relative error of 1.6e-8 (least squares reweighted to the minimax solution), so rounding decides: 2 ulp.
+HWY_INLINE VF exp2_negative(VF x) {
+  const F32 d;
+  const hn::RebindToSigned<F32> i;
+  const VF n = hn::Round(x);
+  const VF f = hn::Sub(x, n);
+  VF p = hn::Set(d, 0x1.41fbbcp-13f);
+  p = hn::MulAdd(p, f, hn::Set(d, 0x1.5f3e52p-10f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0x1.3b2d4cp-7f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0x1.c6aee8p-5f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0x1.ebfbdcp-3f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0x1.62e43p-1f));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+  const VF power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(i, n), hn::Set(i, 127))));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), hn::Mul(p, power));
+}
+
+// One number, by the same arithmetic.
+HWY_INLINE float exp2_negative(float x) { return hn::GetLane(exp2_negative(broadcast(x))); }
+
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// From q . k to the exponent of 2 in the softmax.
+struct ScoreMap {
+  float scale;      // without a cap: sm_scale / ln 2; with one: sm_scale / cap
+  float cap = 0.0;  // the cap / ln 2, or 0
+};
+
+// The state of the online softmax of one row: sum_j 2^(s_j - max) v_j in sum, and without v in denominator. -inf and
+// zeros before the first key.
+struct SoftmaxRow {
+  float max;
+  float denominator;
+  float* sum;
+};
+
+// What a maximum subtracts: all scores may be -inf, and -inf - -inf is not a number.
+HWY_INLINE float finite_or_zero(float max) { return max == kMinusInfinity ? 0.0f : max; }
+
+// Takes the keys [begin, end) of a block into a row: scores (q . k) become weights 2^(score - max), all others zero.
+// Only this row's keys decide whether the maximum moves.
+HWY_NOINLINE void softmax_block(float* scores, int64_t begin, int64_t end, const ScoreMap& map, int64_t padded_dim,
+                                SoftmaxRow& row) {
+  const F32 d;
+  const hn::RebindToSigned<F32> i;
+  const int64_t first = begin / kLanes * kLanes;
+  const auto begin_lane = hn::Set(i, static_cast<int32_t>(begin)), end_lane = hn::Set(i, static_cast<int32_t>(end));
+  VF top = hn::Set(d, kMinusInfinity);
+  for (int64_t j = first; j < end; j += kLanes) {
+    VF s = hn::Mul(load(scores + j), hn::Set(d, map.scale));
+    if (map.cap > 0) s = hn::Mul(hn::Tanh(d, s), hn::Set(d, map.cap));
+    const auto lane = hn::Iota(i, static_cast<int32_t>(j));
+    const auto unseen = hn::Or(hn::Lt(lane, begin_lane), hn::Not(hn::Lt(lane, end_lane)));
+    s = hn::IfThenElse(hn::RebindMask(d, unseen), hn::Set(d, kMinusInfinity), s);
+    store(s, scores + j);
+    top = hn::Max(top, s);
+  }
+  const float block_max = hn::GetLane(hn::MaxOfLanes(d, top));
+  float decay = 1.0f;
+  if (block_max > row.max) {
+    if (row.denominator != 0.0f) {
+      decay = exp2_negative(row.max - block_max);
+      for (int64_t e = 0; e < padded_dim; e += kLanes) {
+        store(hn::Mul(load(row.sum + e), broadcast(decay)), row.sum + e);
+      }
+    }
+    row.max = block_max;
+  }
+  const VF max = broadcast(finite_or_zero(row.max));
+  VF total = zero();
+  for (int64_t j = first; j < end; j += kLanes) {
+    const VF p = exp2_negative(hn::Sub(load(scores + j), max));
+    store(p, scores + j);
+    total = hn::Add(total, p);
+  }
+  row.denominator = hn::GetLane(hn::MulAdd(broadcast(row.denominator), broadcast(decay), hn::SumOfLanes(d, total)));
+}
+
+// Adds the partial result of later keys. One that saw nothing changes no bit.
+HWY_NOINLINE void merge_rows(SoftmaxRow& row, const SoftmaxRow& later, int64_t padded_dim) {
+  if (later.denominator == 0.0f) return;
+  if (row.denominator == 0.0f) {
+    row.max = later.max;
+    row.denominator = later.denominator;
+    for (int64_t e = 0; e < padded_dim; e += kLanes) store(load(later.sum + e), row.sum + e);
+    return;
+  }
+  const float max = later.max > row.max ? later.max : row.max;
+  const VF row_decay = exp2_negative(broadcast(row.max - finite_or_zero(max)));
+  const VF later_decay = exp2_negative(broadcast(later.max - finite_or_zero(max)));
+  row.max = max;
+  row.denominator = hn::GetLane(
+      hn::MulAdd(broadcast(later.denominator), later_decay, hn::Mul(broadcast(row.denominator), row_decay)));
+  for (int64_t e = 0; e < padded_dim; e += kLanes) {
+    store(hn::MulAdd(load(later.sum + e), later_decay, hn::Mul(load(row.sum + e), row_decay)), row.sum + e);
+  }
+}
+
+// ---- Values.
+
+// sums[m] += sum_j weights[m * kBlockTokens + j] * values[j] over the keys [begin, end) in ascending order, for kPairs
+// pairs of vectors from element d on.
+template <class T, int kRows, int kPairs>
+HWY_INLINE void add_values_slab(const float* weights, const T* const* values, int64_t d, int64_t begin, int64_t end,
+                                const T* const* next, int64_t row_bytes, float* sums, int64_t sum_stride) {
+  VF sum[kRows][2 * kPairs];
+  for (int m = 0; m < kRows; ++m) {
+    for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = load(sums + m * sum_stride + d + i * kLanes);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    const T* v = values[j] + d;
+    if (next != nullptr) prefetch_row(next[j], row_bytes);
+    VF w[kRows];
+    for (int m = 0; m < kRows; ++m) w[m] = broadcast(weights[m * kBlockTokens + j]);
+    for (int i = 0; i < kPairs; ++i) {
+      VF a, b;
+      load_pair(v + i * kPair, a, b);
+      for (int m = 0; m < kRows; ++m) {
+        sum[m][2 * i] = hn::MulAdd(w[m], a, sum[m][2 * i]);
+        sum[m][2 * i + 1] = hn::MulAdd(w[m], b, sum[m][2 * i + 1]);
+      }
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int i = 0; i < 2 * kPairs; ++i) store(sum[m][i], sums + m * sum_stride + d + i * kLanes);
+  }
+}
+
+template <class T, int kRows>
+HWY_NOINLINE void add_values(const float* weights, const T* const* values, int64_t padded_dim, int64_t begin,
+                             int64_t end, const T* const* next, float* sums, int64_t sum_stride) {
+  const int64_t row_bytes = padded_dim * int64_t{sizeof(T)};
+  int64_t d = 0;
+  const auto add = [&](auto pairs) HWY_ATTR {
+    constexpr int kPairs = decltype(pairs)::value;
+    for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
+      add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, next, row_bytes, sums, sum_stride);
+      next = nullptr;
+    }
+  };
+  // Enough sums in flight to hide the latency of a multiply-add, few enough for the registers.
+  if constexpr (kRows == 1) add(std::integral_constant<int, 4>());
+  add(std::integral_constant<int, 2>());
+  add(std::integral_constant<int, 1>());
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace punica::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // PUNICA_CPU_ATTENTION_INL_H_

@@ -1,0 +1,440 @@
+// Attention over the paged cache: what one task does. The inner loops are in attention-inl.h.
+#include "src/cpu/attention_kernels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "src/cpu/parallel.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/cpu/attention_kernels.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "src/cpu/simd-inl.h"
+//
+#include "src/cpu/bf16_dot-inl.h"
+//
+#include "src/cpu/attention-inl.h"
+//
+#include "src/cpu/rope-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace punica::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+// Rows of q that one task computes: pairs (query, head of the group) of one KV head, in that order.
+struct TileRows {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t count;
+  KeyRange keys;                 // of all rows together
+  KeyRange row_keys[kTileRows];  // what each sees
+  int64_t query[kTileRows];      // row of q and o
+  int64_t head[kTileRows];       // of q and o
+  int64_t position[kTileRows];   // of the query in its sequence
+};
+
+TileRows tile_rows(const AttentionPlan& plan, int64_t sequence, int64_t kv_head, int64_t tile) {
+  const int64_t q_len = plan.num_queries(sequence), group_size = plan.group_size();
+  const int64_t kv_len = plan.params->kv.sequence(sequence).kv_len;
+  TileRows rows;
+  rows.sequence = sequence;
+  rows.kv_head = kv_head;
+  rows.count = std::min(kTileRows, q_len * group_size - tile * kTileRows);
+  rows.keys = {0, 0};
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t query = (tile * kTileRows + r) / group_size;
+    rows.query[r] = plan.row_begin(sequence) + query;
+    rows.head[r] = kv_head * group_size + (tile * kTileRows + r) % group_size;
+    rows.position[r] = kv_len - q_len + query;
+    const KeyRange keys = plan.keys_of(rows.position[r]);
+    rows.row_keys[r] = keys;
+    if (keys.empty()) continue;
+    if (rows.keys.empty()) rows.keys = keys;
+    rows.keys = {std::min(rows.keys.begin, keys.begin), std::max(rows.keys.end, keys.end)};
+  }
+  return rows;
+}
+
+// Works through the keys of one tile. KT is the type of the keys as they enter the dot products: T, or float32 once
+// they are rotated. Lives on the stack of the thread, 300 KiB at most; what a call does not need is not touched.
+template <class T, class KT, bool kNative>
+class TileAttention {
+ public:
+  TileAttention(const AttentionPlan& plan, const Rope* rope, const TileRows& rows)
+      : plan_(plan),
+        params_(*plan.params),
+        rope_(rope),
+        rows_(rows),
+        head_dim_(plan.head_dim()),
+        padded_dim_((head_dim_ + kPair - 1) / kPair * kPair),
+        key_stride_(rope == nullptr ? padded_dim_ : padded_dim_ + kLanes),
+        sequence_(params_.kv.sequence(rows.sequence)) {
+    constexpr double kLog2E = 1.442695040888963407360;
+    const double scale = params_.sm_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim_)));
+    const double cap = params_.logits_soft_cap;
+    map_ = cap > 0 ? ScoreMap{static_cast<float>(scale / cap), static_cast<float>(cap * kLog2E)}
+                   : ScoreMap{static_cast<float>(scale * kLog2E)};
+    const PageShape shape = params_.kv.page_shape(head_dim_);
+    key_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kKey, rows.kv_head);
+    value_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kValue, rows.kv_head) - key_offset_;
+    load_queries();
+  }
+
+  // Partial results of all rows over the keys of the tile in [begin, end), whole splits or one, merged in order.
+  void attend(int64_t begin_split, int64_t end_split) {
+    for (int64_t split = begin_split; split < end_split; ++split) {
+      SoftmaxRow* row = split == begin_split ? total_ : part_;
+      float* sums = split == begin_split ? total_sums_ : part_sums_;
+      for (int64_t r = 0; r < rows_.count; ++r) {
+        row[r] = {kMinusInfinity, 0.0f, sums + r * padded_dim_};
+        std::memset(row[r].sum, 0, static_cast<size_t>(padded_dim_) * sizeof(float));
+      }
+      attend_split(split * kSplitTokens, row, sums);
+      if (split == begin_split) continue;
+      for (int64_t r = 0; r < rows_.count; ++r) merge_rows(total_[r], part_[r], padded_dim_);
+    }
+  }
+
+  // Writes partial results where a later task finds them: row r at partials + head * partial_stride.
+  void save(float* partials) const {
+    const int64_t stride = partial_stride(head_dim_);
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      float* to = partials + rows_.head[r] * stride;
+      std::memcpy(to, total_[r].sum, static_cast<size_t>(padded_dim_) * sizeof(float));
+      to[stride - 2] = total_[r].max;
+      to[stride - 1] = total_[r].denominator;
+    }
+  }
+
+  // The saved partial results of `count` splits, split_stride apart, merged in order.
+  void restore(float* partials, int64_t split_stride, int64_t count) {
+    const int64_t stride = partial_stride(head_dim_);
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      for (int64_t split = 0; split < count; ++split) {
+        float* from = partials + split * split_stride + rows_.head[r] * stride;
+        const SoftmaxRow row = {from[stride - 2], from[stride - 1], from};
+        if (split == 0) {
+          total_[r] = row;
+        } else {
+          merge_rows(total_[r], row, padded_dim_);
+        }
+      }
+    }
+  }
+
+  // Rounds and writes o and lse.
+  void finish() const {
+    const TensorView &o = params_.o, &lse = params_.lse;
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      T* to = o.as<T>() + rows_.query[r] * o.stride[0] + rows_.head[r] * o.stride[1];
+      float log_sum = kMinusInfinity;
+      if (rows_.row_keys[r].empty()) {
+        std::memset(to, 0, static_cast<size_t>(head_dim_) * sizeof(T));
+      } else {
+        alignas(64) T row[kMaxHeadDim];
+        const VF denominator = broadcast(total_[r].denominator);
+        for (int64_t d = 0; d < padded_dim_; d += kPair) {
+          store_pair(hn::Div(load(total_[r].sum + d), denominator),
+                     hn::Div(load(total_[r].sum + d + kLanes), denominator), row + d);
+        }
+        std::memcpy(to, row, static_cast<size_t>(head_dim_) * sizeof(T));
+        log_sum = total_[r].max + std::log2(total_[r].denominator);
+      }
+      if (lse.has_value()) {
+        lse.as<float>()[rows_.query[r] * lse.stride[0] + rows_.head[r] * lse.stride[1]] = log_sum;
+      }
+    }
+  }
+
+ private:
+  // q of every row, in the form that score_block takes.
+  void load_queries() {
+    Rotation rotation;
+    int64_t rotation_group = -1;
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      const T* q = params_.q.as<const T>() + rows_.query[r] * params_.q.stride[0] + rows_.head[r] * params_.q.stride[1];
+      alignas(64) T row[kMaxHeadDim] = {};
+      std::memcpy(row, q, static_cast<size_t>(head_dim_) * sizeof(T));
+      if constexpr (kNative) {
+        std::memcpy(native_queries() + r * padded_dim_, row, static_cast<size_t>(padded_dim_) * sizeof(T));
+        continue;
+      }
+      float* to = queries_ + r * padded_dim_;
+      if (rope_ != nullptr) {
+        alignas(64) float rotated[kMaxHeadDim + kLanes];
+        const int64_t position = std::max<int64_t>(rows_.position[r], 0);
+        if (position / kRopeGroup != rotation_group) {
+          rotation_group = position / kRopeGroup;
+          rope_->group_rotation(position, rotation);
+        }
+        rope_->rotate(row, position, rotation, rotated);
+        std::fill(rotated + head_dim_, rotated + padded_dim_, 0.0f);
+        std::memcpy(to, rotated, static_cast<size_t>(padded_dim_) * sizeof(float));
+        continue;
+      }
+      for (int64_t d = 0; d < padded_dim_; d += kPair) {
+        VF a, b;
+        load_pair(row + d, a, b);
+        store(a, to + d);
+        store(b, to + d + kLanes);
+      }
+    }
+  }
+  bfloat16_t* native_queries() { return reinterpret_cast<bfloat16_t*>(queries_); }
+
+  // Where keys and values of a block lie, of the keys that the tile sees. The places of all others repeat
+  // one that is seen: score_block takes whole vectors of keys.
+  struct BlockRows {
+    const T* keys[kBlockTokens];
+    const T* values[kBlockTokens];
+    KeyRange seen;  // in the block
+  };
+
+  void find_block(int64_t block, int64_t split_end, BlockRows& rows) const {
+    const int64_t begin = std::max(block, rows_.keys.begin);
+    const int64_t end = std::min({block + kBlockTokens, rows_.keys.end, split_end});
+    rows.seen = {begin - block, end - block};
+    if (rows.seen.empty()) return;
+    const int64_t* kv_ptrs = params_.kv.kv_ptrs.template as<const int64_t>() + sequence_.first_page;
+    TokenPlace place = token_place(begin, params_.kv.page_size);
+    for (int64_t j = rows.seen.begin; j < rows.seen.end;) {
+      const T* key = reinterpret_cast<const T*>(kv_ptrs[place.page]) + key_offset_ + place.slot * head_dim_;
+      const int64_t run_end = std::min(rows.seen.end, j + params_.kv.page_size - place.slot);
+      for (; j < run_end; ++j, key += head_dim_) {
+        rows.keys[j] = key;
+        rows.values[j] = key + value_offset_;
+      }
+      place = {place.page + 1, 0};
+    }
+    fill_unseen(rows.seen, rows.keys);
+    fill_unseen(rows.seen, rows.values);
+  }
+
+  template <class Row>
+  static void fill_unseen(KeyRange seen, Row* rows) {
+    std::fill(rows, rows + seen.begin, rows[seen.begin]);
+    std::fill(rows + seen.end, rows + kBlockTokens, rows[seen.begin]);
+  }
+
+  void attend_split(int64_t begin, SoftmaxRow* row, float* sums) {
+    const int64_t split_end = begin + kSplitTokens;
+    const int64_t first = std::max(begin, rows_.keys.begin / kBlockTokens * kBlockTokens);
+    const int64_t end = std::min(split_end, rows_.keys.end);
+    BlockRows blocks[2];
+    int current = 0;
+    if (first < end) find_block(first, split_end, blocks[0]);
+    for (int64_t block = first; block < end; block += kBlockTokens, current ^= 1) {
+      BlockRows& next = blocks[current ^ 1];
+      const bool is_last = block + kBlockTokens >= end;
+      if (!is_last) find_block(block + kBlockTokens, split_end, next);
+      attend_block(block, blocks[current], is_last ? nullptr : &next, row, sums);
+    }
+  }
+
+  void attend_block(int64_t block, const BlockRows& source, const BlockRows* next, SoftmaxRow* row, float* sums) {
+    const KT* packed_keys[kBlockTokens];
+    const T* packed_values[kBlockTokens];
+    const KT* const* keys = packed_keys;
+    const T* const* values = source.values;
+    if constexpr (std::is_same_v<T, KT>) keys = source.keys;
+    if (rope_ != nullptr) {
+      rotate_keys(block, source, packed_keys);
+      keys = packed_keys;
+    } else if (head_dim_ != padded_dim_) {
+      if constexpr (std::is_same_v<T, KT>) pack(source.keys, source.seen, key_scratch_, packed_keys);
+      keys = packed_keys;
+    }
+    if (head_dim_ != padded_dim_) {
+      pack(source.values, source.seen, value_scratch_, packed_values);
+      values = packed_values;
+    }
+    const T* const* next_keys = next == nullptr ? nullptr : next->keys;
+    const T* const* next_values = next == nullptr ? nullptr : next->values;
+    for (int64_t r = 0; r < rows_.count;) {
+      const int64_t left = rows_.count - r;
+      const auto run = [&](auto count) {
+        attend_rows<decltype(count)::value>(block, r, keys, values, next_keys, next_values, row, sums);
+        r += decltype(count)::value;
+      };
+      if (kRowTile == 4 && left >= 4) {
+        run(std::integral_constant<int, kRowTile>());
+      } else if (left >= 2) {
+        run(std::integral_constant<int, 2>());
+      } else {
+        run(std::integral_constant<int, 1>());
+      }
+      next_keys = next_values = nullptr;
+    }
+  }
+
+  // kRows rows from r on, which may see different parts of the block.
+  template <int kRows>
+  void attend_rows(int64_t block, int64_t r, const KT* const* keys, const T* const* values, const T* const* next_keys,
+                   const T* const* next_values, SoftmaxRow* row, float* sums) {
+    alignas(64) float scores[kRows * kBlockTokens];
+    KeyRange seen[kRows];
+    KeyRange some = {kBlockTokens, 0}, all = {0, kBlockTokens};
+    for (int m = 0; m < kRows; ++m) {
+      const KeyRange& range = rows_.row_keys[r + m];
+      seen[m] = {std::max<int64_t>(range.begin - block, 0), std::min(range.end - block, kBlockTokens)};
+      all = {std::max(all.begin, seen[m].begin), std::min(all.end, seen[m].end)};
+      if (!seen[m].empty()) some = {std::min(some.begin, seen[m].begin), std::max(some.end, seen[m].end)};
+    }
+    if (some.empty()) return;
+    const KT* const* next = nullptr;
+    if constexpr (std::is_same_v<T, KT>) next = next_keys;
+    if constexpr (kNative) {
+      score_block<KT, true, kRows>(native_queries() + r * padded_dim_, padded_dim_, keys, padded_dim_, some.begin,
+                                   some.end, next, scores);
+    } else {
+      score_block<KT, false, kRows>(queries_ + r * padded_dim_, padded_dim_, keys, padded_dim_, some.begin, some.end,
+                                    next, scores);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      if (seen[m].empty()) continue;
+      softmax_block(scores + m * kBlockTokens, seen[m].begin, seen[m].end, map_, padded_dim_, row[r + m]);
+    }
+    // A value that a row does not see may be infinite, so its weight of zero is not enough: a row alone takes the keys
+    // that the others do not see. Every row adds its keys in ascending order either way.
+    if (all.empty()) all = {kBlockTokens, kBlockTokens};
+    float* sum = sums + r * padded_dim_;
+    for (int m = 0; m < kRows; ++m) {
+      add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, seen[m].begin, std::min(seen[m].end, all.begin),
+                       nullptr, sum + m * padded_dim_, padded_dim_);
+    }
+    add_values<T, kRows>(scores, values, padded_dim_, all.begin, all.end, next_values, sum, padded_dim_);
+    for (int m = 0; m < kRows; ++m) {
+      add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, std::max(seen[m].begin, all.end), seen[m].end,
+                       nullptr, sum + m * padded_dim_, padded_dim_);
+    }
+  }
+
+  // Copies rows whose length is not whole pairs of vectors, with zeros behind.
+  template <class Row>
+  void pack(const T* const* source, KeyRange seen, Row* scratch, const Row** rows) const {
+    for (int64_t j = seen.begin; j < seen.end; ++j) {
+      Row* to = scratch + j * padded_dim_;
+      std::memcpy(to, source[j], static_cast<size_t>(head_dim_) * sizeof(T));
+      std::memset(to + head_dim_, 0, static_cast<size_t>(padded_dim_ - head_dim_) * sizeof(T));
+      rows[j] = to;
+    }
+    fill_unseen(seen, rows);
+  }
+
+  void rotate_keys(int64_t block, const BlockRows& source, const KT** rows) {
+    if constexpr (std::is_same_v<KT, float>) {
+      Rotation rotation;
+      for (int64_t j = source.seen.begin; j < source.seen.end; ++j) {
+        const int64_t position = block + j;
+        if (j == source.seen.begin || position % kRopeGroup == 0) rope_->group_rotation(position, rotation);
+        float* to = key_scratch_ + j * key_stride_;
+        rope_->rotate(source.keys[j], position, rotation, to);
+        std::fill(to + head_dim_, to + padded_dim_, 0.0f);
+        rows[j] = to;
+      }
+      fill_unseen(source.seen, rows);
+    }
+  }
+
+  const AttentionPlan& plan_;
+  const AttentionParams& params_;
+  const Rope* rope_;
+  const TileRows& rows_;
+  const int64_t head_dim_;
+  const int64_t padded_dim_;  // whole pairs of vectors
+  const int64_t key_stride_;
+  const SequencePages sequence_;
+  ScoreMap map_;
+  int64_t key_offset_, value_offset_;  // elements: from a page to the keys of the head, from these to the values
+
+  SoftmaxRow total_[kTileRows], part_[kTileRows];
+  alignas(64) float queries_[kTileRows * kMaxHeadDim];
+  alignas(64) float total_sums_[kTileRows * kMaxHeadDim];
+  alignas(64) float part_sums_[kTileRows * kMaxHeadDim];
+  alignas(64) KT key_scratch_[kBlockTokens * (kMaxHeadDim + kLanes)];
+  alignas(64) T value_scratch_[kBlockTokens * kMaxHeadDim];
+};
+
+template <class T, class KT, bool kNative>
+void run_task(const AttentionPlan& plan, const Rope* rope, int64_t task) {
+  const int64_t num_sequences = plan.params->kv.num_sequences();
+  const int64_t sequence =
+      std::upper_bound(plan.first_task, plan.first_task + num_sequences + 1, task) - plan.first_task - 1;
+  const int64_t q_len = plan.num_queries(sequence), tiles = plan.tiles(q_len);
+  const int64_t local = task - plan.first_task[sequence];
+  if (plan.partials == nullptr) {
+    // Late tiles see the most keys: they start first.
+    const TileRows rows = tile_rows(plan, sequence, local / tiles, tiles - 1 - local % tiles);
+    TileAttention<T, KT, kNative> attention(plan, rope, rows);
+    if (!rows.keys.empty()) {
+      attention.attend(rows.keys.begin / kSplitTokens, (rows.keys.end + kSplitTokens - 1) / kSplitTokens);
+    }
+    attention.finish();
+    return;
+  }
+  // Decode: the tasks of a sequence are [N, tiles, splits]; a sequence without keys has one "split" that is empty.
+  const KeyRange splits = plan.splits_of(plan.params->kv.sequence(sequence).kv_len - 1);
+  const int64_t count = std::max<int64_t>(1, splits.end - splits.begin);
+  const int64_t split = local % count, tile = local / count % tiles, kv_head = local / count / tiles;
+  const TileRows rows = tile_rows(plan, sequence, kv_head, tile);
+  TileAttention<T, KT, kNative> attention(plan, rope, rows);
+  if (!splits.empty()) attention.attend(splits.begin + split, splits.begin + split + 1);
+  if (count > 1) {
+    const int64_t split_stride = plan.num_heads() * partial_stride(plan.head_dim());
+    float* partials = plan.partials + plan.first_task[sequence] / (plan.num_kv_heads() * tiles) * split_stride;
+    attention.save(partials + split * split_stride);
+    int32_t& pending = plan.pending[(sequence * plan.num_kv_heads() + kv_head) * tiles + tile];
+    if (std::atomic_ref<int32_t>(pending).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    attention.restore(partials, split_stride, count);
+  }
+  attention.finish();
+}
+
+template <class T, class KT, bool kNative>
+void run_tasks(const AttentionPlan& plan, const Rope* rope, int num_threads) {
+  parallel_for(num_threads, plan.first_task[plan.params->kv.num_sequences()],
+               [&](int64_t task) { run_task<T, KT, kNative>(plan, rope, task); });
+}
+
+template <class T, bool kNativeBf16>
+void run(const AttentionPlan& plan, int num_threads) {
+  PUNICA_RECORD_ISA(kNativeBf16);
+  constexpr bool kNative = kNativeBf16 && std::is_same_v<T, bfloat16_t>;
+  if (plan.params->rope_theta) {
+    const Rope rope(*plan.params);
+    run_tasks<T, float, false>(plan, &rope, num_threads);
+  } else {
+    run_tasks<T, T, kNative>(plan, nullptr, num_threads);
+  }
+}
+
+template <bool kNativeBf16>
+const AttentionKernels* table() {
+  static constexpr AttentionKernels kernels = {run<float16_t, kNativeBf16>, run<bfloat16_t, kNativeBf16>,
+                                               run<float, kNativeBf16>};
+  return &kernels;
+}
+
+const AttentionKernels* kernels() { return table<false>(); }
+#if HWY_TARGET == HWY_AVX3
+const AttentionKernels* kernels_bf16() { return table<true>(); }
+#endif
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace punica::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace punica::cpu {
+
+const AttentionKernels* attention_kernels(Isa isa) { return PUNICA_SELECT_KERNELS(isa); }
+
+}  // namespace punica::cpu
+#endif  // HWY_ONCE
