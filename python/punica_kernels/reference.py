@@ -58,7 +58,16 @@ class _Sequence:
         return kv[0], kv[1]
 
 
-def _sequences(kv_ptrs, kv_indptr, last_page_offset, layer_idx, num_kv_heads, page_size, head_dim, dtype):
+def _sequences(
+    kv_ptrs: Tensor,
+    kv_indptr: Tensor,
+    last_page_offset: Tensor,
+    layer_idx: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> Iterator[_Sequence]:
     """One _Sequence a batch entry. A page is one block [L, 2, N, P, D]; only the bytes of this layer are looked at."""
     shape = (2, num_kv_heads, page_size, head_dim)
     layer_offset = layer_idx * math.prod(shape) * dtype.itemsize

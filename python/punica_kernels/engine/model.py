@@ -93,7 +93,7 @@ class Llama:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [B, vocab] of the last row of each sequence. Keys and values of all rows go into their pages."""
+        """Logits [B, vocab] of each sequence's last row, float32. Keys and values of all rows go into their pages."""
         config, pages = self.config, batch.pages
         num_q, num_kv = config.num_heads, config.num_kv_heads
         q_size, kv_size = num_q * config.head_dim, num_kv * config.head_dim
@@ -140,7 +140,7 @@ class Llama:
             residual, delta = residual[last], delta[last]
         hidden = torch.empty_like(residual)
         pk.rms_norm(hidden, delta, self.norm, config.rms_norm_eps, residual=residual)
-        return F.linear(hidden, self.lm_head)
+        return F.linear(hidden, self.lm_head).float()
 
 
 def rope_table(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -41,10 +41,10 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(params.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token, from logits [vocab] of any floating type on any device."""
+        """The next token, from logits [vocab] in float32 on any device."""
         if self.params.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.float().cpu() / self.params.temperature
+        scaled = logits.cpu() / self.params.temperature
         if 0 < self.params.top_k < len(scaled):
             scaled[scaled < scaled.topk(self.params.top_k).values[-1]] = -torch.inf
         probabilities = scaled.softmax(dim=0)

@@ -88,7 +88,7 @@ def teacher_forced():
 
         def choose(batch, rows):
             for request, row in zip(batch, rows, strict=True):
-                logits[request.index].append(row.float().clone())
+                logits[request.index].append(row.clone())
             return [forced[request.index][len(request.tokens)] for request in batch]
 
         engine.choose, engine.stop_tokens = choose, frozenset()
@@ -109,7 +109,7 @@ def greedy():
         choose = type(engine).choose
 
         def record(batch, rows):
-            best = rows.float().topk(2, dim=1).values
+            best = rows.topk(2, dim=1).values
             for request, (first, second) in zip(batch, best.tolist(), strict=True):
                 gaps.setdefault(request.index, []).append((first - second, abs(first)))
             return choose(engine, batch, rows)
