@@ -23,15 +23,14 @@ class KvCache:
     """A pool of pages, each one block [L, 2, N, P, D]: all layers of a token's page share one address."""
 
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
-        shape = (num_pages, config.num_layers, 2, config.num_kv_heads, page_size, config.head_dim)
         self.page_size, self.num_pages, self.device = page_size, num_pages, device
+        size = page_bytes(config, page_size, dtype)
+        stride = -(-size // 16) * 16  # the kernels ask for pages aligned to 16 bytes
         try:
-            self.pool = torch.empty(shape, dtype=dtype, device=device)
+            self.pool = torch.empty(num_pages, stride // dtype.itemsize, dtype=dtype, device=device)
         except RuntimeError as error:
-            raise EngineError(
-                f"no memory for {num_pages} pages of {page_bytes(config, page_size, dtype)} bytes"
-            ) from error
-        self.addresses = [page.data_ptr() for page in self.pool]
+            raise EngineError(f"no memory for {num_pages} pages of {size} bytes") from error
+        self.addresses = [self.pool.data_ptr() + i * stride for i in range(num_pages)]
         self.free = list(range(num_pages))[::-1]  # a stack: a page that was just freed is warm in the cache
 
     def pages_for(self, tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from punica_kernels.engine import SamplingParams
+from punica_kernels.engine import Engine, SamplingParams
 
 SIZES = {
     "vocab_size": 300,
@@ -69,6 +69,18 @@ def make_adapter(tmp_path_factory):
         target = tmp_path_factory.mktemp("adapter")
         model.save_pretrained(target)
         return target
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """fresh(engine, **options) -> an engine over the same model, adapters and pool, with no requests yet."""
+
+    def make(engine, **options):
+        return Engine(
+            engine.model, engine.adapters, engine.cache, engine.tokenizer, stop_tokens=engine.stop_tokens, **options
+        )
 
     return make
 

@@ -5,6 +5,7 @@ all runs start from the same numbers, and a difference is one of arithmetic. Eve
 the tokens that float32 finds best, given to all (teacher forcing), and the logits are compared at every step.
 """
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -62,18 +63,21 @@ class Peft:
         self.model.to(dtype).eval()
 
     @torch.no_grad()
+    def run(self, tokens, adapter, past=None):
+        if adapter is not None:
+            self.model.set_adapter(adapter)
+        with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
+            return self.model(torch.tensor([tokens]), past_key_values=past, use_cache=True)
+
     def logits(self, tokens, adapter):
-        if adapter is None:
-            with self.model.disable_adapter():
-                return self.model(torch.tensor([tokens])).logits[0].float()
-        self.model.set_adapter(adapter)
-        return self.model(torch.tensor([tokens])).logits[0].float()
+        return self.run(tokens, adapter).logits[0].float()
 
     def continuation(self, prompt, adapter):
-        tokens = list(prompt)
+        output, tokens = self.run(prompt, adapter), []
         for _ in range(STEPS):
-            tokens.append(int(self.logits(tokens, adapter)[-1].argmax()))
-        return tokens[len(prompt) :]
+            tokens.append(int(output.logits[0, -1].argmax()))
+            output = self.run(tokens[-1:], adapter, output.past_key_values)
+        return tokens
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +118,13 @@ def test_bfloat16(model, adapters, exact, teacher_forced, record_property):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_batched_equals_alone(model, adapters, prompts, greedy, dtype, record_property):
+def test_batched_equals_alone(model, adapters, prompts, greedy, fresh, dtype, record_property):
     """Greedy tokens of the demo's batch against each request alone; where they part, the two best logits were a tie."""
-    batched = greedy(load_engine(model, adapters, dtype=dtype), prompts, STEPS)
+    engine = load_engine(model, adapters, dtype=dtype)
+    batched = greedy(engine, prompts, STEPS)
     ties = 0
     for (tokens, gaps), case in zip(batched, prompts, strict=True):
-        alone, _ = greedy(load_engine(model, adapters, dtype=dtype), [case], STEPS)[0]
+        alone, _ = greedy(fresh(engine), [case], STEPS)[0]
         for step, (a, b) in enumerate(zip(tokens, alone, strict=True)):
             if a != b:  # torch's product may round by batch size
                 gap, best = gaps[step]
