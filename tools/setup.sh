@@ -65,7 +65,7 @@ build_wheel() {
     fail "the build failed, see build/wheel.log"
   fi
   # Gives the wheel the oldest manylinux tag that its symbol versions allow; libtvm_ffi.so comes with apache-tvm-ffi.
-  if ! PATH="$PWD/$VENV/bin:$PATH" $VENV/bin/auditwheel -q repair --exclude libtvm_ffi.so -w build/dist \
+  if ! PATH="$PWD/$VENV/bin:$PATH" $VENV/bin/auditwheel repair --exclude libtvm_ffi.so -w build/dist \
       build/dist-linux/*.whl >> build/wheel.log 2>&1; then
     mkdir -p build/dist && cp build/dist-linux/*.whl build/dist
   fi
