@@ -1,0 +1,1 @@
+"""What the CPU benchmark measures, one module a family of operations."""

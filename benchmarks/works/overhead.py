@@ -1,0 +1,96 @@
+"""What a call costs that has next to nothing to compute, with and without a busy Python thread beside the caller."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import punica_kernels as pk
+import torch
+from torch import Tensor
+
+DTYPE = torch.bfloat16
+BLOCK = 200  # calls timed together while nothing else runs
+SECONDS = 0.2  # of calls with a busy thread
+
+
+def tiny_calls() -> dict[str, Callable[[], Any]]:
+    """Each operation on one row, or on one sequence of one token; and torch's add_, as a measure of what is usual."""
+    hidden, rank, heads, head_dim, page_size = 64, 8, 2, 64, 16
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=DTYPE)
+
+    x, v, y = tensor(1, hidden), tensor(1, rank), tensor(1, hidden)
+    a, b_transposed, weight = tensor(1, rank, hidden), tensor(1, rank, hidden), tensor(hidden)
+    a_ptr, b_ptr = torch.tensor([a.data_ptr()]), torch.tensor([b_transposed.data_ptr()])
+    indices, start, end = torch.tensor([0]), torch.tensor([0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    tmp = torch.empty(pk.sgmv_cutlass_tmp_size(1), dtype=torch.uint8)
+    page = tensor(1, 2, heads, page_size, head_dim)
+    q, o, k = tensor(1, heads, head_dim), tensor(1, heads, head_dim), tensor(1, heads, head_dim)
+    indptr, last = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    table = (torch.tensor([page.data_ptr()]), indptr, last)
+    sizes = (1, 0, heads, page_size)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    kept = (a, b_transposed, page)  # by the closures below: the kernels know only their addresses
+
+    def bgmv(kept: object = kept) -> None:
+        pk.dispatch_bgmv(v, x, a_ptr, indices, 0, 1.0)
+
+    return {
+        "dispatch_bgmv": bgmv,
+        "sgmv_shrink": lambda: pk.sgmv_shrink(v, x, a_ptr, start, end, tmp, 0),
+        "sgmv_cutlass": lambda: pk.sgmv_cutlass(y, v, b_ptr, start, end, tmp, 0),
+        "rms_norm": lambda: pk.rms_norm(y, x, weight, 1e-5),
+        "append_kv": lambda: pk.append_kv(*table, k, k, *sizes),
+        "init_kv": lambda: pk.init_kv(*table, k, k, indptr, *sizes),
+        "batch_decode": lambda: pk.batch_decode(o, q, *table, workspace, *sizes),
+        "batch_prefill": lambda: pk.batch_prefill(o, q, indptr, *table, workspace, *sizes),
+        "torch add_": lambda: x.add_(y),
+    }
+
+
+@contextmanager
+def busy_thread() -> Iterator[None]:
+    """A thread that computes in Python all the time: it holds the GIL until it is asked to let go."""
+    stop = threading.Event()
+
+    def spin() -> None:
+        count = 0
+        while not stop.is_set():
+            for _ in range(1000):
+                count += 1
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def alone(call: Callable[[], Any]) -> float:
+    """Seconds a call, in one block."""
+    start = time.perf_counter()
+    for _ in range(BLOCK):
+        call()
+    return (time.perf_counter() - start) / BLOCK
+
+
+def beside(call: Callable[[], Any]) -> float:
+    """Mean seconds a call beside the busy thread. The mean, for most calls are fast and a few wait for milliseconds.
+
+    The two threads take turns: at best a call costs twice what it costs alone.
+    """
+    calls, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < SECONDS:
+        call()
+        calls += 1
+    return elapsed / calls
+
+
+def switch_interval_ms() -> float:
+    return sys.getswitchinterval() * 1e3
