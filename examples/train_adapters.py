@@ -40,7 +40,7 @@ class Recipe:
     learning_rate: float = 2e-3
 
 
-# Ranks, scales and targets differ on purpose: in one batch over these, every layer has rows with an adapter and without.
+# Ranks, scales and targets differ on purpose: in one batch, each layer has rows with an adapter and rows without.
 RECIPES = {
     "pirate": Recipe(
         pirate, 4, 16, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), epochs=4
