@@ -10,11 +10,11 @@ atol    rtol times the largest |exact| of the row (all heads of the token) times
         larger terms cancelled cannot be more exact than they are.
 sums    4 * 2^-24 * (sum of the |terms|): what float32 sums may lose, whatever cancels afterwards.
 
-For attention there are two sums. The weighted sum of values adds 4 * 2^-24 * sum_j p_j |v_j|. A score is a sum too, off
-by up to e = 4 * 2^-24 * sm_scale * sum_d |q_d k_d| (and sum_d |q_d k_d| <= |q| |k|), so that each p_j is off by a factor
-of at most exp(2 e) after the normalisation: (exp(2 e) - 1) * sum_j p_j |v_j|. A soft cap has a slope of at most 1 and is
-computed in float32 itself: e += 4 * 2^-24 * cap. Rotation: an angle is right to 1e-5 rad, so a rotated score to
-2e-5 * sm_scale * |q| |k|, which goes into e in the same way.
+For attention there are two sums. The weighted sum of values adds 4 * 2^-24 * sum_j p_j |v_j|. A score is a sum too,
+off by up to e = 4 * 2^-24 * sm_scale * sum_d |q_d k_d| (and sum_d |q_d k_d| <= |q| |k|), so that each p_j is off by a
+factor of at most exp(2 e) after the normalisation: (exp(2 e) - 1) * sum_j p_j |v_j|. A soft cap has a slope of at most
+1 and is computed in float32 itself: e += 4 * 2^-24 * cap. Rotation: an angle is right to 1e-5 rad, so a rotated score
+to 2e-5 * sm_scale * |q| |k|, which goes into e in the same way.
 """
 
 import math
