@@ -6,6 +6,7 @@
 // Each request's past lies in pages of a pool, written by init_kv. The result is compared with a plain double-precision
 // computation that knows nothing of pages or batches; the program returns 1 if they differ.
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -255,9 +256,8 @@ int main() {
       error = std::max(error, std::isnan(difference) ? INFINITY : difference);
       largest = std::max(largest, std::abs(want[j]));
     }
-    std::printf("%7lld %7lld %8lld  %8.4f %9.4f %9.4f %9.4f  %13.1e\n", static_cast<long long>(i),
-                static_cast<long long>(kPastTokens[i] + 1), static_cast<long long>(kAdapters[i]), got[0], got[1],
-                got[2], got[3], error);
+    std::printf("%7" PRId64 " %7" PRId64 " %8" PRId64 "  %8.4f %9.4f %9.4f %9.4f  %13.1e\n", i, kPastTokens[i] + 1,
+                kAdapters[i], got[0], got[1], got[2], got[3], error);
     ok = ok && error <= 1e-5 * largest;
   }
   std::printf(ok ? "equal to the plain computation within 1e-5\n" : "WRONG\n");
