@@ -22,7 +22,8 @@ RIVALS = {  # color, marker
     "torch: add_ + F.rms_norm": ("#777777", "X"),
     "PEFT mixed batch": ("#c0392b", "*"),
 }
-GREY = "#666666"
+GREY = "#555555"
+MIXED = "LoRA of a mixed batch"
 
 
 def number(value: float | None) -> str:
@@ -101,87 +102,93 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     """Left: how much of the machine each work reaches, ours and the rivals. Right: LoRA of a mixed batch, in time."""
     rows = [row for row in result["rows"] if row["floor"] is not None and row["group"] != MIXED]
     mixed = [row for row in result["rows"] if row["group"] == MIXED]
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9.5, "svg.fonttype": "path", "svg.hashsalt": "0"})
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 0.36 * len(rows) + 2.3), width_ratios=(1.75, 1), layout="constrained"
+    plt.rcParams.update({"font.size": 9.5, "svg.fonttype": "path", "svg.hashsalt": "0"})
+    # In inches: the texts beside and below the axes have their own places.
+    width, height, bottom, top = 13.5, 0.31 * len(rows) + 3.4, 1.55, 0.6
+    figure = plt.figure(figsize=(width, height), facecolor="white")
+    left, right = (
+        figure.add_axes((x / width, bottom / height, w / width, 1 - (bottom + top) / height))
+        for x, w in ((3.05, 4.9), (9.75, 3.5))
     )
-
-    positions, position, last = [], 0.0, None
-    for row in rows:
-        position += 1.0 if row["group"] == last else 1.7
-        if row["group"] != last:
-            left.text(-0.005, position - 0.85, row["group"], transform=left.get_yaxis_transform(), ha="right",
-                      va="center", fontweight="bold", color="#222222")  # fmt: skip
-        last = row["group"]
-        positions.append(position)
-    used: dict[str, tuple[str, str]] = {}
-    for row, y in zip(rows, positions, strict=True):
-        share = 100 * row["share_of_floor"]
-        left.barh(y, share, height=0.62, color=OURS, zorder=2)
-        left.text(share - 1, y, f"{number(row['ours'])} µs", ha="right", va="center", color="white", fontsize=8.5,
-                  zorder=5)  # fmt: skip
-        for name, value in row["rivals"].items():
-            color, marker = used.setdefault(name, RIVALS.get(name, ("#000000", "x")))
-            left.plot(100 * row["floor"] / value, y, marker, color=color, markersize=7, markeredgecolor="white",
-                      markeredgewidth=0.7, zorder=4)  # fmt: skip
-        if row["goal"] is not None:
-            goal = 100 * row["floor"] / row["goal"]
-            left.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2, zorder=6)
-    left.axvline(100, color=FLOOR, linewidth=2, zorder=1)
-    left.set_yticks(positions, [row["work"] for row in rows])
-    left.set_ylim(positions[-1] + 0.8, positions[0] - 1.5)
-    left.set_xlim(0, max(104, *(102 * row["share_of_floor"] for row in rows)))
-    left.set_xlabel("rate, in % of what the machine can do (streaming read bandwidth or dot-product peak)")
-    left.set_title("Share of the machine's limit, bfloat16 (longer is better)", loc="left", fontweight="bold")
-    left.grid(axis="x", color="#dddddd", zorder=0)
+    used = plot_shares(left, rows)
+    plot_mixed(right, mixed)
+    for axes in (left, right):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelcolor="#222222")
+        axes.tick_params(axis="x", color=GREY, labelcolor=GREY)
+        axes.grid(axis="x", color="#e4e4e4", zorder=0)
+        axes.set_axisbelow(True)
     handles = [
         Patch(color=OURS, label="punica_kernels"),
         Line2D([], [], color=FLOOR, linewidth=2, label="the machine's limit"),
-        Line2D([], [], color="black", linewidth=2, linestyle="", marker="|", markersize=11, markeredgewidth=2,
-               label="goal"),
-        *(Line2D([], [], color=color, marker=marker, linestyle="", markersize=7, label=name)
-          for name, (color, marker) in unique_styles(used).items()),
-    ]  # fmt: skip
-    left.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.3, -0.075), ncols=4, frameon=False, fontsize=8.5)
-
-    y, ticks, labels = 0.0, [], []
-    longest = max(value for row in mixed for value in row["rivals"].values()) / 1e3
-    for row in mixed:
-        right.text(0, y - 0.75, row["work"], fontweight="bold", va="center", color="#222222")
-        bars = {"punica_kernels": row["ours"], **row["rivals"], "the machine's limit": row["floor"]}
-        for name, value in bars.items():
-            color = OURS if name == "punica_kernels" else FLOOR if "limit" in name else RIVALS[name][0]
-            right.barh(y, value / 1e3, height=0.7, color=color, zorder=2)
-            times = f"  ({value / row['ours']:.1f}x ours)" if name in row["rivals"] else ""
-            right.text(value / 1e3 + 0.012 * longest, y, f"{value / 1e3:.2f} ms{times}", va="center", fontsize=8.5)
-            ticks.append(y)
-            labels.append(name)
-            y += 1.0
-        y += 1.3
-    right.set_yticks(ticks, labels)
-    right.set_ylim(y - 1.6, -1.5)
-    right.set_xlim(0, 1.34 * longest)
-    right.set_xlabel("milliseconds for the LoRA of one layer, all seven modules")
-    right.set_title("Eight adapters, ranks 8 to 64, in one batch (shorter is better)", loc="left", fontweight="bold")
-    right.grid(axis="x", color="#dddddd", zorder=0)
-
-    for axes in (left, right):
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.tick_params(colors=GREY, labelcolor="#222222")
+        Line2D([], [], color="black", marker="|", linestyle="", markersize=11, markeredgewidth=2, label="goal"),
+    ]
+    for (color, marker), names in used.items():
+        label = " / ".join(names)
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="", markersize=7, label=label))
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.015, 0.03), ncols=5, frameon=False, fontsize=9)
     note = f"{result['device']}, {result['threads']} threads, {result['isa']['name']}, {result['date'][:10]}"
-    figure.supxlabel(note, fontsize=8, color=GREY, x=0.995, ha="right")
+    figure.text(0.985, 0.015, note, fontsize=8, color=GREY, ha="right")
     for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
-def unique_styles(used: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """One legend entry a style: rivals that share one are named together."""
-    names: dict[tuple[str, str], list[str]] = {}
-    for name, style in used.items():
-        names.setdefault(style, []).append(name)
-    return {" / ".join(group): style for style, group in names.items()}
+def plot_shares(axes: Any, rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Returns the names of the rivals by color and marker."""
+    used: dict[tuple[str, str], list[str]] = {}
+    y, last, ticks = 0.0, None, []
+    for row in rows:
+        y += 1.0 if row["group"] == last else 1.6
+        if row["group"] != last:
+            axes.text(-0.61, y - 0.8, row["group"], transform=axes.get_yaxis_transform(), va="center",
+                      fontweight="bold", color="#222222")  # fmt: skip
+        last = row["group"]
+        ticks.append(y)
+        share = 100 * row["share_of_floor"]
+        axes.barh(y, share, height=0.62, color=OURS, zorder=2)
+        goal = None if row["goal"] is None else 100 * row["floor"] / row["goal"]
+        beside = share if goal is None or not share <= goal < share + 25 else goal  # not across the mark of the goal
+        axes.text(beside + 1.3, y, f"{share:.0f}%  {number(row['ours'])} µs", va="center", fontsize=8.5, zorder=7,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})  # fmt: skip
+        for name, value in row["rivals"].items():
+            style = RIVALS.get(name, ("#000000", "x"))
+            if name not in used.setdefault(style, []):
+                used[style].append(name)
+            axes.plot(100 * row["floor"] / value, y, style[1], color=style[0], markersize=7, markeredgecolor="white",
+                      markeredgewidth=0.7, zorder=4)  # fmt: skip
+        if goal is not None:
+            axes.plot([goal, goal], [y - 0.43, y + 0.43], color="black", linewidth=2, zorder=8)
+    axes.axvline(100, color=FLOOR, linewidth=2, zorder=1)
+    axes.set_yticks(ticks, [row["work"] for row in rows])
+    axes.set_ylim(y + 0.6, 0.2)
+    axes.set_xlim(0, 122)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("% of streaming read bandwidth, or of the dot-product peak where that is less", color=GREY)
+    axes.set_title("Share of the machine's limit (longer is better)", loc="left", fontweight="bold")
+    return used
 
 
-MIXED = "LoRA of a mixed batch"
+def plot_mixed(axes: Any, rows: list[dict[str, Any]]) -> None:
+    y, ticks, labels = 0.0, [], []
+    longest = max(value for row in rows for value in row["rivals"].values()) / 1e3
+    for row in rows:
+        y += 1.4
+        axes.text(0, y - 0.85, row["work"], fontweight="bold", va="center", color="#222222")
+        for name, value in {
+            "punica_kernels": row["ours"],
+            **row["rivals"],
+            "the machine's limit": row["floor"],
+        }.items():
+            color = {"punica_kernels": OURS, "the machine's limit": FLOOR}.get(name) or RIVALS[name][0]
+            axes.barh(y, value / 1e3, height=0.66, color=color, zorder=2)
+            times = f"  ({value / row['ours']:.1f} x ours)" if name in row["rivals"] else ""
+            axes.text(value / 1e3 + 0.015 * longest, y, f"{value / 1e3:.1f} ms{times}", va="center", fontsize=8.5)
+            ticks.append(y)
+            labels.append(name)
+            y += 1.0
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(y - 0.4, 0)
+    axes.set_xlim(0, 1.45 * longest)
+    axes.set_xlabel("ms for the seven modules of a Llama-3-8B layer,\neight adapters of ranks 8 to 64", color=GREY)
+    axes.set_title("LoRA of a mixed batch (shorter is better)", loc="left", fontweight="bold")

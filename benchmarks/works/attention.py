@@ -16,13 +16,13 @@ RTOL_RIVAL = 4 * RTOL
 class Cache:
     """A pool of pages in random order. The layers are the sets that the benchmark rotates, as a model does."""
 
-    def __init__(self, batch: int, context: int, num_kv_heads: int, head_dim: int, page_size: int, llc: int):
+    def __init__(self, batch: int, context: int, num_kv_heads: int, head_dim: int, page_size: int, rotation: int):
         self.batch, self.context, self.num_kv_heads = batch, context, num_kv_heads
         self.head_dim, self.page_size = head_dim, page_size
         self.pages_each = -(-context // page_size)
         num_pages = batch * self.pages_each
         layer_bytes = num_pages * 2 * num_kv_heads * page_size * head_dim * DTYPE.itemsize
-        self.num_layers = max(2, -(-4 * llc // layer_bytes))
+        self.num_layers = max(2, -(-rotation // layer_bytes))
         self.pool = torch.empty(num_pages, self.num_layers, 2, num_kv_heads, page_size, head_dim, dtype=DTYPE)
         for page in self.pool:
             page.normal_()
@@ -46,9 +46,9 @@ class Cache:
         return kv[0, :, :, : self.context], kv[1, :, :, : self.context]
 
 
-def decode(batch: int, context: int, num_heads: int, num_kv_heads: int, head_dim: int, llc: int) -> Work:
+def decode(batch: int, context: int, num_heads: int, num_kv_heads: int, head_dim: int, rotation: int) -> Work:
     name = f"decode, {batch} x {context} tokens, {num_heads}/{num_kv_heads} heads of {head_dim}"
-    cache = Cache(batch, context, num_kv_heads, head_dim, 16, llc)
+    cache = Cache(batch, context, num_kv_heads, head_dim, 16, rotation)
     q = torch.randn(batch, num_heads, head_dim).to(DTYPE)
     o = torch.empty_like(q)
     contiguous = [tuple(t.contiguous() for t in cache.gather(layer)) for layer in range(cache.num_layers)]
@@ -96,9 +96,9 @@ def decode(batch: int, context: int, num_heads: int, num_kv_heads: int, head_dim
     )
 
 
-def prefill(batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, llc: int) -> Work:
+def prefill(batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, rotation: int) -> Work:
     name = f"prefill, {batch} x {length} tokens, {num_heads}/{num_kv_heads} heads of {head_dim}"
-    cache = Cache(batch, length, num_kv_heads, head_dim, 16, llc)
+    cache = Cache(batch, length, num_kv_heads, head_dim, 16, rotation)
     q = torch.randn(batch * length, num_heads, head_dim).to(DTYPE)
     o = torch.empty_like(q)
     qo_indptr = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
@@ -135,10 +135,10 @@ def prefill(batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim
     )
 
 
-def works(llc: int) -> Iterator[Work]:
+def works(rotation: int) -> Iterator[Work]:
     for batch, context in ((1, 4096), (8, 1024), (32, 512), (16, 2048)):
-        yield decode(batch, context, 32, 8, 128, llc)
+        yield decode(batch, context, 32, 8, 128, rotation)
     for batch, context in ((8, 1024), (32, 1024)):
-        yield decode(batch, context, 9, 3, 64, llc)
-    yield prefill(4, 512, 32, 8, 128, llc)
-    yield prefill(4, 512, 9, 3, 64, llc)
+        yield decode(batch, context, 9, 3, 64, rotation)
+    yield prefill(4, 512, 32, 8, 128, rotation)
+    yield prefill(4, 512, 9, 3, 64, rotation)

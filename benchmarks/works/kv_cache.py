@@ -9,9 +9,9 @@ from harness import Work
 from works.attention import DTYPE, Cache
 
 
-def writes(append: bool, batch: int, length: int, num_kv_heads: int, head_dim: int, llc: int) -> Work:
+def writes(append: bool, batch: int, length: int, num_kv_heads: int, head_dim: int, rotation: int) -> Work:
     """The newest token of each sequence (append), or all tokens of each."""
-    cache = Cache(batch, length, num_kv_heads, head_dim, 16, llc)
+    cache = Cache(batch, length, num_kv_heads, head_dim, 16, rotation)
     num_tokens = 1 if append else length
     k, v = (torch.randn(batch * num_tokens, num_kv_heads, head_dim).to(DTYPE) for _ in range(2))
     indptr = torch.arange(0, batch * num_tokens + 1, num_tokens, dtype=torch.int32)
@@ -45,9 +45,8 @@ def writes(append: bool, batch: int, length: int, num_kv_heads: int, head_dim: i
             if not torch.equal(cache.pool[:, 0], expected):
                 raise AssertionError(f"{variant.__name__}: the pages differ from the reference's")
 
-    what = "append_kv, 1 token each" if append else f"init_kv, {length} tokens each"
     return Work(
-        name=f"{what}, {batch} sequences, {num_kv_heads} heads of {head_dim}",
+        name=f"{'append_kv' if append else 'init_kv'}, {batch} x {num_tokens} tokens, {num_kv_heads} heads of {head_dim}",
         ours=ours,
         rivals={"torch: indexed assignment": indexed},
         num_sets=cache.num_layers,
@@ -56,6 +55,6 @@ def writes(append: bool, batch: int, length: int, num_kv_heads: int, head_dim: i
     )
 
 
-def works(llc: int) -> Iterator[Work]:
-    yield writes(False, 8, 512, 8, 128, llc)
-    yield writes(True, 64, 100, 8, 128, llc)
+def works(rotation: int) -> Iterator[Work]:
+    yield writes(False, 8, 512, 8, 128, rotation)
+    yield writes(True, 64, 100, 8, 128, rotation)

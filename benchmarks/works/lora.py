@@ -23,9 +23,9 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape) * scale).to(DTYPE)
 
 
-def bgmv(name: str, h_in: int, h_out: int, num_adapters: int, llc: int) -> Work:
+def bgmv(name: str, h_in: int, h_out: int, num_adapters: int, rotation: int) -> Work:
     """One row each for `num_adapters` adapters; the layers of the adapters are the sets that the benchmark rotates."""
-    num_layers = -(-4 * llc // (num_adapters * h_in * h_out * DTYPE.itemsize))
+    num_layers = -(-rotation // (num_adapters * h_in * h_out * DTYPE.itemsize))
     weights = [random(num_layers, h_out, h_in, scale=h_in**-0.5) for _ in range(num_adapters)]
     stacked = torch.stack(weights, dim=1)  # [L, adapters, h_out, h_in]: the layout that suits torch
     x = random(num_layers, num_adapters, h_in)
@@ -69,13 +69,13 @@ def bgmv(name: str, h_in: int, h_out: int, num_adapters: int, llc: int) -> Work:
     )
 
 
-def sgmv(name: str, d_in: int, d_out: int, num_segments: int, length: int, llc: int) -> Work:
+def sgmv(name: str, d_in: int, d_out: int, num_segments: int, length: int, rotation: int) -> Work:
     """Equal segments, each of an adapter of its own: shrink (weights [d_out, d_in]) or expand ([d_in, d_out])."""
     shrink = d_out < d_in
     rows = num_segments * length
     weight_bytes = num_segments * d_in * d_out * DTYPE.itemsize
     row_bytes = rows * (d_in + d_out) * DTYPE.itemsize
-    num_sets = -(-4 * llc // (weight_bytes + row_bytes))
+    num_sets = -(-rotation // (weight_bytes + row_bytes))
     shape = (d_out, d_in) if shrink else (d_in, d_out)
     weights = [random(num_sets, *shape, scale=d_in**-0.5) for _ in range(num_segments)]
     stacked = torch.stack(weights, dim=1)  # [L, segments, ...]
@@ -164,10 +164,9 @@ class MixedBatch:
     the same memory for A, and the same numbers for B. Ours is what `punica generate` calls: a pair of calls a rank.
     """
 
-    def __init__(self, llc: int):
-        # The adapters of one layer are more than the cache holds: four layers are four times that, or more.
+    def __init__(self, rotation: int):
         total = sum(RANKS) * sum(a + b for a, b in MODULES.values()) * DTYPE.itemsize
-        self.num_sets = max(4, -(-4 * llc // total))
+        self.num_sets = max(2, -(-rotation // total))
         self.names = [f"rank{rank}_{i}" for i, rank in enumerate(RANKS)]
         self.weight_bytes = total
         self.layers = self._peft_modules()
@@ -288,15 +287,15 @@ class MixedBatch:
         )
 
 
-def works(llc: int) -> Iterator[Work]:
-    yield bgmv("BGMV shrink, 64 adapters", 4096, 16, 64, llc)
-    yield bgmv("BGMV expand, 64 adapters", 16, 4096, 64, llc)
-    yield sgmv("SGMV shrink, 8 x 64 tokens", 4096, 16, 8, 64, llc)
-    yield sgmv("SGMV expand, 8 x 64 tokens", 16, 4096, 8, 64, llc)
+def works(rotation: int) -> Iterator[Work]:
+    yield bgmv("BGMV shrink, 64 adapters", 4096, 16, 64, rotation)
+    yield bgmv("BGMV expand, 64 adapters", 16, 4096, 64, rotation)
+    yield sgmv("SGMV shrink, 8 x 64 tokens", 4096, 16, 8, 64, rotation)
+    yield sgmv("SGMV expand, 8 x 64 tokens", 16, 4096, 8, 64, rotation)
 
 
-def mixed_works(llc: int) -> Iterator[Work]:
-    batch = MixedBatch(llc)
+def mixed_works(rotation: int) -> Iterator[Work]:
+    batch = MixedBatch(rotation)
     order = torch.randperm(36).tolist()
     decode = ([*range(8)] * 4 + [-1] * 4, 32 + 4)
     yield batch.work(f"decode, {decode[1]} requests", [decode[0][i] for i in order], 1)

@@ -12,10 +12,10 @@ DTYPE = torch.bfloat16
 RTOL = 1.6e-2
 
 
-def rms_norm(rows: int, columns: int, with_residual: bool, llc: int) -> Work:
+def rms_norm(rows: int, columns: int, with_residual: bool, rotation: int) -> Work:
     name = f"rms_norm{' + residual' if with_residual else ''}, {rows} x {columns}"
     tensors = 3 if with_residual else 2
-    num_sets = -(-4 * llc // (tensors * rows * columns * DTYPE.itemsize))
+    num_sets = -(-rotation // (tensors * rows * columns * DTYPE.itemsize))
     x = torch.randn(num_sets, rows, columns).to(DTYPE)
     output = torch.empty_like(x)
     # Scaled down: every call adds the input once more.
@@ -49,7 +49,7 @@ def rms_norm(rows: int, columns: int, with_residual: bool, llc: int) -> Work:
     )
 
 
-def works(llc: int) -> Iterator[Work]:
-    yield rms_norm(64, 4096, False, llc)
-    yield rms_norm(2048, 4096, False, llc)
-    yield rms_norm(2048, 4096, True, llc)
+def works(rotation: int) -> Iterator[Work]:
+    yield rms_norm(64, 4096, False, rotation)
+    yield rms_norm(2048, 4096, False, rotation)
+    yield rms_norm(2048, 4096, True, rotation)
