@@ -45,8 +45,9 @@ def writes(append: bool, batch: int, length: int, num_kv_heads: int, head_dim: i
             if not torch.equal(cache.pool[:, 0], expected):
                 raise AssertionError(f"{variant.__name__}: the pages differ from the reference's")
 
+    what = "append_kv" if append else "init_kv"
     return Work(
-        name=f"{'append_kv' if append else 'init_kv'}, {batch} x {num_tokens} tokens, {num_kv_heads} heads of {head_dim}",
+        name=f"{what}, {batch} x {num_tokens} tokens, {num_kv_heads} heads of {head_dim}",
         ours=ours,
         rivals={"torch: indexed assignment": indexed},
         num_sets=cache.num_layers,
