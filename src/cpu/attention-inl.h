@@ -1,7 +1,5 @@
 // The inner loops of attention: scores of a block of keys, its softmax, the weighted sum of its values. Included by
 // attention_kernels.cc once for each instruction set, after simd-inl.h and bf16_dot-inl.h.
-#include <type_traits>
-
 #include "src/cpu/attention_kernels.h"
 
 #if defined(PUNICA_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -20,8 +18,8 @@ namespace {
 
 inline constexpr int64_t kPair = 2 * kLanes;
 
-// Rows that share the loads of keys and values. AVX2 has 16 registers, the others 32.
-inline constexpr int kRowTile = HWY_TARGET == HWY_AVX2 ? 2 : 4;
+// Rows that share the loads of keys and values: what the registers hold, 32 of them with AVX-512 and NEON, else 16.
+inline constexpr int kRowTile = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 4 : 2;
 
 // ---- Pairs of vectors: kPair elements, in an order of lanes that is the type's own, the same for load and store.
 
@@ -82,25 +80,33 @@ HWY_INLINE VF sum_across_blocks(const float* v) {
 #endif
 }
 
-// Asks for the bytes of a row ahead of its use. Pages lie anywhere: the hardware cannot know which comes next.
+// Pages lie anywhere, so the hardware cannot know which row comes next: rows are asked for kAhead places ahead in the
+// order of their use, which is the keys of a block, its values, the keys of the next block. The loads of keys come much
+// faster one upon the other than those of values, and none come during the softmax, so requests are spread by time
+// rather than tied to the loads: what counts is how many are under way at every moment.
+inline constexpr int64_t kAhead = 48;
+inline constexpr int64_t kAheadInScores = kBlockTokens / 4 * 3;  // rows asked for while a block's keys are read
+inline constexpr int64_t kAheadInSoftmax = kBlockTokens - kAheadInScores;
 HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
 }
 
 // scores[m * kBlockTokens + j] = q[m] . keys[j] for kRows rows of q (q_stride apart) and the keys [begin, end) of the
 // block, widened to whole vectors of keys. Rows are padded to a multiple of kPair with zeros. KT is the type of the
-// keys; q is float32 in load_pair's order of KT, or bfloat16 where kNative. Prefetches next[j] if there is one.
+// keys; q is float32 in load_pair's order of KT, or bfloat16 where kNative. Asks for the first kAheadInScores rows of
+// `ahead` if there is one.
 template <class KT, bool kNative, int kRows>
 HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* keys, int64_t padded_dim, int64_t begin,
-                              int64_t end, const KT* const* next, float* scores) {
+                              int64_t end, const KT* const* ahead, float* scores) {
   alignas(64) float partial[kRows][kLanes / 4][kLanes];
   for (int64_t group = begin / kLanes * kLanes; group < end; group += kLanes) {
     HWY_UNROLL(1)
     for (int64_t j = 0; j < kLanes / 4; ++j) {
       const KT* const* k = keys + group + 4 * j;
       const KT *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
-      if (next != nullptr) {
-        for (int64_t i = 0; i < 4; ++i) prefetch_row(next[group + 4 * j + i], padded_dim * int64_t{sizeof(KT)});
+      if (ahead != nullptr) {
+        const KT* const* rows = ahead + (group / 4 + j) * 3;
+        for (int64_t i = 0; i < 3; ++i) prefetch_row(rows[i], padded_dim * int64_t{sizeof(KT)});
       }
       VF sum[kRows][4];
       for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = zero();
@@ -256,17 +262,22 @@ HWY_NOINLINE void merge_rows(SoftmaxRow& row, const SoftmaxRow& later, int64_t p
 // ---- Values.
 
 // sums[m] += sum_j weights[m * kBlockTokens + j] * values[j] over the keys [begin, end) in ascending order, for kPairs
-// pairs of vectors from element d on.
+// pairs of vectors from element d on. Asks for a row of `ahead`, if there is one, every `period` keys.
 template <class T, int kRows, int kPairs>
 HWY_INLINE void add_values_slab(const float* weights, const T* const* values, int64_t d, int64_t begin, int64_t end,
-                                const T* const* next, int64_t row_bytes, float* sums, int64_t sum_stride) {
+                                const T* const*& ahead, int64_t period, int64_t row_bytes, float* sums,
+                                int64_t sum_stride) {
   VF sum[kRows][2 * kPairs];
   for (int m = 0; m < kRows; ++m) {
     for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = load(sums + m * sum_stride + d + i * kLanes);
   }
+  int64_t until_next = ahead == nullptr ? kBlockTokens : 0;
   for (int64_t j = begin; j < end; ++j) {
     const T* v = values[j] + d;
-    if (next != nullptr) prefetch_row(next[j], row_bytes);
+    if (until_next-- == 0) {
+      until_next = period - 1;
+      prefetch_row(*ahead++, row_bytes);
+    }
     VF w[kRows];
     for (int m = 0; m < kRows; ++m) w[m] = broadcast(weights[m * kBlockTokens + j]);
     for (int i = 0; i < kPairs; ++i) {
@@ -283,22 +294,26 @@ HWY_INLINE void add_values_slab(const float* weights, const T* const* values, in
   }
 }
 
+// The same for all elements, in slabs: enough sums in flight to hide the latency of a multiply-add, few enough for the
+// registers. Asks for kBlockTokens rows of `ahead` over a whole block.
 template <class T, int kRows>
 HWY_NOINLINE void add_values(const float* weights, const T* const* values, int64_t padded_dim, int64_t begin,
-                             int64_t end, const T* const* next, float* sums, int64_t sum_stride) {
+                             int64_t end, const T* const* ahead, float* sums, int64_t sum_stride) {
+  constexpr int kPairs = kRows == 1 ? 4 : 2;
   const int64_t row_bytes = padded_dim * int64_t{sizeof(T)};
+  const int64_t period = (padded_dim + kPairs * kPair - 1) / (kPairs * kPair);
   int64_t d = 0;
-  const auto add = [&](auto pairs) HWY_ATTR {
-    constexpr int kPairs = decltype(pairs)::value;
-    for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
-      add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, next, row_bytes, sums, sum_stride);
-      next = nullptr;
-    }
-  };
-  // Enough sums in flight to hide the latency of a multiply-add, few enough for the registers.
-  if constexpr (kRows == 1) add(std::integral_constant<int, 4>());
-  add(std::integral_constant<int, 2>());
-  add(std::integral_constant<int, 1>());
+  for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
+    add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+  }
+  if (kRows == 1 && d + 2 * kPair <= padded_dim) {
+    add_values_slab<T, kRows, 2>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+    d += 2 * kPair;
+    ahead = nullptr;
+  }
+  if (d < padded_dim) {
+    add_values_slab<T, kRows, 1>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+  }
 }
 
 }  // namespace

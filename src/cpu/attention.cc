@@ -139,15 +139,17 @@ Status batch_decode(const BatchDecodeParams& params, const Context& context) {
     longest = std::max(longest, count);
   }
   const int num_threads = choose_num_threads(context, nanoseconds(plan, pairs));
-  // One thread gains nothing from smaller tasks, nor do sequences of one split. The second condition is also what keeps
-  // a table that lies about its lengths within the workspace.
+  // Splits become tasks only where whole rows would not spread over the threads evenly. The last condition is also what
+  // keeps a table that lies about its lengths within the workspace.
+  constexpr int64_t kEven = 16;  // tasks a thread for which an uneven end costs little
+  const bool uneven = longest * kEven * num_threads > num_splits * plan.num_kv_heads() * plan.tiles(1);
   const int64_t partial_bytes = static_cast<double>(num_splits) * static_cast<double>(split_bytes(plan)) > 1e15
                                     ? kMaxPartialBytes + 1
                                     : num_splits * split_bytes(plan);
   const int64_t table_bytes = task_table_bytes(num_sequences);
   int64_t room = kMaxPartialBytes;
   if (params.tmpbuf.has_value()) room = cpu::workspace_bytes(params) - kAlignment - table_bytes - pending_bytes(plan);
-  const bool split = num_threads > 1 && longest > 1 && partial_bytes <= room;
+  const bool split = num_threads > 1 && longest > 1 && uneven && partial_bytes <= room;
 
   Workspace workspace(params.tmpbuf, table_bytes + (split ? pending_bytes(plan) + partial_bytes : 0));
   if (!workspace.ok()) return out_of_memory("batch_decode");

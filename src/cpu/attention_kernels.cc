@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 
 #include "src/cpu/parallel.h"
 
@@ -86,17 +87,26 @@ class TileAttention {
     load_queries();
   }
 
-  // Partial results of all rows over the keys of the tile in [begin, end), whole splits or one, merged in order.
-  void attend(int64_t begin_split, int64_t end_split) {
-    for (int64_t split = begin_split; split < end_split; ++split) {
-      SoftmaxRow* row = split == begin_split ? total_ : part_;
-      float* sums = split == begin_split ? total_sums_ : part_sums_;
-      for (int64_t r = 0; r < rows_.count; ++r) {
-        row[r] = {kMinusInfinity, 0.0f, sums + r * padded_dim_};
-        std::memset(row[r].sum, 0, static_cast<size_t>(padded_dim_) * sizeof(float));
+  // Partial results of all rows over the splits [begin, end), which the tile sees keys of, merged in order.
+  void attend(int64_t begin, int64_t end) {
+    const int64_t first = std::max(begin * kSplitTokens, rows_.keys.begin / kBlockTokens * kBlockTokens);
+    const int64_t last = std::min(end * kSplitTokens, rows_.keys.end);
+    start_split(total_, total_sums_);
+    BlockRows blocks[2];
+    find_block(first, blocks[0]);
+    for (int64_t j = 0; j < kAhead; ++j) prefetch_row(blocks[0].keys()[j], head_dim_ * int64_t{sizeof(T)});
+    for (int64_t block = first, current = 0; block < last; block += kBlockTokens, current ^= 1) {
+      BlockRows &rows = blocks[current], &next = blocks[current ^ 1];
+      const bool has_next = block + kBlockTokens < last;
+      if (has_next) find_block(block + kBlockTokens, next);
+      std::copy_n(has_next ? next.keys() : rows.values(), kAhead, rows.next_keys());
+      if (block / kSplitTokens == begin) {
+        attend_block(block, rows, total_, total_sums_);
+        continue;
       }
-      attend_split(split * kSplitTokens, row, sums);
-      if (split == begin_split) continue;
+      if (block % kSplitTokens == 0) start_split(part_, part_sums_);
+      attend_block(block, rows, part_, part_sums_);
+      if (has_next && (block + kBlockTokens) % kSplitTokens != 0) continue;
       for (int64_t r = 0; r < rows_.count; ++r) merge_rows(total_[r], part_[r], padded_dim_);
     }
   }
@@ -188,32 +198,34 @@ class TileAttention {
   }
   bfloat16_t* native_queries() { return reinterpret_cast<bfloat16_t*>(queries_); }
 
-  // Where keys and values of a block lie, of the keys that the tile sees. The places of all others repeat
-  // one that is seen: score_block takes whole vectors of keys.
+  // Where the keys and values of a block lie, of those that the tile sees. The places of all others repeat one that is
+  // seen: score_block takes whole vectors of keys. Behind them, for the prefetch, the first keys of the next block.
   struct BlockRows {
-    const T* keys[kBlockTokens];
-    const T* values[kBlockTokens];
+    const T* rows[2 * kBlockTokens + kAhead];
     KeyRange seen;  // in the block
+
+    const T** keys() { return rows; }
+    const T** values() { return rows + kBlockTokens; }
+    const T** next_keys() { return rows + 2 * kBlockTokens; }
   };
 
-  void find_block(int64_t block, int64_t split_end, BlockRows& rows) const {
+  void find_block(int64_t block, BlockRows& rows) const {
     const int64_t begin = std::max(block, rows_.keys.begin);
-    const int64_t end = std::min({block + kBlockTokens, rows_.keys.end, split_end});
+    const int64_t end = std::min(block + kBlockTokens, rows_.keys.end);
     rows.seen = {begin - block, end - block};
-    if (rows.seen.empty()) return;
     const int64_t* kv_ptrs = params_.kv.kv_ptrs.template as<const int64_t>() + sequence_.first_page;
     TokenPlace place = token_place(begin, params_.kv.page_size);
     for (int64_t j = rows.seen.begin; j < rows.seen.end;) {
       const T* key = reinterpret_cast<const T*>(kv_ptrs[place.page]) + key_offset_ + place.slot * head_dim_;
       const int64_t run_end = std::min(rows.seen.end, j + params_.kv.page_size - place.slot);
       for (; j < run_end; ++j, key += head_dim_) {
-        rows.keys[j] = key;
-        rows.values[j] = key + value_offset_;
+        rows.keys()[j] = key;
+        rows.values()[j] = key + value_offset_;
       }
       place = {place.page + 1, 0};
     }
-    fill_unseen(rows.seen, rows.keys);
-    fill_unseen(rows.seen, rows.values);
+    fill_unseen(rows.seen, rows.keys());
+    fill_unseen(rows.seen, rows.values());
   }
 
   template <class Row>
@@ -222,61 +234,55 @@ class TileAttention {
     std::fill(rows + seen.end, rows + kBlockTokens, rows[seen.begin]);
   }
 
-  void attend_split(int64_t begin, SoftmaxRow* row, float* sums) {
-    const int64_t split_end = begin + kSplitTokens;
-    const int64_t first = std::max(begin, rows_.keys.begin / kBlockTokens * kBlockTokens);
-    const int64_t end = std::min(split_end, rows_.keys.end);
-    BlockRows blocks[2];
-    int current = 0;
-    if (first < end) find_block(first, split_end, blocks[0]);
-    for (int64_t block = first; block < end; block += kBlockTokens, current ^= 1) {
-      BlockRows& next = blocks[current ^ 1];
-      const bool is_last = block + kBlockTokens >= end;
-      if (!is_last) find_block(block + kBlockTokens, split_end, next);
-      attend_block(block, blocks[current], is_last ? nullptr : &next, row, sums);
-    }
+  void start_split(SoftmaxRow* row, float* sums) const {
+    for (int64_t r = 0; r < rows_.count; ++r) row[r] = {kMinusInfinity, 0.0f, sums + r * padded_dim_};
+    std::memset(sums, 0, static_cast<size_t>(rows_.count * padded_dim_) * sizeof(float));
   }
 
-  void attend_block(int64_t block, const BlockRows& source, const BlockRows* next, SoftmaxRow* row, float* sums) {
+  void attend_block(int64_t block, BlockRows& source, SoftmaxRow* row, float* sums) {
     const KT* packed_keys[kBlockTokens];
     const T* packed_values[kBlockTokens];
     const KT* const* keys = packed_keys;
-    const T* const* values = source.values;
-    if constexpr (std::is_same_v<T, KT>) keys = source.keys;
+    const T* const* values = source.values();
+    const KT* const* keys_ahead = nullptr;
+    const T* const* values_ahead = source.values() + kAhead;
     if (rope_ != nullptr) {
       rotate_keys(block, source, packed_keys);
-      keys = packed_keys;
-    } else if (head_dim_ != padded_dim_) {
-      if constexpr (std::is_same_v<T, KT>) pack(source.keys, source.seen, key_scratch_, packed_keys);
-      keys = packed_keys;
+    } else if constexpr (std::is_same_v<T, KT>) {
+      if (head_dim_ == padded_dim_) {
+        keys = source.keys();
+        keys_ahead = source.keys() + kAhead;
+      } else {
+        pack(source.keys(), source.seen, key_scratch_, packed_keys);
+      }
     }
     if (head_dim_ != padded_dim_) {
-      pack(source.values, source.seen, value_scratch_, packed_values);
+      pack(source.values(), source.seen, value_scratch_, packed_values);
       values = packed_values;
+      values_ahead = nullptr;
     }
-    const T* const* next_keys = next == nullptr ? nullptr : next->keys;
-    const T* const* next_values = next == nullptr ? nullptr : next->values;
     for (int64_t r = 0; r < rows_.count;) {
       const int64_t left = rows_.count - r;
       const auto run = [&](auto count) {
-        attend_rows<decltype(count)::value>(block, r, keys, values, next_keys, next_values, row, sums);
+        attend_rows<decltype(count)::value>(block, r, keys, values, keys_ahead, values_ahead, row, sums);
         r += decltype(count)::value;
       };
-      if (kRowTile == 4 && left >= 4) {
+      if (left >= kRowTile) {
         run(std::integral_constant<int, kRowTile>());
       } else if (left >= 2) {
         run(std::integral_constant<int, 2>());
       } else {
         run(std::integral_constant<int, 1>());
       }
-      next_keys = next_values = nullptr;
+      keys_ahead = nullptr;
+      values_ahead = nullptr;
     }
   }
 
   // kRows rows from r on, which may see different parts of the block.
   template <int kRows>
-  void attend_rows(int64_t block, int64_t r, const KT* const* keys, const T* const* values, const T* const* next_keys,
-                   const T* const* next_values, SoftmaxRow* row, float* sums) {
+  void attend_rows(int64_t block, int64_t r, const KT* const* keys, const T* const* values, const KT* const* keys_ahead,
+                   const T* const* values_ahead, SoftmaxRow* row, float* sums) {
     alignas(64) float scores[kRows * kBlockTokens];
     KeyRange seen[kRows];
     KeyRange some = {kBlockTokens, 0}, all = {0, kBlockTokens};
@@ -287,16 +293,19 @@ class TileAttention {
       if (!seen[m].empty()) some = {std::min(some.begin, seen[m].begin), std::max(some.end, seen[m].end)};
     }
     if (some.empty()) return;
-    const KT* const* next = nullptr;
-    if constexpr (std::is_same_v<T, KT>) next = next_keys;
     if constexpr (kNative) {
       score_block<KT, true, kRows>(native_queries() + r * padded_dim_, padded_dim_, keys, padded_dim_, some.begin,
-                                   some.end, next, scores);
+                                   some.end, keys_ahead, scores);
     } else {
       score_block<KT, false, kRows>(queries_ + r * padded_dim_, padded_dim_, keys, padded_dim_, some.begin, some.end,
-                                    next, scores);
+                                    keys_ahead, scores);
     }
     for (int m = 0; m < kRows; ++m) {
+      if (values_ahead != nullptr) {
+        constexpr int64_t kShare = kAheadInSoftmax / kRows;
+        const T* const* rows = values_ahead - kAheadInSoftmax + m * kShare;
+        for (int64_t j = 0; j < kShare; ++j) prefetch_row(rows[j], padded_dim_ * int64_t{sizeof(T)});
+      }
       if (seen[m].empty()) continue;
       softmax_block(scores + m * kBlockTokens, seen[m].begin, seen[m].end, map_, padded_dim_, row[r + m]);
     }
@@ -308,7 +317,7 @@ class TileAttention {
       add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, seen[m].begin, std::min(seen[m].end, all.begin),
                        nullptr, sum + m * padded_dim_, padded_dim_);
     }
-    add_values<T, kRows>(scores, values, padded_dim_, all.begin, all.end, next_values, sum, padded_dim_);
+    add_values<T, kRows>(scores, values, padded_dim_, all.begin, all.end, values_ahead, sum, padded_dim_);
     for (int m = 0; m < kRows; ++m) {
       add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, std::max(seen[m].begin, all.end), seen[m].end,
                        nullptr, sum + m * padded_dim_, padded_dim_);
@@ -320,6 +329,7 @@ class TileAttention {
   void pack(const T* const* source, KeyRange seen, Row* scratch, const Row** rows) const {
     for (int64_t j = seen.begin; j < seen.end; ++j) {
       Row* to = scratch + j * padded_dim_;
+      prefetch_row(source[j + kAhead], head_dim_ * int64_t{sizeof(T)});
       std::memcpy(to, source[j], static_cast<size_t>(head_dim_) * sizeof(T));
       std::memset(to + head_dim_, 0, static_cast<size_t>(padded_dim_ - head_dim_) * sizeof(T));
       rows[j] = to;
@@ -327,14 +337,15 @@ class TileAttention {
     fill_unseen(seen, rows);
   }
 
-  void rotate_keys(int64_t block, const BlockRows& source, const KT** rows) {
+  void rotate_keys(int64_t block, BlockRows& source, const KT** rows) {
     if constexpr (std::is_same_v<KT, float>) {
       Rotation rotation;
       for (int64_t j = source.seen.begin; j < source.seen.end; ++j) {
         const int64_t position = block + j;
         if (j == source.seen.begin || position % kRopeGroup == 0) rope_->group_rotation(position, rotation);
         float* to = key_scratch_ + j * key_stride_;
-        rope_->rotate(source.keys[j], position, rotation, to);
+        prefetch_row(source.keys()[j + kAhead], head_dim_ * int64_t{sizeof(T)});
+        rope_->rotate(source.keys()[j], position, rotation, to);
         std::fill(to + head_dim_, to + padded_dim_, 0.0f);
         rows[j] = to;
       }
