@@ -133,12 +133,13 @@ struct Width {
   void (*update)(char*, size_t, int);
 };
 
+// NOLINTBEGIN(bugprone-macro-parentheses): an attribute cannot stand in parentheses.
 #define FLOOR_DEFINE_WIDTH(suffix, attribute, V)                                                \
   attribute uint64_t read_##suffix(const char* data, size_t bytes, int streams, int prefetch) { \
     return read_ranges<V>(data, bytes, streams, prefetch);                                      \
   }                                                                                             \
   attribute void update_##suffix(char* data, size_t bytes, int prefetch) { update_range<V>(data, bytes, prefetch); }
-
+// NOLINTEND(bugprone-macro-parentheses)
 FLOOR_DEFINE_WIDTH(128, , Bytes16)
 #if defined(__x86_64__)
 FLOOR_DEFINE_WIDTH(256, FLOOR_AVX2, Bytes32)
@@ -166,7 +167,7 @@ inline __attribute__((always_inline)) float fma_steps(float seed) {
   for (V& s : sum) s = b;
   for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kAccumulators; ++i) sum[i] = sum[i] * a + b;  // nothing of it is the same in the next step
+    for (V& s : sum) s = s * a + b;  // nothing of it is the same in the next step
   }
   V all = V{};
   for (V& s : sum) all += s;
@@ -190,7 +191,7 @@ FLOOR_AVX512_BF16 float peak_avx512_bf16(float seed) {
   const __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(seed), _mm512_set1_ps(seed)), b = a;
   for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kAccumulators; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], a, b);
+    for (__m512& s : sum) s = _mm512_dpbf16_ps(s, a, b);
   }
   Float16 all = {};
   for (__m512& s : sum) all += reinterpret_cast<Float16>(s);
@@ -282,6 +283,7 @@ void measure(const Options& options, int rounds, std::vector<Candidate>* candida
   for (int round = 0; round < rounds; ++round) {
     for (Candidate& candidate : *candidates) {
       std::vector<double> seconds;
+      seconds.reserve(options.passes);
       for (int pass = 0; pass < options.passes; ++pass) seconds.push_back(team.run(candidate.work));
       std::nth_element(seconds.begin(), seconds.begin() + options.passes / 2, seconds.end());
       candidate.rate = std::max(candidate.rate, candidate.units / seconds[options.passes / 2]);
@@ -317,6 +319,11 @@ std::vector<Candidate> shortlist(const std::vector<Candidate>& sorted) {
   return result;
 }
 
+// What is no number counts as one.
+int at_least_one(const char* text) {
+  return static_cast<int>(std::clamp<int64_t>(std::strtoll(text, nullptr, 10), 1, 1 << 20));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -333,13 +340,13 @@ int main(int argc, char** argv) {
     }
     const char* value = argv[++i];
     if (key == "--threads") {
-      options.threads = std::max(1, std::atoi(value));
+      options.threads = at_least_one(value);
     } else if (key == "--bytes") {
       options.bytes = std::strtoull(value, nullptr, 10);
     } else if (key == "--passes") {
-      options.passes = std::max(1, std::atoi(value));
+      options.passes = at_least_one(value);
     } else if (key == "--rounds") {
-      options.rounds = std::max(1, std::atoi(value));
+      options.rounds = at_least_one(value);
     } else if (key == "--isa") {
       options.isa = value;
     } else {

@@ -1,6 +1,5 @@
 """What a call costs that has next to nothing to compute, with and without a busy Python thread beside the caller."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from torch import Tensor
 
 DTYPE = torch.bfloat16
 BLOCK = 200  # calls timed together while nothing else runs
-SECONDS = 0.2  # of calls with a busy thread
+SECONDS = 0.3  # of calls with a busy thread
 
 
 def tiny_calls() -> dict[str, Callable[[], Any]]:
@@ -90,7 +89,3 @@ def beside(call: Callable[[], Any]) -> float:
         call()
         calls += 1
     return elapsed / calls
-
-
-def switch_interval_ms() -> float:
-    return sys.getswitchinterval() * 1e3
