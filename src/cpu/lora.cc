@@ -15,8 +15,8 @@ namespace punica::cpu {
 namespace {
 
 // What one thread reaches, roughly: enough to tell work that is worth waking others from work that is not.
-constexpr double kBytesPerNanosecond = 12;
-constexpr double kFlopsPerNanosecond = 60;
+constexpr double kBytesPerNanosecond = 30;
+constexpr double kFlopsPerNanosecond = 100;
 constexpr double kTaskNanoseconds = 30;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -95,7 +95,7 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   SgmvSplit split;
   split.num_threads = choose_num_threads(context, bytes / kBytesPerNanosecond + flops / kFlopsPerNanosecond +
                                                       static_cast<double>(num_used) * kTaskNanoseconds);
-  split.outputs_per_task = params.weights == SgmvWeights::kOutIn ? kOutInOutputsPerTask : kInOutOutputsPerTask;
+  split.outputs_per_task = sgmv_lanes_are_outputs(params) ? kOuterOutputsPerTask : kDotOutputsPerTask;
   split.tokens_per_task = kMaxTokensPerTask;
   // Many tokens a task use its weights often; fewer only where threads would stay idle.
   const int64_t blocks_wanted =

@@ -106,6 +106,17 @@ HWY_INLINE void to_floats(const T* HWY_RESTRICT src, int64_t n, float* HWY_RESTR
   if (i < n) store(load_n(src + i, n - i), dst + i);
 }
 
+#if HWY_TARGET == HWY_AVX3
+// The same without a conversion, up to the next multiple of 2 * kLanes.
+HWY_INLINE void copy_padded(const bfloat16_t* HWY_RESTRICT src, int64_t n, bfloat16_t* HWY_RESTRICT dst) {
+  using Step = DotStep<bfloat16_t, true>;
+  const hn::ScalableTag<bfloat16_t> d;
+  int64_t i = 0;
+  for (; i + Step::kStep <= n; i += Step::kStep) hn::StoreU(Step::load(src + i), d, dst + i);
+  if (i < n) hn::StoreU(Step::load_n(src + i, n - i, src + n), d, dst + i);
+}
+#endif
+
 // y[i] = T(y[i] + scale * sums[i])
 template <class T>
 HWY_INLINE void accumulate_row(T* HWY_RESTRICT y, const float* HWY_RESTRICT sums, int64_t n, float scale) {

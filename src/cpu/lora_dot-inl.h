@@ -11,6 +11,7 @@
 
 #include "hwy/highway.h"
 #include "src/cpu/lora_common-inl.h"
+#include "src/cpu/lora_outer-inl.h"
 
 #if defined(PUNICA_CPU_LORA_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PUNICA_CPU_LORA_DOT_INL_H_
@@ -29,7 +30,7 @@ template <bool kNative>
 inline constexpr int64_t kDotBlock = kNative ? 1024 : 512;
 
 // Outputs that a chunk of sums holds.
-inline constexpr int64_t kSumsChunk = kOutInOutputsPerTask;
+inline constexpr int64_t kSumsChunk = kDotOutputsPerTask;
 
 // sums[i] = dot product of x and row `row + i` of w, for i < n <= kSumsChunk; sums has room for n rounded up to 4.
 // w is [num_rows, k], x is [k].
@@ -112,19 +113,14 @@ using Packed = std::conditional_t<kNative, T, float>;
 template <class T, bool kNative>
 HWY_INLINE void pack_row(const T* HWY_RESTRICT src, int64_t n, Packed<T, kNative>* HWY_RESTRICT dst) {
   if constexpr (kNative) {
-    // A loop of vectors: short copies by memcpy cost more than they move.
-    using Step = DotStep<T, true>;
-    const hn::ScalableTag<T> d;
-    int64_t i = 0;
-    for (; i + Step::kStep <= n; i += Step::kStep) hn::StoreU(Step::load(src + i), d, dst + i);
-    if (i < n) hn::StoreU(Step::load_n(src + i, n - i, src + n), d, dst + i);
+    copy_padded(src, n, dst);
   } else {
     to_floats(src, n, dst);
   }
 }
 
 template <class T, bool kNative>
-void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
+void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
   using P = Packed<T, kNative>;
   constexpr int64_t kStep = DotStep<P, kNative>::kStep;
   constexpr int64_t kBlock = kDotBlock<kNative>;
@@ -195,8 +191,14 @@ void sgmv_out_in_task(const SgmvParams& params, const SgmvTask& task) {
 template <class T, bool kBf16Isa>
 void sgmv_out_in(const SgmvParams& params, const SgmvSplit& split) {
   PUNICA_RECORD_ISA(kBf16Isa);
-  for_each_sgmv_task(params, split,
-                     [&](const SgmvTask& task) { sgmv_out_in_task<T, kNativeDot<T, kBf16Isa>>(params, task); });
+  const bool lanes_are_outputs = sgmv_lanes_are_outputs(params);
+  for_each_sgmv_task(params, split, [&](const SgmvTask& task) {
+    if (lanes_are_outputs) {
+      sgmv_outer_task<T, kNativeDot<T, kBf16Isa>, true>(params, task);
+    } else {
+      sgmv_dot_task<T, kNativeDot<T, kBf16Isa>>(params, task);
+    }
+  });
 }
 
 }  // namespace HWY_NAMESPACE

@@ -26,9 +26,17 @@ struct SgmvSplit {
 
 inline constexpr int64_t kMaxTokensPerTask = 64;
 
-// sgmv_shrink and sgmv_cutlass cut the outputs at multiples of these numbers.
-inline constexpr int64_t kOutInOutputsPerTask = 64;
-inline constexpr int64_t kInOutOutputsPerTask = 512;
+// sgmv cuts the outputs at multiples of one of these numbers.
+inline constexpr int64_t kDotOutputsPerTask = 64;
+inline constexpr int64_t kOuterOutputsPerTask = 512;  // sgmv_lanes_are_outputs()
+
+// sgmv_shrink with so few inputs, which is an expand, runs as sgmv_cutlass does, on transposed weights: with short
+// rows, adding up the lanes of dot products would be most of the work.
+inline constexpr int64_t kMaxTransposedInputs = 255;
+
+inline bool sgmv_lanes_are_outputs(const SgmvParams& params) {
+  return params.weights == SgmvWeights::kInOut || params.x.shape[1] <= kMaxTransposedInputs;
+}
 
 // Indexed by DType: kFloat16, kBFloat16, kFloat32 are 0, 1, 2. The sizes of the params are positive.
 struct LoraKernels {

@@ -1,5 +1,5 @@
-// LoRA with weights whose rows run along the outputs, W: [K, outputs] (sgmv_cutlass): lanes are outputs, and each
-// element of x (or pair of them, where bfloat16 is native) is broadcast.
+// LoRA with weights whose rows run along the outputs, W: [K, outputs] (sgmv_cutlass, and sgmv_shrink with few inputs):
+// lanes are outputs, and each element of x (or pair of them, where bfloat16 is native) is broadcast.
 //
 // Every output is computed in the same way, whatever tile it is part of: K is cut into blocks, whose size follows from
 // the number of outputs; within a block one lane takes element after element (pair after pair); the blocks are added in
@@ -134,8 +134,29 @@ HWY_INLINE void pack_weights(const T* HWY_RESTRICT w, int64_t w_stride, int64_t 
   }
 }
 
-template <class T, bool kNative, class Tile>
-HWY_INLINE void sgmv_in_out_tiles(const SgmvParams& params, const SgmvTask& task) {
+// The same from weights whose rows run along the sum: w is [n, k], rows w_stride apart.
+template <class Tile, class T>
+HWY_INLINE void pack_transposed(const T* HWY_RESTRICT w, int64_t w_stride, int64_t k, int64_t n,
+                                typename Tile::P* HWY_RESTRICT packed) {
+  using P = typename Tile::P;
+  constexpr int64_t kPair = Tile::kPair;
+  const int64_t panel_size = round_up(k, kPair) * Tile::kOutputs;
+  alignas(64) P row[round_up(kMaxTransposedInputs, 2 * kLanes)];
+  for (int64_t i = 0; i < round_up(n, Tile::kOutputs); ++i) {
+    if (i >= n) {
+      std::memset(row, 0, sizeof(row));
+    } else if constexpr (kPair == 2) {
+      copy_padded(w + i * w_stride, k, row);
+    } else {
+      to_floats(w + i * w_stride, k, row);
+    }
+    P* dst = packed + i / Tile::kOutputs * panel_size + i % Tile::kOutputs * kPair;
+    for (int64_t j = 0; j < k; j += kPair) std::memcpy(dst + j * Tile::kOutputs, row + j, kPair * sizeof(P));
+  }
+}
+
+template <class T, bool kNative, class Tile, bool kTransposed>
+HWY_INLINE void sgmv_outer_tiles(const SgmvParams& params, const SgmvTask& task) {
   using P = typename Tile::P;
   constexpr int64_t kTokens = Tile::kTokens, kOutputs = Tile::kOutputs, kBlock = Tile::kBlock;
   const int64_t d_out = params.y.shape[1], d_in = params.x.shape[1];
@@ -146,22 +167,26 @@ HWY_INLINE void sgmv_in_out_tiles(const SgmvParams& params, const SgmvTask& task
 
   alignas(64) P packed[kPanelBytes / sizeof(P)];
   alignas(64) float x_floats[std::is_same_v<T, P> ? 1 : kTokens * kBlock];
-  alignas(64) float sums[std::max(kMaxTokensPerTask * kOutputs, kTokens * kInOutOutputsPerTask)];
+  alignas(64) float sums[std::max(kMaxTokensPerTask * kOutputs, kTokens * kOuterOutputsPerTask)];
   // With one block of K a panel of several tiles fits, and the sums of each row of tiles are complete at once.
   const bool one_block = d_in <= kBlock;
   const int64_t panel_outputs =
-      one_block ? std::min(kInOutOutputsPerTask, kBlock / round_up(d_in, Tile::kPair) * kOutputs) : kOutputs;
-  const int64_t sums_stride = one_block ? kInOutOutputsPerTask : kOutputs;
+      one_block ? std::min(kOuterOutputsPerTask, kBlock / round_up(d_in, Tile::kPair) * kOutputs) : kOutputs;
+  const int64_t sums_stride = one_block ? kOuterOutputsPerTask : kOutputs;
 
   for (int64_t i = task.output; i < task.output + task.num_outputs; i += panel_outputs) {
     const int64_t n = std::min(panel_outputs, task.output + task.num_outputs - i);
     for (int64_t begin = 0; begin < d_in; begin += kBlock) {
       const int64_t k = std::min(kBlock, d_in - begin);
-      const T* w_block = w + begin * d_out + i;
-      if (d_out > n) {
-        for (int64_t j = 0; j < k; ++j) prefetch(w_block + j * d_out, n);
+      if constexpr (kTransposed) {
+        pack_transposed<Tile>(w + i * d_in + begin, d_in, k, n, packed);
+      } else {
+        const T* w_block = w + begin * d_out + i;
+        if (d_out > n) {
+          for (int64_t j = 0; j < k; ++j) prefetch(w_block + j * d_out, n);
+        }
+        pack_weights<Tile>(w_block, d_out, k, n, packed);
       }
-      pack_weights<Tile>(w_block, d_out, k, n, packed);
       for (int64_t t = 0; t < task.num_tokens; t += kTokens) {
         const P* tile_x[kTokens];
         const T* next_x[kTokens];
@@ -194,13 +219,13 @@ HWY_INLINE void sgmv_in_out_tiles(const SgmvParams& params, const SgmvTask& task
   }
 }
 
-template <class T, bool kNative>
-void sgmv_in_out_task(const SgmvParams& params, const SgmvTask& task) {
+template <class T, bool kNative, bool kTransposed>
+void sgmv_outer_task(const SgmvParams& params, const SgmvTask& task) {
   // Few outputs (a shrink): taller tiles.
   if (params.y.shape[1] <= 2 * kLanes) {
-    sgmv_in_out_tiles<T, kNative, OuterTile<kNative, 8, 1>>(params, task);
+    sgmv_outer_tiles<T, kNative, OuterTile<kNative, 8, 1>, kTransposed>(params, task);
   } else {
-    sgmv_in_out_tiles<T, kNative, OuterTile<kNative, 4, kManyRegisters ? 4 : 2>>(params, task);
+    sgmv_outer_tiles<T, kNative, OuterTile<kNative, 4, kManyRegisters ? 4 : 2>, kTransposed>(params, task);
   }
 }
 
@@ -208,7 +233,7 @@ template <class T, bool kBf16Isa>
 void sgmv_in_out(const SgmvParams& params, const SgmvSplit& split) {
   PUNICA_RECORD_ISA(kBf16Isa);
   for_each_sgmv_task(params, split,
-                     [&](const SgmvTask& task) { sgmv_in_out_task<T, kNativeDot<T, kBf16Isa>>(params, task); });
+                     [&](const SgmvTask& task) { sgmv_outer_task<T, kNativeDot<T, kBf16Isa>, false>(params, task); });
 }
 
 }  // namespace HWY_NAMESPACE
