@@ -74,7 +74,6 @@ class TileAttention {
         rows_(rows),
         head_dim_(plan.head_dim()),
         padded_dim_((head_dim_ + kPair - 1) / kPair * kPair),
-        key_stride_(rope == nullptr ? padded_dim_ : padded_dim_ + kLanes),
         sequence_(params_.kv.sequence(rows.sequence)) {
     constexpr double kLog2E = 1.442695040888963407360;
     const double scale = params_.sm_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim_)));
@@ -85,6 +84,10 @@ class TileAttention {
     key_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kKey, rows.kv_head);
     value_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kValue, rows.kv_head) - key_offset_;
     load_queries();
+    if (head_dim_ != padded_dim_) {
+      if (rope == nullptr) std::memset(key_scratch_, 0, static_cast<size_t>(kBlockTokens * padded_dim_) * sizeof(KT));
+      std::memset(value_scratch_, 0, static_cast<size_t>(kBlockTokens * padded_dim_) * sizeof(T));
+    }
   }
 
   // Partial results of all rows over the splits [begin, end), which the tile sees keys of, merged in order.
@@ -165,8 +168,6 @@ class TileAttention {
  private:
   // q of every row, in the form that score_block takes.
   void load_queries() {
-    Rotation rotation;
-    int64_t rotation_group = -1;
     for (int64_t r = 0; r < rows_.count; ++r) {
       const T* q = params_.q.as<const T>() + rows_.query[r] * params_.q.stride[0] + rows_.head[r] * params_.q.stride[1];
       alignas(64) T row[kMaxHeadDim] = {};
@@ -177,15 +178,10 @@ class TileAttention {
       }
       float* to = queries_ + r * padded_dim_;
       if (rope_ != nullptr) {
-        alignas(64) float rotated[kMaxHeadDim + kLanes];
         const int64_t position = std::max<int64_t>(rows_.position[r], 0);
-        if (position / kRopeGroup != rotation_group) {
-          rotation_group = position / kRopeGroup;
-          rope_->group_rotation(position, rotation);
-        }
-        rope_->rotate(row, position, rotation, rotated);
-        std::fill(rotated + head_dim_, rotated + padded_dim_, 0.0f);
-        std::memcpy(to, rotated, static_cast<size_t>(padded_dim_) * sizeof(float));
+        rope_->move_to(position, place_);
+        rope_->rotate(row, position, place_, to);
+        std::fill(to + head_dim_, to + padded_dim_, 0.0f);
         continue;
       }
       for (int64_t d = 0; d < padded_dim_; d += kPair) {
@@ -324,28 +320,37 @@ class TileAttention {
     }
   }
 
-  // Copies rows whose length is not whole pairs of vectors, with zeros behind.
-  template <class Row>
-  void pack(const T* const* source, KeyRange seen, Row* scratch, const Row** rows) const {
+  // Copies rows whose length is not whole pairs of vectors to where zeros lie behind each.
+  void pack(const T* const* source, KeyRange seen, T* scratch, const T** rows) const {
+    const int64_t row_bytes = head_dim_ * int64_t{sizeof(T)};
     for (int64_t j = seen.begin; j < seen.end; ++j) {
-      Row* to = scratch + j * padded_dim_;
-      prefetch_row(source[j + kAhead], head_dim_ * int64_t{sizeof(T)});
-      std::memcpy(to, source[j], static_cast<size_t>(head_dim_) * sizeof(T));
-      std::memset(to + head_dim_, 0, static_cast<size_t>(padded_dim_ - head_dim_) * sizeof(T));
+      T* to = scratch + j * padded_dim_;
+      prefetch_row(source[j + kAhead], row_bytes);
+      copy_bytes(reinterpret_cast<const uint8_t*>(source[j]), row_bytes, reinterpret_cast<uint8_t*>(to));
       rows[j] = to;
     }
     fill_unseen(seen, rows);
   }
 
+  // memcpy of few bytes, without the call: whole vectors, the last of which may overlap the one before.
+  static HWY_INLINE void copy_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+    const hn::ScalableTag<uint8_t> d;
+    constexpr int64_t kStep = HWY_LANES(uint8_t);
+    if (count < kStep) {
+      std::memcpy(to, from, static_cast<size_t>(count));
+      return;
+    }
+    for (int64_t i = 0; i + kStep <= count; i += kStep) hn::StoreU(hn::LoadU(d, from + i), d, to + i);
+    hn::StoreU(hn::LoadU(d, from + count - kStep), d, to + count - kStep);
+  }
+
   void rotate_keys(int64_t block, BlockRows& source, const KT** rows) {
     if constexpr (std::is_same_v<KT, float>) {
-      Rotation rotation;
       for (int64_t j = source.seen.begin; j < source.seen.end; ++j) {
-        const int64_t position = block + j;
-        if (j == source.seen.begin || position % kRopeGroup == 0) rope_->group_rotation(position, rotation);
-        float* to = key_scratch_ + j * key_stride_;
+        float* to = key_scratch_ + j * padded_dim_;
         prefetch_row(source.keys()[j + kAhead], head_dim_ * int64_t{sizeof(T)});
-        rope_->rotate(source.keys()[j], position, rotation, to);
+        rope_->move_to(block + j, place_);
+        rope_->rotate(source.keys()[j], block + j, place_, to);
         std::fill(to + head_dim_, to + padded_dim_, 0.0f);
         rows[j] = to;
       }
@@ -359,16 +364,16 @@ class TileAttention {
   const TileRows& rows_;
   const int64_t head_dim_;
   const int64_t padded_dim_;  // whole pairs of vectors
-  const int64_t key_stride_;
   const SequencePages sequence_;
   ScoreMap map_;
   int64_t key_offset_, value_offset_;  // elements: from a page to the keys of the head, from these to the values
 
+  Rope::Place place_;
   SoftmaxRow total_[kTileRows], part_[kTileRows];
   alignas(64) float queries_[kTileRows * kMaxHeadDim];
   alignas(64) float total_sums_[kTileRows * kMaxHeadDim];
   alignas(64) float part_sums_[kTileRows * kMaxHeadDim];
-  alignas(64) KT key_scratch_[kBlockTokens * (kMaxHeadDim + kLanes)];
+  alignas(64) KT key_scratch_[kBlockTokens * kMaxHeadDim];
   alignas(64) T value_scratch_[kBlockTokens * kMaxHeadDim];
 };
 

@@ -2,10 +2,10 @@
 // instruction set, after attention-inl.h.
 //
 // The angle position / rope_scale * theta^(-2 d / D) is computed in float64 and reduced there to one turn; only sine
-// and cosine of what is left are float32. Keys of one group of kRopeGroup tokens share that: the rest is a product with
-// the rotation by the place in the group, whose table a call computes once. Error: some 3e-7 rad at any position.
+// and cosine of what is left are float32. That is done for anchors, kRopeAnchor tokens apart; the rotation of any
+// position is the product of its anchor's, its group's and its own within the group, the latter two from tables that a
+// call computes once. Error: some 5e-7 rad at any position.
 #include <cmath>
-#include <cstring>
 
 #if defined(PUNICA_CPU_ROPE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PUNICA_CPU_ROPE_INL_H_
@@ -20,9 +20,10 @@ namespace HWY_NAMESPACE {
 namespace {
 
 inline constexpr int64_t kRopeGroup = 16;
+inline constexpr int64_t kRopeAnchor = 256;
 inline constexpr int64_t kRopeHalf = kMaxHeadDim / 2;  // a multiple of kLanes
 
-// Cosines and sines of one position, zero behind D / 2.
+// Cosines and sines of one position.
 struct Rotation {
   alignas(64) float cos[kRopeHalf];
   alignas(64) float sin[kRopeHalf];
@@ -36,28 +37,49 @@ class Rope {
     for (int64_t d = 0; d < half_; ++d) {
       frequency_[d] = std::pow(theta, -static_cast<double>(d) / static_cast<double>(half_)) / scale / kTwoPi;
     }
-    for (int64_t i = 0; i < kRopeGroup; ++i) compute(i, offset_[i]);
+    for (int64_t i = 0; i < kRopeGroup; ++i) compute(i, token_[i]);
+    for (int64_t i = 0; i < kRopeAnchor / kRopeGroup; ++i) compute(i * kRopeGroup, group_[i]);
   }
 
-  // The rotation of the group that `position` is in.
-  void group_rotation(int64_t position, Rotation& rotation) const {
-    compute(position / kRopeGroup * kRopeGroup, rotation);
-  }
+  // What stays the same from one position to the next: the rotation of its anchor, and that of its group.
+  struct Place {
+    int64_t anchor_position = -1;
+    int64_t group_position = -1;
+    Rotation anchor;
+    Rotation group;
+  };
 
-  // Rotates x (D elements, any type) to `position` into out, in float32, which is kLanes longer than D. `group` is
-  // group_rotation(position).
-  template <class T>
-  HWY_INLINE void rotate(const T* x, int64_t position, const Rotation& group, float* out) const {
-    const Rotation& offset = offset_[position % kRopeGroup];
-    const T* x2 = x + half_;
-    // The first halves overrun into the second ones, which are written later.
+  void move_to(int64_t position, Place& place) const {
+    const int64_t anchor_position = position / kRopeAnchor * kRopeAnchor;
+    const int64_t group_position = position / kRopeGroup * kRopeGroup;
+    if (place.group_position == group_position) return;
+    if (place.anchor_position != anchor_position) compute(anchor_position, place.anchor);
+    place.anchor_position = anchor_position;
+    place.group_position = group_position;
+    const Rotation& group = group_[(group_position - anchor_position) / kRopeGroup];
     for (int64_t d = 0; d < half_; d += kLanes) {
-      const VF cos = cos_of(group, offset, d), sin = sin_of(group, offset, d);
-      store(hn::NegMulAdd(load_half(x2, d), sin, hn::Mul(load_half(x, d), cos)), out + d);
+      store(cos_of(place.anchor, group, d), place.group.cos + d);
+      store(sin_of(place.anchor, group, d), place.group.sin + d);
     }
-    for (int64_t d = 0; d < half_; d += kLanes) {
-      const VF cos = cos_of(group, offset, d), sin = sin_of(group, offset, d);
-      store(hn::MulAdd(load_half(x, d), sin, hn::Mul(load_half(x2, d), cos)), out + half_ + d);
+  }
+
+  // Rotates x (D elements, any type) to `position`, where `place` has been moved to, into out, in float32.
+  template <class T>
+  HWY_INLINE void rotate(const T* x, int64_t position, const Place& place, float* out) const {
+    const Rotation& token = token_[position % kRopeGroup];
+    const T* x2 = x + half_;
+    int64_t d = 0;
+    for (; d + kLanes <= half_; d += kLanes) {
+      const VF cos = cos_of(place.group, token, d), sin = sin_of(place.group, token, d);
+      const VF a = load(x + d), b = load(x2 + d);
+      store(hn::NegMulAdd(b, sin, hn::Mul(a, cos)), out + d);
+      store(hn::MulAdd(a, sin, hn::Mul(b, cos)), out + half_ + d);
+    }
+    if (const int64_t n = half_ - d; n > 0) {
+      const VF cos = cos_of(place.group, token, d), sin = sin_of(place.group, token, d);
+      const VF a = load_n(x + d, n), b = load_n(x2 + d, n);
+      store_n(hn::NegMulAdd(b, sin, hn::Mul(a, cos)), out + d, n);
+      store_n(hn::MulAdd(a, sin, hn::Mul(b, cos)), out + half_ + d, n);
     }
   }
 
@@ -81,14 +103,10 @@ class Rope {
   static HWY_INLINE VF sin_of(const Rotation& a, const Rotation& b, int64_t d) {
     return hn::MulAdd(load(a.cos + d), load(b.sin + d), hn::Mul(load(a.sin + d), load(b.cos + d)));
   }
-  template <class T>
-  HWY_INLINE VF load_half(const T* x, int64_t d) const {
-    return d + kLanes <= half_ ? load(x + d) : load_n(x + d, half_ - d);
-  }
-
   int64_t half_;
   double frequency_[kRopeHalf];  // turns a token
-  Rotation offset_[kRopeGroup];
+  Rotation token_[kRopeGroup];
+  Rotation group_[kRopeAnchor / kRopeGroup];
 };
 
 }  // namespace
