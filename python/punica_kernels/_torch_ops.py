@@ -1,8 +1,13 @@
 """The operations as torch knows them: `torch.ops.punica_kernels.*`.
 
 The schemas declare what is written: outputs, workspaces, and `kv_ptrs` in the KV writes, for what lies behind it is
-written; so compiled code keeps the order of ops that share a table. What lies behind an address is otherwise invisible
-to the compiler. Inside a compiled function memory behind an address may be written by these ops only, not by torch's.
+written; so compiled code keeps the order of ops that share a table, and a KV write stays even if nothing in the graph
+reads what it wrote. What lies behind an address is otherwise invisible to the compiler. So inside a compiled function
+
+- memory behind an address (weights, pages) may be written by these ops only: a torch op that writes adapter weights
+  may be moved behind an op that reads them through `w_ptr`;
+- ops that are to keep their order must share the table, the same tensor: two tables with the same addresses are
+  strangers.
 """
 
 from collections.abc import Callable
@@ -94,8 +99,8 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
     for key in _REFUSED:
         _library.impl(name, refuse, key)
     torch.library.register_fake(f"punica_kernels::{name}", fake, lib=_library)
-    # Not dead code even if nothing in the graph reads what it writes. (Effect tokens would say more, but torch takes
-    # them only for ops whose schema mutates nothing.)
+    # Not dead code even if its table is made in the graph and read by nobody. (Effect tokens would say more, but torch
+    # takes them only for ops whose schema mutates nothing.)
     torch.fx.node.has_side_effect(op)
 
 
