@@ -105,7 +105,7 @@ def main() -> int:
         return 2
     load_seconds = time.perf_counter() - start
     for prompt, request in zip(prompts, engine.requests, strict=True):
-        console.print(f"[dim]{cli.title(request)}:[/dim] {prompt.text}", highlight=False)
+        console.print(f"[dim]{cli.title(request)}:[/dim] {prompt.text}", highlight=False, soft_wrap=True)
     console.print()
     (cli.show_panes if console.is_terminal else cli.show_lines)(engine, console)
     console.print("\n" + cli.summary(engine, load_seconds), highlight=False, soft_wrap=True)

