@@ -17,18 +17,34 @@ HWY_BEFORE_NAMESPACE();
 namespace punica::cpu {
 namespace HWY_NAMESPACE {
 
+// The weights [begin, end) of a task, and those of a task that follows: where the stream of loads will be a while
+// later. The processor's own prefetching ends with each page, and does not know the next adapter.
+template <class T>
+struct Stream {
+  static constexpr int64_t kAhead = (16 << 10) / static_cast<int64_t>(sizeof(T));
+
+  const T* end;
+  const T* next;
+
+  HWY_INLINE void fetch(const T* p, int64_t n) const {
+    const int64_t left = end - p;
+    prefetch(left > kAhead ? p + kAhead : next + (kAhead - left), n);
+  }
+};
+
 // ---- Long rows -----------------------------------------------------------------------------------------------------
 
 // The lanes' shares of the dot product of w and x, [k]. Steps go to four sums in turn, which hide the latency of
 // adding; the last step is filled up with zeros. Loads may go on up to w_end.
 template <class T, bool kNative>
 HWY_INLINE VF long_dot(const T* HWY_RESTRICT w, const T* HWY_RESTRICT x, int64_t k, const T* w_end,
-                       typename DotStep<T, kNative>::Operand x_rest) {
+                       typename DotStep<T, kNative>::Operand x_rest, const Stream<T>& stream) {
   using Step = DotStep<T, kNative>;
   constexpr int64_t kStep = Step::kStep;
   VF sum0 = zero(), sum1 = zero(), sum2 = zero(), sum3 = zero();
   int64_t j = 0;
   for (; j + 4 * kStep <= k; j += 4 * kStep) {
+    stream.fetch(w + j, 4 * kStep);
     sum0 = Step::dot(sum0, Step::load(w + j), Step::load(x + j));
     sum1 = Step::dot(sum1, Step::load(w + j + kStep), Step::load(x + j + kStep));
     sum2 = Step::dot(sum2, Step::load(w + j + 2 * kStep), Step::load(x + j + 2 * kStep));
@@ -42,7 +58,7 @@ HWY_INLINE VF long_dot(const T* HWY_RESTRICT w, const T* HWY_RESTRICT x, int64_t
 // y[i] += scale * (row i of w) . x, for i in [first, last).
 template <class T, bool kNative>
 HWY_INLINE void bgmv_long(const T* HWY_RESTRICT w, int64_t h_out, int64_t h_in, const T* HWY_RESTRICT x, float scale,
-                          int64_t first, int64_t last, T* HWY_RESTRICT y) {
+                          int64_t first, int64_t last, const Stream<T>& stream, T* HWY_RESTRICT y) {
   using Step = DotStep<T, kNative>;
   constexpr int64_t kChunk = 64;
   const T* w_end = w + h_out * h_in;
@@ -56,7 +72,7 @@ HWY_INLINE void bgmv_long(const T* HWY_RESTRICT w, int64_t h_out, int64_t h_in, 
       VF rows[4];
       for (int64_t q = 0; q < 4; ++q) {
         const int64_t row = i + r + q;
-        rows[q] = row < last ? long_dot<T, kNative>(w + row * h_in, x, h_in, w_end, x_rest) : zero();
+        rows[q] = row < last ? long_dot<T, kNative>(w + row * h_in, x, h_in, w_end, x_rest, stream) : zero();
       }
       hn::StoreU(reduce4(rows[0], rows[1], rows[2], rows[3]), F32x4(), sums + r);
     }
@@ -103,12 +119,13 @@ struct ShortRows {
 // As bgmv_long; kLeaves vectors (times the steps) hold kLanes rows.
 template <class T, bool kNative, int64_t kLeaves>
 HWY_INLINE void bgmv_short(ShortRows<T, kNative> rows, int64_t h_in, float scale, int64_t first, int64_t last,
-                           T* HWY_RESTRICT y) {
+                           const Stream<T>& stream, T* HWY_RESTRICT y) {
   const VF factor = broadcast(scale);
   const T* w = rows.w;
   int64_t i = first;
   for (; i + kLanes <= last; i += kLanes) {
     rows.w = w + i * h_in;
+    stream.fetch(rows.w, kLanes * h_in);
     store(hn::MulAdd(rows.template tree<kLeaves>(0), factor, load(y + i)), y + i);
   }
   if (i < last) {
@@ -134,7 +151,8 @@ void run_bgmv(const BgmvParams& params, const BgmvSplit& split) {
   const bool is_power = (row_lanes & (row_lanes - 1)) == 0;
   if (h_out < kLanes || row_lanes > kMaxSteps * kLanes || !(is_power || row_lanes % kLanes == 0)) row_lanes = 0;
   const int64_t tasks_per_row = round_up(h_out, split.outputs_per_task) / split.outputs_per_task;
-  parallel_for(split.num_threads, params.y.shape[0] * tasks_per_row, [&](int64_t task) {
+  const int64_t num_tasks = params.y.shape[0] * tasks_per_row;
+  parallel_for(split.num_threads, num_tasks, [&](int64_t task) {
     const int64_t b = task / tasks_per_row;
     const int64_t index = params.indices.as<const int64_t>()[b];
     if (index < 0 || index >= params.w_ptr.shape[0]) return;
@@ -143,8 +161,15 @@ void run_bgmv(const BgmvParams& params, const BgmvSplit& split) {
     T* y = params.y.as<T>() + b * params.y.stride[0];
     const int64_t first = task % tasks_per_row * split.outputs_per_task;
     const int64_t last = std::min(first + split.outputs_per_task, h_out);
+    const int64_t next_task = std::min(task + split.num_threads, num_tasks - 1);
+    const int64_t next_index = params.indices.as<const int64_t>()[next_task / tasks_per_row];
+    Stream<T> stream{w + last * h_in, w};
+    if (next_index >= 0 && next_index < params.w_ptr.shape[0]) {
+      stream.next = layer_weights<T>(params.w_ptr, next_index, params.layer_idx, h_out * h_in) +
+                    next_task % tasks_per_row * split.outputs_per_task * h_in;
+    }
     if (row_lanes == 0) {
-      bgmv_long<T, kNative>(w, h_out, h_in, x, params.scale, first, last, y);
+      bgmv_long<T, kNative>(w, h_out, h_in, x, params.scale, first, last, stream, y);
       return;
     }
     alignas(64) T repeated[kStep];
@@ -155,16 +180,16 @@ void run_bgmv(const BgmvParams& params, const BgmvSplit& split) {
     const ShortRows<T, kNative> rows{w, x, std::max<int64_t>(1, h_in / kStep), Step::load(x)};
     switch (std::min(row_lanes, kLanes)) {
       case 1:
-        return bgmv_short<T, kNative, 1>(rows, h_in, params.scale, first, last, y);
+        return bgmv_short<T, kNative, 1>(rows, h_in, params.scale, first, last, stream, y);
       case 2:
-        return bgmv_short<T, kNative, 2>(rows, h_in, params.scale, first, last, y);
+        return bgmv_short<T, kNative, 2>(rows, h_in, params.scale, first, last, stream, y);
       case 4:
-        return bgmv_short<T, kNative, 4>(rows, h_in, params.scale, first, last, y);
+        return bgmv_short<T, kNative, 4>(rows, h_in, params.scale, first, last, stream, y);
       case 8:
-        if constexpr (kLanes >= 8) return bgmv_short<T, kNative, 8>(rows, h_in, params.scale, first, last, y);
+        if constexpr (kLanes >= 8) return bgmv_short<T, kNative, 8>(rows, h_in, params.scale, first, last, stream, y);
         return;
       default:
-        if constexpr (kLanes >= 16) return bgmv_short<T, kNative, 16>(rows, h_in, params.scale, first, last, y);
+        if constexpr (kLanes >= 16) return bgmv_short<T, kNative, 16>(rows, h_in, params.scale, first, last, stream, y);
         return;
     }
   });
