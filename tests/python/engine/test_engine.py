@@ -1,5 +1,6 @@
 """The engine against Transformers and PEFT on tiny random models, and against itself: alone, short of pages."""
 
+import random
 import shutil
 
 import punica_kernels as pk
@@ -177,6 +178,29 @@ def test_pages_run_out(served, greedy):
     tight.add([1] * 17, None, SamplingParams(max_tokens=12))
     with pytest.raises(EngineError, match="needs 8 pages, the pool has 7"):
         tight.add([1] * 18, None, SamplingParams(max_tokens=12))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_have_one_owner(served, seed):
+    """Random arrivals over a small pool: at every step a page is free or belongs to one request, and all are served."""
+    draw = random.Random(seed)
+    engine = load_engine(*served, page_size=draw.choice([1, 3, 4]), num_pages=draw.randint(30, 60), max_batch=4)
+    engine.stop_tokens = frozenset()
+    arrivals = [(draw.randint(1, 15), draw.choice(NAMES), draw.randint(1, 12)) for _ in range(12)]
+    wanted = [length for _, _, length in arrivals]
+    admitted = []
+    while arrivals or engine.waiting or engine.running:
+        while arrivals and draw.random() < 0.6:
+            length, adapter, max_tokens = arrivals.pop(0)
+            engine.add([draw.randrange(299) for _ in range(length)], adapter, SamplingParams(max_tokens=max_tokens))
+        if not (engine.waiting or engine.running):
+            continue
+        engine.step()
+        owned = [page for request in engine.requests for page in request.pages]
+        assert sorted(owned + engine.cache.free) == list(range(engine.cache.num_pages))
+        admitted += [r.index for r in engine.requests if r.tokens and r.index not in admitted]
+    assert admitted == list(range(12))  # first come, first served
+    assert [len(request.tokens) for request in engine.requests] == wanted
 
 
 def test_pages_that_are_no_multiple_of_16_bytes(make_model, teacher_forced):
