@@ -29,7 +29,7 @@ HWY_INLINE VBF16 load_bf16(const hwy::bfloat16_t* p) {
 // The pair (p[0], p[1]) in every 32-bit lane.
 HWY_INLINE VBF16 broadcast_bf16_pair(const hwy::bfloat16_t* p) {
   VBF16 pair;
-  asm("vpbroadcastd %[p], %[pair]" : [pair] "=v"(pair.raw) : [p] "m"(*reinterpret_cast<const uint8_t (*)[4]>(p)));
+  asm("vpbroadcastd %[p], %[pair]" : [pair] "=v"(pair.raw) : [p] "m"(*reinterpret_cast<const uint8_t(*)[4]>(p)));
   return pair;
 }
 
@@ -39,6 +39,13 @@ HWY_INLINE hwy::HWY_NAMESPACE::Vec<hwy::HWY_NAMESPACE::ScalableTag<float>> dot_b
     hwy::HWY_NAMESPACE::Vec<hwy::HWY_NAMESPACE::ScalableTag<float>> sum, VBF16 a, VBF16 b) {
   asm("vdpbf16ps %[b], %[a], %[sum]" : [sum] "+v"(sum.raw) : [a] "v"(a.raw), [b] "v"(b.raw));
   return sum;
+}
+
+// Rounds to nearest, ties to even, and stores 16 elements at p. NaN stays NaN; subnormal results become zero.
+HWY_INLINE void store_bf16(hwy::HWY_NAMESPACE::Vec<hwy::HWY_NAMESPACE::ScalableTag<float>> v, hwy::bfloat16_t* p) {
+  hwy::HWY_NAMESPACE::Vec<hwy::HWY_NAMESPACE::FixedTag<uint16_t, 16>> rounded;
+  asm("vcvtneps2bf16 %[v], %[rounded]" : [rounded] "=v"(rounded.raw) : [v] "v"(v.raw));
+  hwy::HWY_NAMESPACE::StoreU(rounded, hwy::HWY_NAMESPACE::FixedTag<uint16_t, 16>(), reinterpret_cast<uint16_t*>(p));
 }
 
 #endif  // HWY_TARGET == HWY_AVX3

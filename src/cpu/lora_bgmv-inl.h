@@ -76,7 +76,7 @@ HWY_INLINE void bgmv_long(const T* HWY_RESTRICT w, int64_t h_out, int64_t h_in, 
       }
       hn::StoreU(reduce4(rows[0], rows[1], rows[2], rows[3]), F32x4(), sums + r);
     }
-    accumulate_row(y + i, sums, n, scale);
+    accumulate_row<kNative>(y + i, sums, n, scale);
   }
 }
 
@@ -126,7 +126,7 @@ HWY_INLINE void bgmv_short(ShortRows<T, kNative> rows, int64_t h_in, float scale
   for (; i + kLanes <= last; i += kLanes) {
     rows.w = w + i * h_in;
     stream.fetch(rows.w, kLanes * h_in);
-    store(hn::MulAdd(rows.template tree<kLeaves>(0), factor, load(y + i)), y + i);
+    store_rounded<kNative>(hn::MulAdd(rows.template tree<kLeaves>(0), factor, load(y + i)), y + i);
   }
   if (i < last) {
     // Rows before these are computed again: h_out >= kLanes.
@@ -134,7 +134,7 @@ HWY_INLINE void bgmv_short(ShortRows<T, kNative> rows, int64_t h_in, float scale
     rows.w = w + begin * h_in;
     alignas(64) float sums[kLanes];
     store(rows.template tree<kLeaves>(0), sums);
-    accumulate_row(y + i, sums + (i - begin), last - i, scale);
+    accumulate_row<kNative>(y + i, sums + (i - begin), last - i, scale);
   }
 }
 

@@ -117,13 +117,31 @@ HWY_INLINE void copy_padded(const bfloat16_t* HWY_RESTRICT src, int64_t n, bfloa
 }
 #endif
 
+// The one rounding of a result. Where bfloat16 is native, subnormals become zero, as they do in its dot products.
+template <bool kNative, class T>
+HWY_INLINE void store_rounded(VF v, T* p) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kNative) {
+    store_bf16(v, p);
+    return;
+  }
+#endif
+  store(v, p);
+}
+
 // y[i] = T(y[i] + scale * sums[i])
-template <class T>
+template <bool kNative, class T>
 HWY_INLINE void accumulate_row(T* HWY_RESTRICT y, const float* HWY_RESTRICT sums, int64_t n, float scale) {
   const VF factor = broadcast(scale);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(hn::MulAdd(load(sums + i), factor, load(y + i)), y + i);
-  if (i < n) store_n(hn::MulAdd(load_n(sums + i, n - i), factor, load_n(y + i, n - i)), y + i, n - i);
+  for (; i + kLanes <= n; i += kLanes) {
+    store_rounded<kNative>(hn::MulAdd(load(sums + i), factor, load(y + i)), y + i);
+  }
+  if (i < n) {
+    alignas(64) T last[kLanes];
+    store_rounded<kNative>(hn::MulAdd(load_n(sums + i, n - i), factor, load_n(y + i, n - i)), last);
+    std::memcpy(y + i, last, static_cast<size_t>(n - i) * sizeof(T));
+  }
 }
 
 // One task of sgmv: rows [token, token + num_tokens) with segment `segment`, outputs [output, output + num_outputs).

@@ -137,7 +137,7 @@ void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
     alignas(64) float sums[kSumsChunk];
     for (int64_t t = 0; t < task.num_tokens; ++t) {
       dot_rows<T, kNative>(w, d_out, d_in, task.output, task.num_outputs, x + t * x_stride, sums);
-      accumulate_row(y + t * y_stride, sums, task.num_outputs, 1.0f);
+      accumulate_row<kNative>(y + t * y_stride, sums, task.num_outputs, 1.0f);
     }
     return;
   }
@@ -184,7 +184,7 @@ void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
     }
   }
   for (int64_t t = 0; t < task.num_tokens; ++t) {
-    accumulate_row(y + t * y_stride, sums + t * kSumsChunk, task.num_outputs, 1.0f);
+    accumulate_row<kNative>(y + t * y_stride, sums + t * kSumsChunk, task.num_outputs, 1.0f);
   }
 }
 

@@ -212,7 +212,7 @@ HWY_INLINE void sgmv_outer_tiles(const SgmvParams& params, const SgmvTask& task)
         }
         if (begin + kBlock < d_in) continue;
         for (int64_t m = 0; m < std::min(kTokens, task.num_tokens - t); ++m) {
-          accumulate_row(y + (t + m) * y_stride + i, tile_sums + m * sums_stride, n, 1.0f);
+          accumulate_row<kNative>(y + (t + m) * y_stride + i, tile_sums + m * sums_stride, n, 1.0f);
         }
       }
     }
