@@ -14,9 +14,10 @@ from ._library import Kernel
 
 _prefill, _decode = Kernel("batch_prefill"), Kernel("batch_decode")
 
-# Bytes of keys (decode), and bytes of queries times tokens of the cache (prefill), that a call on the CPU takes about
-# 100 us for: above, the GIL is released.
-_LONG = 1_000_000
+# What a call on the CPU takes about 100 us for: above, the GIL is released. Decode: bytes of pages of one layer.
+# Prefill: bytes of queries times tokens of the cache, as if every query saw all of them.
+_LONG_DECODE = 2_000_000
+_LONG_PREFILL = 4_000_000
 
 
 def batch_prefill(
@@ -153,7 +154,7 @@ def _run_prefill(
             t is not None and t.is_neg() for t in (o, q, lse)
         ):
             refuse_grad_and_neg("batch_prefill", tensors)
-        long = q.is_cpu and q.nbytes * (kv_ptrs.nbytes // 8) * page_size > _LONG
+        long = q.is_cpu and q.nbytes * (kv_ptrs.nbytes // 8) * page_size > _LONG_PREFILL
         (_prefill.released if long else _prefill.held)(
             o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
             page_size, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, get_num_threads(),
@@ -189,7 +190,7 @@ def _run_decode(
         ):
             refuse_grad_and_neg("batch_decode", tensors)
         # A page of one layer is at least 256 bytes a token and KV head for the usual head_dim of 64 and up.
-        long = q.is_cpu and kv_ptrs.nbytes * 32 * page_size * num_kv_heads > _LONG
+        long = q.is_cpu and kv_ptrs.nbytes * 32 * page_size * num_kv_heads > _LONG_DECODE
         (_decode.released if long else _decode.held)(
             o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
             sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, get_num_threads(),

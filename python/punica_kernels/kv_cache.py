@@ -17,7 +17,7 @@ from ._library import Kernel
 _init_kv, _append_kv = Kernel("init_kv"), Kernel("append_kv")
 
 # Bytes of keys that a call on the CPU takes about 100 us for: above, the GIL is released.
-_LONG = 500_000
+_LONG = 2_000_000
 
 
 def init_kv(

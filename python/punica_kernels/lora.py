@@ -21,6 +21,8 @@ _tmp_size = function("sgmv_cutlass_tmp_size")
 
 # Bytes of weights that a call on the CPU reads, if no two rows share them, in about 100 us: above, the GIL is released.
 _LONG = 2_000_000
+# What x.nbytes * y.nbytes, which is cheap to ask for, then exceeds as well.
+_MAYBE_LONG = 2 * _LONG
 
 
 @overload
@@ -137,9 +139,8 @@ def sgmv_cutlass_tmp_size(num_segments: int) -> int:
 
 
 def _is_long(y: Tensor, x: Tensor) -> bool:
-    # On CUDA a call only launches. A tensor of the wrong rank is for the library to refuse. The first product is at
-    # least twice the second, and cheap: most decode calls end there.
-    return x.nbytes * y.nbytes > 2 * _LONG and y.is_cpu and y.dim() == 2 and x.nbytes * y.shape[1] > _LONG
+    # On CUDA a call only launches. A tensor of the wrong rank is for the library to refuse.
+    return y.is_cpu and y.dim() == 2 and x.nbytes * y.shape[1] > _LONG
 
 
 def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None:
@@ -148,7 +149,7 @@ def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: i
     try:
         if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
             refuse_grad_and_neg("dispatch_bgmv", tensors)
-        kernel = _bgmv.released if _is_long(y, x) else _bgmv.held
+        kernel = _bgmv.released if x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else _bgmv.held
         kernel(y, x, w_ptr, indices, layer_idx, scale, get_num_threads())
     except (RuntimeError, AttributeError) as cause:
         explain("dispatch_bgmv", tensors, cause)
@@ -170,7 +171,7 @@ def _run_sgmv(
     try:
         if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
             refuse_grad_and_neg(op, tensors)
-        kernel = kernels.released if _is_long(y, x) else kernels.held
+        kernel = kernels.released if x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else kernels.held
         kernel(y, x, w_ptr, s_start, s_end, tmp, layer_idx, get_num_threads())
     except (RuntimeError, AttributeError) as cause:
         explain(op, tensors, cause)

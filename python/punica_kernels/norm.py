@@ -10,7 +10,7 @@ from ._library import Kernel
 _rms_norm = Kernel("rms_norm")
 
 # Bytes of input that a call on the CPU takes about 100 us for: above, the GIL is released.
-_LONG = 1_000_000
+_LONG = 2_000_000
 
 
 def rms_norm(output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None) -> None:
