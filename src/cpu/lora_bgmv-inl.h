@@ -17,8 +17,9 @@ HWY_BEFORE_NAMESPACE();
 namespace punica::cpu {
 namespace HWY_NAMESPACE {
 
-// The weights [begin, end) of a task, and those of a task that follows: where the stream of loads will be a while
-// later. The processor's own prefetching ends with each page, and does not know the next adapter.
+// The end of a task's weights, and the weights of a task that follows: where the stream of loads goes on. The
+// processor's own prefetching follows a run of loads, if not too much work lies between them, but does not know the
+// next adapter.
 template <class T>
 struct Stream {
   static constexpr int64_t kAhead = (16 << 10) / static_cast<int64_t>(sizeof(T));
@@ -26,9 +27,16 @@ struct Stream {
   const T* end;
   const T* next;
 
+  // Fetches n elements of what will be used kAhead after p.
   HWY_INLINE void fetch(const T* p, int64_t n) const {
     const int64_t left = end - p;
     prefetch(left > kAhead ? p + kAhead : next + (kAhead - left), n);
+  }
+
+  // The same, only if it is the next task's.
+  HWY_INLINE void fetch_next(const T* p, int64_t n) const {
+    const int64_t left = end - p;
+    if (left <= kAhead) prefetch(next + (kAhead - left), n);
   }
 };
 
@@ -44,7 +52,7 @@ HWY_INLINE VF long_dot(const T* HWY_RESTRICT w, const T* HWY_RESTRICT x, int64_t
   VF sum0 = zero(), sum1 = zero(), sum2 = zero(), sum3 = zero();
   int64_t j = 0;
   for (; j + 4 * kStep <= k; j += 4 * kStep) {
-    stream.fetch(w + j, 4 * kStep);
+    stream.fetch_next(w + j, 4 * kStep);
     sum0 = Step::dot(sum0, Step::load(w + j), Step::load(x + j));
     sum1 = Step::dot(sum1, Step::load(w + j + kStep), Step::load(x + j + kStep));
     sum2 = Step::dot(sum2, Step::load(w + j + 2 * kStep), Step::load(x + j + 2 * kStep));
@@ -116,6 +124,9 @@ struct ShortRows {
   }
 };
 
+// Elements of y from what is written to what is fetched meanwhile.
+inline constexpr int64_t kAheadOutputs = 512;
+
 // As bgmv_long; kLeaves vectors (times the steps) hold kLanes rows.
 template <class T, bool kNative, int64_t kLeaves>
 HWY_INLINE void bgmv_short(ShortRows<T, kNative> rows, int64_t h_in, float scale, int64_t first, int64_t last,
@@ -126,6 +137,7 @@ HWY_INLINE void bgmv_short(ShortRows<T, kNative> rows, int64_t h_in, float scale
   for (; i + kLanes <= last; i += kLanes) {
     rows.w = w + i * h_in;
     stream.fetch(rows.w, kLanes * h_in);
+    hwy::Prefetch(y + i + kAheadOutputs);
     store_rounded<kNative>(hn::MulAdd(rows.template tree<kLeaves>(0), factor, load(y + i)), y + i);
   }
   if (i < last) {
