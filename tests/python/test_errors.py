@@ -16,6 +16,8 @@ from typing import Any
 import punica_kernels as pk
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from op_cases import int32, make_adapters, make_cache, randn
 from torch import Tensor
 
@@ -402,6 +404,30 @@ def test_overlap_is_exact():
     assert_refused("rms_norm", {"output": x[:, :8], "input": x[:, 4:12], "weight": weight, "epsilon": 0.0}, "overlap")
     shifted = {"output": x.view(8, 8)[1:5], "input": x.view(8, 8)[:4], "weight": weight, "epsilon": 0.0}
     assert_refused("rms_norm", shifted, "output", "input", "overlap")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_overlap_of_any_two_views(data):
+    """Refused exactly where some element of y is an element of x."""
+    rows = data.draw(st.integers(1, 6))
+    memory = torch.arange(200, dtype=torch.float32)
+    views = []
+    for _ in range(2):
+        width = data.draw(st.integers(1, 9))
+        stride = data.draw(st.integers(width, 15))
+        offset = data.draw(st.integers(0, 200 - (rows - 1) * stride - width))
+        views.append(memory.as_strided((rows, width), (stride, 1), offset))
+    shared = set(views[0].flatten().tolist()) & set(views[1].flatten().tolist())
+    arguments = {
+        "y": views[0], "x": views[1], "w_ptr": torch.zeros(1, dtype=torch.int64),
+        "indices": torch.full((rows,), -1), "layer_idx": 0, "scale": 1.0,
+    }  # fmt: skip
+    if shared:
+        with pytest.raises(RuntimeError, match="y and x must not overlap"):
+            pk.dispatch_bgmv(**arguments)
+    else:
+        pk.dispatch_bgmv(**arguments)
 
 
 def test_workspace_too_small_names_the_bytes():
