@@ -299,6 +299,7 @@ HWY_INLINE void add_values_slab(const float* weights, const T* const* values, in
 template <class T, int kRows>
 HWY_NOINLINE void add_values(const float* weights, const T* const* values, int64_t padded_dim, int64_t begin,
                              int64_t end, const T* const* ahead, float* sums, int64_t sum_stride) {
+  if (begin >= end) return;
   constexpr int kPairs = kRows == 1 ? 4 : 2;
   const int64_t row_bytes = padded_dim * int64_t{sizeof(T)};
   const int64_t period = (padded_dim + kPairs * kPair - 1) / (kPairs * kPair);

@@ -63,7 +63,7 @@ TileRows tile_rows(const AttentionPlan& plan, int64_t sequence, int64_t kv_head,
 }
 
 // Works through the keys of one tile. KT is the type of the keys as they enter the dot products: T, or float32 once
-// they are rotated. Lives on the stack of the thread, 300 KiB at most; what a call does not need is not touched.
+// they are rotated. Lives on the stack of the thread, 250 KiB at most; what a call does not need is not touched.
 template <class T, class KT, bool kNative>
 class TileAttention {
  public:
