@@ -39,7 +39,7 @@ def best_rival(row: dict[str, Any]) -> tuple[str, float] | None:
 def verdict(row: dict[str, Any]) -> str:
     if row["goal"] is None:
         return ""
-    return "met" if row["met"] else "missed"
+    return {True: "met", False: "missed", None: "floor disturbed"}[row["met"]]
 
 
 def percent_of_floor(row: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def print_table(result: dict[str, Any]) -> None:
             table.add_column(rival, justify="right", style="dim")
         for row in rows:
             state = verdict(row)
-            style = {"met": "[green]met[/]", "missed": "[bold red]missed[/]"}.get(state, "")
+            style = {"met": "[green]met[/]", "missed": "[bold red]missed[/]"}.get(state, state)
             table.add_row(
                 row["work"],
                 f"[bold]{number(row['ours'])}[/]",

@@ -12,6 +12,7 @@
 // another: bandwidth can differ by a factor of two from one minute to the next (where a hypervisor puts the virtual
 // cores, what the neighbours do), so a floor is worth something only next to the measurement that it is held against.
 // Nothing here uses the library. Vectors are those of GCC and Clang, so the file compiles anywhere.
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -47,10 +48,38 @@ std::atomic<uint64_t> g_sink;
 
 // ---- Threads that wait by spinning, so that waking them costs no system call --------------------------------------
 
+// Moves the calling thread to the index-th core that the process may use. Left to itself the scheduler puts two
+// spinning threads on one core now and then, and leaves them there.
+void pin(int index) {
+#if defined(__linux__)
+  static const cpu_set_t allowed = [] {
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    sched_getaffinity(0, sizeof(cpus), &cpus);
+    return cpus;
+  }();
+  const int count = CPU_COUNT(&allowed);
+  for (int cpu = 0, skip = count > 0 ? index % count : 0; count > 0 && cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed) || skip-- > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+    return;
+  }
+#endif
+}
+
 class Team {
  public:
   explicit Team(int size) : size_(size) {
-    for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { loop(i); });
+    pin(0);
+    for (int i = 1; i < size; ++i) {
+      threads_.emplace_back([this, i] {
+        pin(i);
+        loop(i);
+      });
+    }
   }
   ~Team() {
     stop_ = true;
@@ -232,7 +261,8 @@ struct Options {
   std::string isa;
 };
 
-// One way to do one kind of work. Its rate is that of the best round; a round is the median of its passes. Rounds lie
+// One way to do one kind of work. Its rate is that of the best round; a round is the lower quartile of the times of its
+// passes: what interrupts a thread only ever makes a pass longer, and a floor that is too easy helps nobody. Rounds lie
 // apart in time, so that what else happens on the machine for a while does not decide.
 struct Candidate {
   const char* kind;
@@ -285,8 +315,8 @@ void measure(const Options& options, int rounds, std::vector<Candidate>* candida
       std::vector<double> seconds;
       seconds.reserve(options.passes);
       for (int pass = 0; pass < options.passes; ++pass) seconds.push_back(team.run(candidate.work));
-      std::nth_element(seconds.begin(), seconds.begin() + options.passes / 2, seconds.end());
-      candidate.rate = std::max(candidate.rate, candidate.units / seconds[options.passes / 2]);
+      std::nth_element(seconds.begin(), seconds.begin() + options.passes / 4, seconds.end());
+      candidate.rate = std::max(candidate.rate, candidate.units / seconds[options.passes / 4]);
     }
   }
   std::stable_sort(candidates->begin(), candidates->end(), [](const Candidate& a, const Candidate& b) {
