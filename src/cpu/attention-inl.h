@@ -84,8 +84,8 @@ HWY_INLINE VF sum_across_blocks(const float* v) {
 // order of their use, which is the keys of a block, its values, the keys of the next block. The loads of keys come much
 // faster one upon the other than those of values, and none come during the softmax, so requests are spread by time
 // rather than tied to the loads: what counts is how many are under way at every moment.
-inline constexpr int64_t kAhead = 48;
-inline constexpr int64_t kAheadInScores = kBlockTokens / 4 * 3;  // rows asked for while a block's keys are read
+inline constexpr int64_t kAhead = 60;
+inline constexpr int64_t kAheadInScores = kBlockTokens / 2;  // rows asked for while a block's keys are read
 inline constexpr int64_t kAheadInSoftmax = kBlockTokens - kAheadInScores;
 HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
@@ -105,8 +105,8 @@ HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* 
       const KT* const* k = keys + group + 4 * j;
       const KT *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
       if (ahead != nullptr) {
-        const KT* const* rows = ahead + (group / 4 + j) * 3;
-        for (int64_t i = 0; i < 3; ++i) prefetch_row(rows[i], padded_dim * int64_t{sizeof(KT)});
+        const KT* const* rows = ahead + (group / 4 + j) * 2;
+        for (int64_t i = 0; i < 2; ++i) prefetch_row(rows[i], padded_dim * int64_t{sizeof(KT)});
       }
       VF sum[kRows][4];
       for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = zero();
@@ -262,19 +262,19 @@ HWY_NOINLINE void merge_rows(SoftmaxRow& row, const SoftmaxRow& later, int64_t p
 // ---- Values.
 
 // sums[m] += sum_j weights[m * kBlockTokens + j] * values[j] over the keys [begin, end) in ascending order, for kPairs
-// pairs of vectors from element d on. Asks for a row of `ahead`, if there is one, every `period` keys.
+// pairs of vectors from element d on. Asks for a row of [ahead, ahead_end) every `period` keys.
 template <class T, int kRows, int kPairs>
 HWY_INLINE void add_values_slab(const float* weights, const T* const* values, int64_t d, int64_t begin, int64_t end,
-                                const T* const*& ahead, int64_t period, int64_t row_bytes, float* sums,
-                                int64_t sum_stride) {
+                                const T* const*& ahead, const T* const* ahead_end, int64_t period, int64_t row_bytes,
+                                float* sums, int64_t sum_stride) {
   VF sum[kRows][2 * kPairs];
   for (int m = 0; m < kRows; ++m) {
     for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = load(sums + m * sum_stride + d + i * kLanes);
   }
-  int64_t until_next = ahead == nullptr ? kBlockTokens : 0;
+  int64_t until_next = 0;
   for (int64_t j = begin; j < end; ++j) {
     const T* v = values[j] + d;
-    if (until_next-- == 0) {
+    if (until_next-- == 0 && ahead != ahead_end) {
       until_next = period - 1;
       prefetch_row(*ahead++, row_bytes);
     }
@@ -303,17 +303,18 @@ HWY_NOINLINE void add_values(const float* weights, const T* const* values, int64
   constexpr int kPairs = kRows == 1 ? 4 : 2;
   const int64_t row_bytes = padded_dim * int64_t{sizeof(T)};
   const int64_t period = (padded_dim + kPairs * kPair - 1) / (kPairs * kPair);
+  const T* const* ahead_end = ahead == nullptr ? nullptr : ahead + kBlockTokens;
   int64_t d = 0;
   for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
-    add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+    add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums,
+                                      sum_stride);
   }
   if (kRows == 1 && d + 2 * kPair <= padded_dim) {
-    add_values_slab<T, kRows, 2>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+    add_values_slab<T, kRows, 2>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums, sum_stride);
     d += 2 * kPair;
-    ahead = nullptr;
   }
   if (d < padded_dim) {
-    add_values_slab<T, kRows, 1>(weights, values, d, begin, end, ahead, period, row_bytes, sums, sum_stride);
+    add_values_slab<T, kRows, 1>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums, sum_stride);
   }
 }
 
