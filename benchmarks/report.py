@@ -108,7 +108,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     figure = plt.figure(figsize=(width, height), facecolor="white")
     left, right = (
         figure.add_axes((x / width, bottom / height, w / width, 1 - (bottom + top) / height))
-        for x, w in ((3.05, 4.9), (9.75, 3.5))
+        for x, w in ((3.05, 4.9), (9.6, 3.6))
     )
     used = plot_shares(left, rows)
     plot_mixed(right, mixed)
