@@ -29,7 +29,7 @@ HWY_INLINE VBF16 load_bf16(const hwy::bfloat16_t* p) {
 // The pair (p[0], p[1]) in every 32-bit lane.
 HWY_INLINE VBF16 broadcast_bf16_pair(const hwy::bfloat16_t* p) {
   VBF16 pair;
-  asm("vpbroadcastd %[p], %[pair]" : [pair] "=v"(pair.raw) : [p] "m"(*reinterpret_cast<const uint8_t(*)[4]>(p)));
+  asm("vpbroadcastd %[p], %[pair]" : [pair] "=v"(pair.raw) : [p] "m"(*reinterpret_cast<const uint8_t (*)[4]>(p)));
   return pair;
 }
 

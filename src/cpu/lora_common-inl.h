@@ -28,7 +28,7 @@ namespace HWY_NAMESPACE {
 inline constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON;
 
 template <class T, bool kBf16Isa>
-inline constexpr bool kNativeDot = kBf16Isa&& std::is_same_v<T, bfloat16_t>;
+inline constexpr bool kNativeDot = kBf16Isa && std::is_same_v<T, bfloat16_t>;
 
 inline constexpr int64_t kLineBytes = 64;
 
