@@ -75,7 +75,7 @@ test-sanitize: $(STAMPS)/packages-clang ## C++ tests under AddressSanitizer and 
 test-tsan: $(STAMPS)/packages-clang ## C++ tests of the thread pool under ThreadSanitizer
 	@$(call SANITIZE_CONFIGURE,build/tsan,thread)
 	@cmake --build build/tsan -j $(JOBS) --target punica_tests
-	@build/tsan/tests/cpp/punica_tests --gtest_filter='*Thread*'
+	@TSAN_OPTIONS=die_after_fork=0 build/tsan/tests/cpp/punica_tests --gtest_filter='*Thread*'
 
 test-aarch64: $(STAMPS)/packages-aarch64 ## C++ tests compiled for 64-bit Arm, under an emulator
 	@cmake -S . -B build/aarch64 -G Ninja --toolchain cmake/aarch64-linux-gnu.cmake -DPUNICA_CUDA=OFF \
