@@ -87,6 +87,8 @@ std::string device_name(Device device) {
 
 std::string shape_string(const TensorView& t) { return dims_string(t.shape, t.rank); }
 
+std::string at(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
 bool Check::fail(const std::string& message) { return fail(StatusCode::kInvalidArgument, message); }
 
 bool Check::fail(StatusCode code, const std::string& message) {

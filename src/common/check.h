@@ -71,5 +71,6 @@ class Check {
 // For messages.
 std::string device_name(Device device);
 std::string shape_string(const TensorView& t);
+std::string at(const char* name, int64_t i);  // "indices[3]"
 
 }  // namespace punica

@@ -12,8 +12,6 @@ namespace {
 
 const char* op_name(const SgmvParams& p) { return p.weights == SgmvWeights::kInOut ? "sgmv_cutlass" : "sgmv_shrink"; }
 
-std::string at(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 // Adapter addresses need the alignment of their element only.
 bool check_address(Check& check, const TensorView& w_ptr, int64_t i, size_t item) {
   const int64_t address = w_ptr.as<const int64_t>()[i];

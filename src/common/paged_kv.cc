@@ -5,8 +5,6 @@
 namespace punica {
 namespace {
 
-std::string at(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 // indptr[i] <= indptr[i + 1], both in [0, limit].
 bool check_range(Check& check, const char* name, const int32_t* indptr, int64_t i, int64_t limit,
                  const char* limit_name) {
