@@ -3,10 +3,12 @@
     python benchmarks/bench_cuda.py [--only WORD] [--grid] [--output FOLDER]
 
 Prints a line a row; writes cuda.json and cuda.md (with --grid: cuda_grid.json and cuda_grid.md) into
-benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg and cuda.png, which needs no GPU. bfloat16. Weights, x and y rotate and are cold in the second-level cache; index and pointer tables
-are the same small tensors in every call, as in an engine, so they are warm: "ours, tables cold" is the figure without
-that. How time is taken, and what a floor is: cuda_harness.py. "Alone" calls are launched as the library always does on
-Hopper (programmatic dependents that wait before they read anything); "chained" ones under early_reads().
+benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg and cuda.png, which needs no GPU.
+
+bfloat16. Weights, x and y rotate and are cold in the second-level cache; index and pointer tables are the same small
+tensors in every call, as in an engine, so they are warm: "ours, tables cold" is the figure without that. How time is
+taken, and what a floor is: cuda_harness.py. "Alone" calls are launched as the library always does on Hopper
+(programmatic dependents that wait before they read anything); "chained" ones under early_reads().
 """
 
 import argparse
