@@ -1,0 +1,146 @@
+// dispatch_bgmv on CUDA devices: y[b] += scale * W[indices[b]][layer_idx] @ x[b].
+//
+// A block, or a cluster of blocks, starts for every row and every range of outputs. It finds the rows that share the
+// adapter of its own in the table of indices; the first of every eight of them serves all eight, the others end. So
+// there is no plan on the host, weights are read once for eight rows, and a batch of different adapters needs no more
+// than the bytes of its weights. Three kernels: long K, short K, float32. Which one, and how K is split, follows from
+// h_in and the data type.
+#include <algorithm>
+#include <cstdint>
+
+#include "src/cuda/backend.h"
+#include "src/cuda/common/launch.h"
+#include "src/cuda/lora/bgmv_float32.cuh"
+#include "src/cuda/lora/bgmv_long.cuh"
+#include "src/cuda/lora/bgmv_short.cuh"
+
+namespace punica::cuda {
+namespace {
+
+using namespace bgmv;
+
+// The longest h_in whose weights a warp takes alone. Beyond, splitting K is what keeps enough loads in flight.
+constexpr int kShortMax = 32 * kShortSteps;
+constexpr int64_t kMaxRows = 1 << 20;  // rows of a launch, a multiple of kScanRows
+constexpr int64_t kMaxTiles = 65535;   // grid.y
+constexpr int64_t kMaxWidth = int64_t{1} << 30;
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls launch(args, rows, tiles) for parts of the batch and of `tiles` that fit in a grid: one, in all but absurd
+// sizes.
+template <class Launch>
+Status for_parts(BgmvArgs args, int64_t tiles, Launch launch) {
+  const int64_t batch = args.batch;
+  for (int64_t row = 0; row < batch; row += kMaxRows) {
+    for (int64_t tile = 0; tile < tiles; tile += kMaxTiles) {
+      args.first_row = row;
+      args.batch = std::min(batch, row + kMaxRows);
+      args.first_tile = static_cast<int>(tile);
+      PUNICA_RETURN_IF_ERROR(launch(args, static_cast<unsigned>(args.batch - row),
+                                    static_cast<unsigned>(std::min(tiles - tile, kMaxTiles))));
+    }
+  }
+  return {};
+}
+
+template <Arch kArch, class T>
+Status launch_long(const Launcher& launcher, BgmvArgs args) {
+  const int64_t steps = div_up(args.h_in, kLongStep);
+  // Four warps keep the register file full of loads; a very long K gives more of them to a row.
+  int warps = kLongThreads / 32;
+  args.rank_bits = 0;
+  if constexpr (kArch == Arch::kSm90) {
+    warps = steps > 2 * kLongRanks * 4 * kLongStages ? 8 : 4;
+    while ((1 << args.rank_bits) < kLongRanks && (warps * kLongStages << args.rank_bits) < steps) ++args.rank_bits;
+  }
+  args.steps = static_cast<int>(div_up(steps, warps << args.rank_bits));
+  return for_parts(args, div_up(args.h_out, kLongRows), [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+    LaunchShape shape;
+    shape.grid = dim3(rows << part.rank_bits, tiles);
+    shape.block = dim3(32 * warps);
+    shape.shared_bytes = long_shared_bytes(32 * warps);
+    shape.cluster = 1u << part.rank_bits;
+    return launcher.launch<bgmv_long_kernel<kArch, T>>(shape, part);
+  });
+}
+
+template <Arch kArch, class T, int kCount>
+Status launch_short(const Launcher& launcher, const BgmvArgs& args) {
+  // Where there are more blocks than run at once, each takes twice as many outputs: both halves are in flight from the
+  // start, and what finding its rows takes is paid once for them. Changes no bits: no output depends on its block.
+  constexpr int64_t kWave = kCount == 2 ? 1056 : 528, kMaxRounds = kShortStages;
+  const int64_t blocks = div_up(args.h_out, kShortWarps * kShortRows);
+  const int64_t rounds = std::clamp((args.batch * blocks + kWave / 2) / kWave, int64_t{1}, kMaxRounds);
+  const int64_t grid_y = std::min(div_up(blocks, rounds), kMaxTiles);
+  return for_parts(args, grid_y, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+    LaunchShape shape;
+    shape.grid = dim3(rows, tiles);
+    shape.block = dim3(32 * kShortWarps);
+    return launcher.launch<bgmv_short_kernel<kArch, T, kCount>>(shape, part);
+  });
+}
+
+template <Arch kArch>
+Status launch_float32(const Launcher& launcher, BgmvArgs args) {
+  args.team = 4;
+  while (args.team < 32 && 4 * args.team < args.h_in) args.team *= 2;
+  if (args.h_in > 32 * 4 * kFloatBatch) args.team = kFloatThreads;
+  const int64_t tiles = div_up(args.h_out, kFloatRows * (kFloatThreads / args.team));
+  return for_parts(args, tiles, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+    LaunchShape shape;
+    shape.grid = dim3(rows, tile_count);
+    shape.block = dim3(kFloatThreads);
+    return launcher.launch<bgmv_float32_kernel<kArch>>(shape, part);
+  });
+}
+
+template <Arch kArch, class T>
+Status launch(const Launcher& launcher, BgmvArgs args) {
+  const bool is_short = sizeof(T) == 2 && args.h_in <= kShortMax;
+  const int64_t lane_bytes = is_short && args.h_in <= 16 ? 8 : 16;
+  const int64_t lane_elements = lane_bytes / static_cast<int64_t>(sizeof(T));
+  args.vectors = reinterpret_cast<uintptr_t>(args.x) % lane_bytes == 0 && args.x_stride % lane_elements == 0 &&
+                 args.h_in % lane_elements == 0;
+  if (is_short) {
+    args.vectors = args.vectors && reinterpret_cast<uintptr_t>(args.y) % (2 * sizeof(T)) == 0 &&
+                   args.y_stride % 2 == 0 && args.h_out % 2 == 0;
+  }
+  if constexpr (sizeof(T) == 4) {
+    return launch_float32<kArch>(launcher, args);
+  } else {
+    if (!is_short) return launch_long<kArch, T>(launcher, args);
+    return lane_bytes == 8 ? launch_short<kArch, T, 2>(launcher, args) : launch_short<kArch, T, 4>(launcher, args);
+  }
+}
+
+}  // namespace
+
+Status dispatch_bgmv(const BgmvParams& p, const Context& context) {
+  if (p.x.shape[1] > kMaxWidth || p.y.shape[1] > kMaxWidth) {
+    return {StatusCode::kUnsupported, "dispatch_bgmv: on CUDA h_in and h_out must be at most 1073741824"};
+  }
+  BgmvArgs args = {};
+  args.y = p.y.data;
+  args.x = p.x.data;
+  args.w_ptr = p.w_ptr.as<const int64_t>();
+  args.indices = p.indices.as<const int64_t>();
+  args.y_stride = p.y.stride[0];
+  args.x_stride = p.x.stride[0];
+  args.num_adapters = p.w_ptr.shape[0];
+  args.batch = p.y.shape[0];
+  args.h_in = static_cast<int>(p.x.shape[1]);
+  args.h_out = static_cast<int>(p.y.shape[1]);
+  args.layer_offset = p.layer_idx * args.h_out * args.h_in;
+  args.scale = p.scale;
+  return on_device("dispatch_bgmv", p.y.device, context, [&](const Launcher& launcher) {
+    args.early_reads = launcher.early_reads;
+    return with_type(p.y.dtype, [&](auto t) {
+      using T = decltype(t);
+      return launcher.arch == Arch::kSm90 ? launch<Arch::kSm90, T>(launcher, args)
+                                          : launch<Arch::kSm80, T>(launcher, args);
+    });
+  });
+}
+
+}  // namespace punica::cuda
