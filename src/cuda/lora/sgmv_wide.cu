@@ -1,0 +1,261 @@
+// sgmv for float16 and bfloat16 where sgmv_deep.cu does not serve: d_out large (expands), or nothing large.
+//
+// A block computes 64 rows x 256 columns, a warp 32 of the columns. With d_in <= 64 all of x and W that a block needs is
+// in shared memory at once, the warp's part of W then in registers, and what takes time is y: each lane asks for its part
+// of it, 16 bytes a row, before it waits for x and W. Longer sums go through two buffers of 64 in shared memory, and y is
+// read at their end.
+//
+// A lane of mma.m16n8k16 gets two adjacent columns of each 8 of a product. Four products give it eight adjacent columns
+// if product j has as its column c the column 8 (c / 2) + 2 j + c % 2 of the 32: then lane t of a row's four holds columns
+// 8 t .. 8 t + 7. For W [d_out, d_in] that is a choice of ldmatrix's rows. For W [d_in, d_out] the fragments that
+// ldmatrix.trans makes of columns 8 i .. 8 i + 7 are exchanged between lanes (spread_columns).
+#include "src/cuda/common/mma.cuh"
+#include "src/cuda/lora/sgmv_tile.cuh"
+
+namespace punica::cuda {
+namespace {
+
+constexpr int kWidth = 256;
+constexpr int kWarpWidth = 32;
+
+template <bool kInOut, int kDepth, bool kLoop>
+struct Wide {
+  static constexpr int kSlices = kDepth / 16;
+  static constexpr int kStages = kLoop ? 2 : 1;
+  using X = SharedTile<kSgmvRows, kDepth>;
+  using W = SharedTile<kInOut ? kDepth : kWidth, kInOut ? kWidth : kDepth, !kInOut>;
+  static constexpr int kStageBytes = X::kBytes + W::kBytes;
+};
+
+// r[i] at lane 8 q + o becomes what r[q] is at lane 8 i + o: the column 2 j + b of columns 8 q .. 8 q + 7, in r[q] of lanes
+// 4 (2 j + b) + t, goes to r[j] of lanes 4 (2 q + b) + t, which is column 2 q + b of product j.
+__device__ __forceinline__ void spread_columns(uint32_t (&r)[4], int lane) {
+  const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 16);
+    if (high) {
+      r[i] = other;
+    } else {
+      r[i + 2] = other;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 8);
+    if (odd) {
+      r[i] = other;
+    } else {
+      r[i + 1] = other;
+    }
+  }
+}
+
+// The warp's part of one slice of W: b[j] for product j.
+template <bool kInOut, class Tile>
+__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, int warp, int slice, int lane) {
+  if constexpr (kInOut) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t r[4];
+      load_matrices_transposed(r, ws + Tile::offset(slice * 16 + half * 8 + lane % 8, warp * 4 + lane / 8));
+      spread_columns(r, lane);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b[j][half] = r[j];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      uint32_t r[4];
+      const int c = lane % 8;
+      const int row = warp * kWarpWidth + c / 2 * 8 + (j + lane / 16) * 2 + c % 2;
+      load_matrices(r, ws + Tile::offset(row, slice * 2 + lane / 8 % 2));
+      b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+    }
+  }
+}
+
+// Adds the eight columns that a lane has of row g (half 0) or g + 8 (half 1) of four products to y: to `old`, which it has
+// read at once, or, where that cannot be (is_vector), to the `columns` of them that are there.
+template <class T>
+__device__ __forceinline__ void add_row(T* y, const Vec<T, 8>& old, bool is_vector, int columns,
+                                        const float (&sums)[4][4], int half) {
+  if (is_vector) {
+    Vec<T, 8> result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      result.values[i] = from_float<T>(to_float(old.values[i]) + sums[i / 2][half * 2 + i % 2]);
+    }
+    store(y, result);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < columns) y[i] = from_float<T>(to_float(y[i]) + sums[i / 2][half * 2 + i % 2]);
+    }
+  }
+}
+
+template <Arch kArch, class T, bool kInOut, int kDepth, bool kLoop>
+__global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(const SgmvArgs args) {
+  if constexpr (kCompiled<kArch>) {
+    using W = Wide<kInOut, kDepth, kLoop>;
+    constexpr int kTilesM = kSgmvRows / 16;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ SgmvScratch scratch;
+    launch_dependents<kArch>();
+
+    const uint32_t blocks_n = static_cast<uint32_t>((args.d_out + kWidth - 1) / kWidth);
+    const int64_t column = int64_t{blockIdx.x % blocks_n} * kWidth;
+    const uint32_t number = blockIdx.x / blocks_n;
+    if (!args.early_reads) {
+      grid_dependency_wait<kArch>();
+      prefetch_rows<T>(args.y, args.y_stride, args, number, column, min(column + kWidth, args.d_out));
+    }
+    SgmvTile<T> tile;
+    if (!find_tile(args, number, scratch, &tile)) {
+      if (args.early_reads) grid_dependency_wait<kArch>();
+      return;
+    }
+
+    const bool w_aligned = reinterpret_cast<uintptr_t>(tile.w) % 16 == 0 && (kInOut ? args.d_out : args.d_in) % 8 == 0;
+    const uint32_t shared = shared_address(memory);
+    const T* x = static_cast<const T*>(args.x) + tile.row * args.x_stride;
+    const auto fill_w = [&](int step, int stage) {
+      const int64_t k = int64_t{step} * kDepth;
+      const uint32_t to = shared + stage * W::kStageBytes + W::X::kBytes;
+      if constexpr (kInOut) {
+        W::W::fill(to, tile.w + k * args.d_out + column, args.d_out, args.d_in - k, args.d_out - column, w_aligned);
+      } else {
+        W::W::fill(to, tile.w + column * args.d_in + k, args.d_in, args.d_out - column, args.d_in - k, w_aligned);
+      }
+    };
+    const auto fill_x = [&](int step, int stage) {
+      const int64_t k = int64_t{step} * kDepth;
+      W::X::fill(shared + stage * W::kStageBytes, x + k, args.x_stride, tile.rows, args.d_in - k, args.x_aligned);
+    };
+    fill_w(0, 0);
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    fill_x(0, 0);
+    copy_commit();
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t first = column + warp * kWarpWidth + lane % 4 * 8;
+    const int columns = static_cast<int>(max(min(args.d_out - first, int64_t{8}), int64_t{0}));
+    const bool is_vector = args.y_aligned && columns == 8;
+    T* y = static_cast<T*>(args.y) + (tile.row + lane / 4) * args.y_stride + first;
+    const int64_t y_step = 8 * args.y_stride;
+    const int rows = tile.rows - lane / 4;  // from this lane's first row on
+    const bool idle = column + warp * kWarpWidth >= args.d_out;  // the whole warp
+
+    if constexpr (!kLoop) {
+      Vec<T, 8> old[kTilesM][2];
+      if (is_vector) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+          if (i * 8 < rows) old[i / 2][i % 2] = load<T, 8>(y + i * y_step);
+        }
+      }
+      copy_wait<0>();
+      __syncthreads();
+      if (idle) return;
+      uint32_t b[W::kSlices][4][2];
+#pragma unroll
+      for (int s = 0; s < W::kSlices; ++s) {
+        load_weights<kInOut, typename W::W>(b[s], shared + W::X::kBytes, warp, s, lane);
+      }
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        if (m * 16 >= tile.rows) break;
+        float sums[4][4] = {};
+#pragma unroll
+        for (int s = 0; s < W::kSlices; ++s) {
+          uint32_t a[4];
+          load_matrices(a, shared + W::X::offset(m * 16 + lane % 16, s * 2 + lane / 16));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], a, b[s][j]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (m * 16 + half * 8 < rows) add_row(y, old[m][half], is_vector, columns, sums, half);
+          y += y_step;
+        }
+      }
+    } else {
+      const int steps = static_cast<int>((args.d_in + kDepth - 1) / kDepth);
+      float sums[kTilesM][4][4] = {};
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        copy_wait<0>();
+        __syncthreads();
+        if (step + 1 < steps) {
+          fill_w(step + 1, (step + 1) % 2);
+          fill_x(step + 1, (step + 1) % 2);
+          copy_commit();
+        }
+        if (idle) continue;
+        const uint32_t xs = shared + step % 2 * W::kStageBytes;
+#pragma unroll
+        for (int s = 0; s < W::kSlices; ++s) {
+          uint32_t b[4][2];
+          load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, warp, s, lane);
+#pragma unroll
+          for (int m = 0; m < kTilesM; ++m) {
+            if (m * 16 < tile.rows) {
+              uint32_t a[4];
+              load_matrices(a, xs + W::X::offset(m * 16 + lane % 16, s * 2 + lane / 16));
+#pragma unroll
+              for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[m][j], a, b[j]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (m * 16 + half * 8 < rows) {
+            Vec<T, 8> old = {};
+            if (is_vector) old = load<T, 8>(y);
+            add_row(y, old, is_vector, columns, sums[m], half);
+          }
+          y += y_step;
+        }
+      }
+    }
+  }
+}
+
+template <Arch kArch, class T, bool kInOut, int kDepth, bool kLoop>
+Status launch(const Launcher& launcher, const SgmvArgs& args) {
+  using W = Wide<kInOut, kDepth, kLoop>;
+  LaunchShape shape;
+  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + kWidth - 1) / kWidth));
+  shape.block = kSgmvThreads;
+  shape.shared_bytes = W::kStages * W::kStageBytes;
+  return launcher.launch<sgmv_wide<kArch, T, kInOut, kDepth, kLoop>>(shape, args);
+}
+
+template <Arch kArch, class T, bool kInOut>
+Status launch(const Launcher& launcher, const SgmvArgs& args) {
+  if (args.d_in <= 16) return launch<kArch, T, kInOut, 16, false>(launcher, args);
+  if (args.d_in <= 64) return launch<kArch, T, kInOut, 64, false>(launcher, args);
+  return launch<kArch, T, kInOut, 64, true>(launcher, args);
+}
+
+template <class T, bool kInOut>
+Status launch(const Launcher& launcher, const SgmvArgs& args) {
+  if (launcher.arch == Arch::kSm80) return launch<Arch::kSm80, T, kInOut>(launcher, args);
+  return launch<Arch::kSm90, T, kInOut>(launcher, args);
+}
+
+}  // namespace
+
+Status launch_sgmv_wide(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args) {
+  const bool in_out = weights == SgmvWeights::kInOut;
+  if (dtype == DType::kFloat16) {
+    return in_out ? launch<__half, true>(launcher, args) : launch<__half, false>(launcher, args);
+  }
+  return in_out ? launch<__nv_bfloat16, true>(launcher, args) : launch<__nv_bfloat16, false>(launcher, args);
+}
+
+}  // namespace punica::cuda
