@@ -7,6 +7,7 @@
 // The warps' sums are added in order of the warps, the blocks' sums, which travel through distributed shared memory, in
 // order of the blocks.
 #include "src/cuda/common/mma.cuh"
+#include "src/cuda/lora/sgmv_sum.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
 namespace punica::cuda {
@@ -32,21 +33,6 @@ struct Deep {
   static_assert(kWarpsK * kSumBytes <= kRingBytes);
   static_assert(kSlices % kWarpsK == 0);
 };
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void store_remote(uint32_t address, uint32_t rank, float value) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-}
-#else
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void store_remote(uint32_t, uint32_t, float) {}
-#endif
 
 template <Arch kArch, class T, bool kInOut, int kCols, int kCluster>
 __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args) {
@@ -103,25 +89,17 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
       copy_commit();
     }
 
-    // The elements of y that are this thread's in the end: rows of the tile are shared out among the blocks.
-    constexpr int kShare = kSgmvRows * kCols / kCluster;
-    constexpr int kEach = kShare / kSgmvThreads;
-    T* y = static_cast<T*>(args.y) + tile.row * args.y_stride + column;
-    const auto is_mine = [&](int id) { return id / kCols < tile.rows && column + id % kCols < args.d_out; };
-    const int first = static_cast<int>(rank) * kShare + static_cast<int>(threadIdx.x);
-    constexpr bool kOldEarly = kEach <= 4;  // as registers allow
-    T old[kOldEarly ? kEach : 1];
-    if constexpr (kOldEarly) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int id = first + i * kSgmvThreads;
-        if (is_mine(id)) old[i] = y[id / kCols * args.y_stride + id % kCols];
-      }
-    }
+    TileOfY<T, kCols, kCluster> y(static_cast<T*>(args.y) + tile.row * args.y_stride + column, args.y_stride, tile.rows,
+                                  args.d_out - column, rank);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_k = warp / D::kWarpsM;
     const int row0 = warp % D::kWarpsM * D::kTilesM * 16;
+    // Where the lane's first rows of ldmatrix are, of the warp's first slice.
+    constexpr int kWarpSlices = kSlices / D::kWarpsK;
+    const uint32_t x_offset = D::X::offset(row0 + lane % 16, warp_k * kWarpSlices * 2 + lane / 16);
+    const uint32_t w_offset = kInOut ? D::W::offset(warp_k * kWarpSlices * 16 + lane % 16, lane / 16)
+                                     : D::W::offset(lane / 16 * 8 + lane % 8, warp_k * kWarpSlices * 2 + lane / 8 % 2);
     float sums[D::kTilesM][D::kTilesN][4] = {};
     int stage = 0;
 #pragma unroll 1
@@ -139,16 +117,15 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
       }
       const uint32_t xs = ring + stage * D::kStageBytes, ws = xs + D::X::kBytes;
 #pragma unroll
-      for (int s = 0; s < kSlices / D::kWarpsK; ++s) {
-        const int slice = warp_k * (kSlices / D::kWarpsK) + s;
+      for (int s = 0; s < kWarpSlices; ++s) {
         uint32_t b[D::kTilesN][2];
 #pragma unroll
         for (int n = 0; n < D::kTilesN; n += 2) {
           uint32_t r[4];
           if constexpr (kInOut) {
-            load_matrices_transposed(r, ws + D::W::offset(slice * 16 + lane % 16, n + lane / 16));
+            load_matrices_transposed(r, ws + (w_offset ^ D::W::chunk_turn(n)) + D::W::row_step(s * 16));
           } else {
-            load_matrices(r, ws + D::W::offset(n * 8 + lane / 16 * 8 + lane % 8, slice * 2 + lane / 8 % 2));
+            load_matrices(r, ws + (w_offset ^ D::W::chunk_turn(s * 2)) + D::W::row_step(n * 8));
           }
           b[n][0] = r[0], b[n][1] = r[1], b[n + 1][0] = r[2], b[n + 1][1] = r[3];
         }
@@ -156,7 +133,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
         for (int m = 0; m < D::kTilesM; ++m) {
           if (row0 + m * 16 < tile.rows) {
             uint32_t a[4];
-            load_matrices(a, xs + D::X::offset(row0 + m * 16 + lane % 16, slice * 2 + lane / 16));
+            load_matrices(a, xs + (x_offset ^ D::X::chunk_turn(s * 2)) + D::X::row_step(m * 16));
 #pragma unroll
             for (int n = 0; n < D::kTilesN; ++n) mma_m16n8k16<T>(sums[m][n], a, b[n]);
           }
@@ -179,40 +156,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
       }
     }
     __syncthreads();
-    const auto warps_sum = [&](int id) {
-      float sum = parts[id];
-#pragma unroll
-      for (int k = 1; k < D::kWarpsK; ++k) sum += parts[k * (kSgmvRows * kCols) + id];
-      return sum;
-    };
-
-    // The blocks' sums: each block gets those of its rows, [rank][element], and adds them to y.
-    float* received = reinterpret_cast<float*>(memory + D::kRingBytes);
-    if constexpr (kCluster > 1) {
-      cluster_wait();
-      for (int id = threadIdx.x; id < tile.rows * kCols; id += kSgmvThreads) {
-        store_remote(shared_address(received + rank * kShare + id % kShare), id / kShare, warps_sum(id));
-      }
-      cluster_arrive();
-      cluster_wait();
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int id = first + i * kSgmvThreads;
-      if (is_mine(id)) {
-        float sum;
-        if constexpr (kCluster > 1) {
-          const float* part = received + threadIdx.x + i * kSgmvThreads;
-          sum = part[0];
-#pragma unroll
-          for (int k = 1; k < kCluster; ++k) sum += part[k * kShare];
-        } else {
-          sum = warps_sum(id);
-        }
-        T* to = y + id / kCols * args.y_stride + id % kCols;
-        *to = from_float<T>(to_float(kOldEarly ? old[kOldEarly ? i : 0] : *to) + sum);
-      }
-    }
+    y.template add<D::kWarpsK>(parts, reinterpret_cast<float*>(memory + D::kRingBytes));
   }
 }
 

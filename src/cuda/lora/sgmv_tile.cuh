@@ -216,6 +216,11 @@ struct SharedTile {
     return static_cast<uint32_t>((row * kChunks + (chunk ^ turn)) * 16);
   }
 
+  // From offset(row, chunk) to offset(row + rows, chunk), for whole turns (8 rows; any even number of them below 8, from an
+  // even one, if kSpread), and to offset(row, chunk ^ chunks), which is a xor: what ldmatrix's addresses differ by.
+  static __device__ __forceinline__ uint32_t row_step(int rows) { return static_cast<uint32_t>(rows * kChunks * 16); }
+  static __device__ __forceinline__ uint32_t chunk_turn(int chunks) { return static_cast<uint32_t>(chunks * 16); }
+
   // Fills the tile from `rows` rows of `columns` elements, either of which may be more than the tile has or none; zeros
   // elsewhere. Aligned: rows start at multiples of 16 bytes, and the copies are asynchronous, in the thread's open group.
   // Otherwise they are done when the block has passed a barrier.

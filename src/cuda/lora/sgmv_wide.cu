@@ -51,14 +51,22 @@ __device__ __forceinline__ void spread_columns(uint32_t (&r)[4], int lane) {
   }
 }
 
+// Where the lane's first row of ldmatrix is in W's tile, for the warp's columns and slice 0.
+template <bool kInOut, class Tile>
+__device__ __forceinline__ uint32_t weights_offset(int warp, int lane) {
+  if constexpr (kInOut) return Tile::offset(lane % 8, warp * 4 + lane / 8);
+  const int c = lane % 8;
+  return Tile::offset(warp * kWarpWidth + c / 2 * 8 + lane / 16 * 2 + c % 2, lane / 8 % 2);
+}
+
 // The warp's part of one slice of W: b[j] for product j.
 template <bool kInOut, class Tile>
-__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, int warp, int slice, int lane) {
+__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, uint32_t offset, int slice, int lane) {
   if constexpr (kInOut) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t r[4];
-      load_matrices_transposed(r, ws + Tile::offset(slice * 16 + half * 8 + lane % 8, warp * 4 + lane / 8));
+      load_matrices_transposed(r, ws + offset + Tile::row_step(slice * 16 + half * 8));
       spread_columns(r, lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j][half] = r[j];
@@ -67,9 +75,7 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, i
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       uint32_t r[4];
-      const int c = lane % 8;
-      const int row = warp * kWarpWidth + c / 2 * 8 + (j + lane / 16) * 2 + c % 2;
-      load_matrices(r, ws + Tile::offset(row, slice * 2 + lane / 8 % 2));
+      load_matrices(r, ws + (offset ^ Tile::chunk_turn(slice * 2)) + Tile::row_step(j * 2));
       b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
     }
   }
@@ -145,6 +151,8 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
     T* y = static_cast<T*>(args.y) + (tile.row + lane / 4) * args.y_stride + first;
     const int64_t y_step = 8 * args.y_stride;
     const int rows = tile.rows - lane / 4;  // from this lane's first row on
+    const uint32_t x_offset = W::X::offset(lane % 16, lane / 16);
+    const uint32_t w_offset = weights_offset<kInOut, typename W::W>(warp, lane);
     const bool idle = column + warp * kWarpWidth >= args.d_out;  // the whole warp
 
     if constexpr (!kLoop) {
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
       uint32_t b[W::kSlices][4][2];
 #pragma unroll
       for (int s = 0; s < W::kSlices; ++s) {
-        load_weights<kInOut, typename W::W>(b[s], shared + W::X::kBytes, warp, s, lane);
+        load_weights<kInOut, typename W::W>(b[s], shared + W::X::kBytes, w_offset, s, lane);
       }
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
@@ -170,7 +178,7 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
 #pragma unroll
         for (int s = 0; s < W::kSlices; ++s) {
           uint32_t a[4];
-          load_matrices(a, shared + W::X::offset(m * 16 + lane % 16, s * 2 + lane / 16));
+          load_matrices(a, shared + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], a, b[s][j]);
         }
@@ -197,12 +205,12 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
 #pragma unroll
         for (int s = 0; s < W::kSlices; ++s) {
           uint32_t b[4][2];
-          load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, warp, s, lane);
+          load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, w_offset, s, lane);
 #pragma unroll
           for (int m = 0; m < kTilesM; ++m) {
             if (m * 16 < tile.rows) {
               uint32_t a[4];
-              load_matrices(a, xs + W::X::offset(m * 16 + lane % 16, s * 2 + lane / 16));
+              load_matrices(a, xs + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
 #pragma unroll
               for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[m][j], a, b[j]);
             }
