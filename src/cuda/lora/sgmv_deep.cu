@@ -38,7 +38,7 @@ template <Arch kArch, class T, bool kInOut, int kCols, int kCluster>
 __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     using D = Deep<kArch, kInOut, kCols>;
-    extern __shared__ __align__(1024) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     __shared__ SgmvScratch scratch;
     launch_dependents<kArch>();
 

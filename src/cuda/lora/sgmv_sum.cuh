@@ -30,7 +30,7 @@ struct TileOfY {
   static constexpr int kElements = kSgmvRows * kCols;
   static constexpr int kShare = kElements / kCluster;
   static constexpr int kEach = kShare / kSgmvThreads;
-  static constexpr bool kEarly = kEach <= 4;  // whether registers allow the old values to be read at the beginning
+  static constexpr bool kEarly = kEach == 1;  // read the old values at the beginning, as registers allow, or ask for them
   static_assert(kShare % kSgmvThreads == 0);
 
   T* y;
@@ -47,10 +47,13 @@ struct TileOfY {
         rows(rows),
         columns(static_cast<int>(min(columns, int64_t{kCols}))),
         rank(static_cast<int>(rank)) {
-    if constexpr (kEarly) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (is_there(i)) old[i] = *element(i);
+    for (int i = 0; i < kEach; ++i) {
+      if (!is_there(i)) continue;
+      if constexpr (kEarly) {
+        old[i] = *element(i);
+      } else {
+        prefetch_l2(element(i));
       }
     }
   }
@@ -76,6 +79,7 @@ struct TileOfY {
       for (int id = threadIdx.x; id < rows * kCols; id += kSgmvThreads) {
         store_remote(shared_address(received + rank * kShare + id % kShare), id / kShare, sum_parts(id));
       }
+      __syncwarp();
       cluster_arrive();
       cluster_wait();
     }

@@ -197,6 +197,31 @@ __device__ __forceinline__ uint4 load_eight(const uint16_t* from, int count) {
   return result;
 }
 
+// The chunks of a thread in a tile (SharedTile), kRowStep rows apart, `have_rows` rows with `count` elements each. Not
+// inlined, so that its registers are not those of the loops that seldom need it.
+template <int kEach, int kRowStep>
+__device__ __noinline__ void fill_unaligned(uint32_t shared, const uint16_t* from, int64_t stride, int count,
+                                            int have_rows) {
+  constexpr int kAtOnce = kEach < 4 ? kEach : 4;
+  static_assert(kEach % kAtOnce == 0);
+#pragma unroll 1
+  for (int first = 0; first < kEach; first += kAtOnce) {
+    uint4 values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[i] = load_eight(from, (first + i) * kRowStep < have_rows ? count : 0);
+      from += kRowStep * stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(values[i].x), "r"(values[i].y),
+                   "r"(values[i].z), "r"(values[i].w)
+                   : "memory");
+      shared += kSgmvThreads * 16;
+    }
+  }
+}
+
 // A tile of 16-bit elements in shared memory, row-major, its 16-byte chunks turned within the row so that ldmatrix reads
 // eight rows of one column of chunks without bank conflicts. kSpread: the eight rows are 0, 1, 8, 9, 16, 17, 24, 25 (of a
 // row that is even) instead of adjacent ones.
@@ -246,24 +271,7 @@ struct SharedTile {
       }
       return;
     }
-    constexpr int kAtOnce = kEach < 2 ? kEach : 2;
-    static_assert(kEach % kAtOnce == 0);
-#pragma unroll 1
-    for (int first = 0; first < kEach; first += kAtOnce) {
-      uint4 values[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        values[i] = load_eight(reinterpret_cast<const uint16_t*>(from), (first + i) * kRowStep < have_rows ? count : 0);
-        from += kRowStep * stride;
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(values[i].x), "r"(values[i].y),
-                     "r"(values[i].z), "r"(values[i].w)
-                     : "memory");
-        shared += kSgmvThreads * 16;
-      }
-    }
+    fill_unaligned<kEach, kRowStep>(shared, reinterpret_cast<const uint16_t*>(from), stride, count, have_rows);
   }
 };
 

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
   if constexpr (kCompiled<kArch>) {
     using W = Wide<kInOut, kDepth, kLoop>;
     constexpr int kTilesM = kSgmvRows / 16;
-    extern __shared__ __align__(1024) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     __shared__ SgmvScratch scratch;
     launch_dependents<kArch>();
 
