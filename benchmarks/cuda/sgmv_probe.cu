@@ -1,6 +1,6 @@
-// Times sgmv on a GPU: graphs of calls that take turns over buffers of more than four times the L2 cache, so that each call
-// finds a cold cache. Beside them, in the same harness, a kernel that does nothing but read x, and one that does nothing
-// but add one to y: the floor.
+// Times sgmv on a GPU: graphs of calls that take turns over buffers of more than four times the L2 cache, so that each
+// call finds a cold cache. Beside them, in the same harness, a kernel that does nothing but read x, and one that does
+// nothing but add one to y: the floor.
 //
 //   sgmv_probe [early]     early: with early_reads
 #include <cuda_bf16.h>
@@ -129,7 +129,8 @@ void run(const Case& c, bool early, cudaStream_t stream, char* pool, int64_t poo
     at = table + table_bytes;
     std::vector<int64_t> w_ptr;
     std::vector<int32_t> bounds;
-    for (int64_t i = 0; i < c.segments; ++i) w_ptr.push_back(reinterpret_cast<int64_t>(w + i * w_bytes + c.shift * item));
+    for (int64_t i = 0; i < c.segments; ++i)
+      w_ptr.push_back(reinterpret_cast<int64_t>(w + i * w_bytes + c.shift * item));
     for (int64_t i = 0; i < c.segments; ++i) bounds.push_back(static_cast<int32_t>(c.rows * i / c.segments));
     for (int64_t i = 0; i < c.segments; ++i) bounds.push_back(static_cast<int32_t>(c.rows * (i + 1) / c.segments));
     CHECK_CUDA(cudaMemcpy(table, w_ptr.data(), w_ptr.size() * 8, cudaMemcpyHostToDevice));
@@ -154,7 +155,9 @@ void run(const Case& c, bool early, cudaStream_t stream, char* pool, int64_t poo
       std::exit(2);
     }
   });
-  const auto blocks = [](int64_t count) { return static_cast<unsigned>(std::clamp<int64_t>((count + 1023) / 1024, 1, 1056)); };
+  const auto blocks = [](int64_t count) {
+    return static_cast<unsigned>(std::clamp<int64_t>((count + 1023) / 1024, 1, 1056));
+  };
   const double read = time_us(stream, turns, [&](int t) {
     const int64_t count = x_bytes / 16;
     read_floor<<<blocks(count), 256, 0, stream>>>(reinterpret_cast<const uint4*>(xs[t]), count, sink);
@@ -163,13 +166,16 @@ void run(const Case& c, bool early, cudaStream_t stream, char* pool, int64_t poo
     const int64_t count = y_bytes / 16;
     update_floor<<<blocks(count), 256, 0, stream>>>(reinterpret_cast<uint4*>(ys[t]), count);
   });
-  const double bytes = c.rows * (c.d_in + 2.0 * c.d_out) * item + c.segments * c.d_in * c.d_out * static_cast<double>(item);
+  const double bytes =
+      c.rows * (c.d_in + 2.0 * c.d_out) * item + c.segments * c.d_in * c.d_out * static_cast<double>(item);
   const std::string goal = c.goal > 0 ? std::to_string(c.goal).substr(0, 5) : "-";
-  std::printf("%-8s %-12s %6lld -> %6lld  rows %5lld segments %5lld shift %lld %9.2f us  goal %5s  %6.2f TB/s  read x %7.2f  update y %7.2f\n",
-              punica::dtype_name(c.dtype), c.weights == SgmvWeights::kInOut ? "sgmv_cutlass" : "sgmv_shrink",
-              static_cast<long long>(c.d_in), static_cast<long long>(c.d_out), static_cast<long long>(c.rows),
-              static_cast<long long>(c.segments), static_cast<long long>(c.shift), us, goal.c_str(), bytes / us * 1e-6, read,
-              update);
+  std::printf(
+      "%-8s %-12s %6lld -> %6lld  rows %5lld segments %5lld shift %lld %9.2f us  goal %5s  %6.2f TB/s  read x %7.2f  "
+      "update y %7.2f\n",
+      punica::dtype_name(c.dtype), c.weights == SgmvWeights::kInOut ? "sgmv_cutlass" : "sgmv_shrink",
+      static_cast<long long>(c.d_in), static_cast<long long>(c.d_out), static_cast<long long>(c.rows),
+      static_cast<long long>(c.segments), static_cast<long long>(c.shift), us, goal.c_str(), bytes / us * 1e-6, read,
+      update);
   std::fflush(stdout);
 }
 
@@ -187,9 +193,9 @@ int main(int argc, char** argv) {
   CHECK_CUDA(cudaMemset(pool, 0, pool_bytes));
   constexpr SgmvWeights kShrink = SgmvWeights::kOutIn, kExpand = SgmvWeights::kInOut;
   std::vector<Case> cases = {
-      {kShrink, 4096, 16, 4096, 1, 10.5},  {kShrink, 4096, 16, 4096, 8, 10.5},  {kShrink, 4096, 16, 4096, 64, 12},
-      {kExpand, 16, 4096, 4096, 1, 20},    {kExpand, 16, 4096, 4096, 8, 20},    {kExpand, 16, 4096, 4096, 64, 22},
-      {kShrink, 4096, 64, 4096, 8, 11.5},  {kExpand, 64, 4096, 4096, 8, 21},    {kShrink, 14336, 16, 4096, 8, 31},
+      {kShrink, 4096, 16, 4096, 1, 10.5}, {kShrink, 4096, 16, 4096, 8, 10.5}, {kShrink, 4096, 16, 4096, 64, 12},
+      {kExpand, 16, 4096, 4096, 1, 20},   {kExpand, 16, 4096, 4096, 8, 20},   {kExpand, 16, 4096, 4096, 64, 22},
+      {kShrink, 4096, 64, 4096, 8, 11.5}, {kExpand, 64, 4096, 4096, 8, 21},   {kShrink, 14336, 16, 4096, 8, 31},
       {kExpand, 16, 14336, 4096, 8, 66},
   };
   for (const int64_t rows : {1, 16, 64, 256, 1024}) {

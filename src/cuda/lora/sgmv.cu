@@ -2,11 +2,10 @@
 //
 // Blocks work on tiles of 64 rows of one segment. Which segment that is they find out on the device, from s_start and
 // s_end (sgmv_tile.cuh), so that the host needs to know nothing and a graph may be replayed with other segments. Three
-// kernels share that: sgmv_deep.cu, sgmv_wide.cu and sgmv_float.cu. The choice is a function of the type and of d_in and
-// d_out, as is all that touches the arithmetic, so that the bits of a row never depend on its segment.
-#include "src/cuda/lora/sgmv.h"
-
+// kernels share that: sgmv_deep.cu, sgmv_wide.cu and sgmv_float.cu. The choice is a function of the type and of d_in
+// and d_out, as is all that touches the arithmetic, so that the bits of a row never depend on its segment.
 #include "src/cuda/backend.h"
+#include "src/cuda/lora/sgmv.h"
 
 namespace punica::cuda {
 namespace {

@@ -1,11 +1,11 @@
 // sgmv for float16 and bfloat16 where d_in is large and d_out small (shrinks).
 //
-// x is read once from memory, and its rows are long: a tile of 64 rows alone would leave most of the device idle. So the
-// sum is cut in three ways, all of them functions of d_in and d_out: a cluster of four blocks shares d_in in contiguous
-// parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128 through a ring of
-// shared memory that cp.async fills, and in each step every warp (or pair of warps) takes some of the eight K slices of 16.
-// The warps' sums are added in order of the warps, the blocks' sums, which travel through distributed shared memory, in
-// order of the blocks.
+// x is read once from memory, and its rows are long: a tile of 64 rows alone would leave most of the device idle. So
+// the sum is cut in three ways, all of them functions of d_in and d_out: a cluster of four blocks shares d_in in
+// contiguous parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128 through a
+// ring of shared memory that cp.async fills, and in each step every warp (or pair of warps) takes some of the eight K
+// slices of 16. The warps' sums are added in order of the warps, the blocks' sums, which travel through distributed
+// shared memory, in order of the blocks.
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_sum.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
 
     if (!args.early_reads) {
       grid_dependency_wait<kArch>();
-      prefetch_rows<T>(args.x, args.x_stride, args, number, int64_t{begin} * kStep, min(int64_t{end} * kStep, args.d_in));
+      prefetch_rows<T>(args.x, args.x_stride, args, number, int64_t{begin} * kStep,
+                       min(int64_t{end} * kStep, args.d_in));
     }
     SgmvTile<T> tile;
     if (!find_tile(args, number, scratch, &tile)) {

@@ -2,8 +2,8 @@
 //
 // A block computes 64 rows x 64 columns, or x 16 columns where the sum is long and d_out small; then four groups of 64
 // threads share each step of K, and on sm_90 a cluster of four blocks shares d_in, as in sgmv_deep.cu. Each thread has
-// 4 x 4 outputs. The sum of a step (32 of K, or 16 for each group) is finished before it is added to the total, which keeps
-// the rounding error of long sums small.
+// 4 x 4 outputs. The sum of a step (32 of K, or 16 for each group) is finished before it is added to the total, which
+// keeps the rounding error of long sums small.
 #include "src/cuda/lora/sgmv_sum.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ void fill(float* to, int pitch, const float* from, in
     for (int id = threadIdx.x; id < kRows * kChunks; id += kSgmvThreads) {
       const int row = id / kChunks, column = id % kChunks * 4;
       const int count = row < rows ? static_cast<int>(min(max(columns - column, int64_t{0}), int64_t{4})) : 0;
-      copy_async_16(shared_address(to + row * pitch + column), count > 0 ? from + row * stride + column : from, count * 4);
+      copy_async_16(shared_address(to + row * pitch + column), count > 0 ? from + row * stride + column : from,
+                    count * 4);
     }
   } else {
 #pragma unroll 4
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
       }
       copy_commit();
       const float* xs = floats + stage * F::kStageFloats + first_row * F::kPitchX + group * F::kGroupStep;
-      const float* ws = floats + stage * F::kStageFloats + F::kFloatsX + group * F::kGroupStep * F::kPitchW + first_column;
+      const float* ws =
+          floats + stage * F::kStageFloats + F::kFloatsX + group * F::kGroupStep * F::kPitchW + first_column;
       float sums[4][4] = {};
 #pragma unroll 4
       for (int k = 0; k < F::kGroupStep; k += 4) {

@@ -9,7 +9,9 @@
 namespace punica::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Writes to the place in block `rank` of the cluster that has the address `address` in this one.
@@ -24,13 +26,15 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void store_remote(uint32_t, uint32_t, float) {}
 #endif
 
-// The rows of a tile of y [64, kCols], shared out among the blocks of a cluster, and a block's elements among its threads.
+// The rows of a tile of y [64, kCols], shared out among the blocks of a cluster, and a block's elements among its
+// threads.
 template <class T, int kCols, int kCluster>
 struct TileOfY {
   static constexpr int kElements = kSgmvRows * kCols;
   static constexpr int kShare = kElements / kCluster;
   static constexpr int kEach = kShare / kSgmvThreads;
-  static constexpr bool kEarly = kEach == 1;  // read the old values at the beginning, as registers allow, or ask for them
+  static constexpr bool kEarly =
+      kEach == 1;  // read the old values at the beginning, as registers allow, or ask for them
   static_assert(kShare % kSgmvThreads == 0);
 
   T* y;
@@ -64,8 +68,8 @@ struct TileOfY {
   __device__ __forceinline__ bool is_there(int i) const { return id(i) / kCols < rows && id(i) % kCols < columns; }
   __device__ __forceinline__ T* element(int i) const { return y + id(i) / kCols * stride + id(i) % kCols; }
 
-  // parts: [kParts][64][kCols], complete for the block. received: room for [kCluster][kShare], which nothing else uses, in
-  // a cluster that has arrived at its barrier once.
+  // parts: [kParts][64][kCols], complete for the block. received: room for [kCluster][kShare], which nothing else uses,
+  // in a cluster that has arrived at its barrier once.
   template <int kParts>
   __device__ __forceinline__ void add(const float* parts, float* received) {
     const auto sum_parts = [&](int id) {

@@ -50,10 +50,11 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane)
   return value;
 }
 
-// Finds tile number `tile` in the order of the segments; false if there are fewer. The same answer in all threads of the
-// block, all of which call it. Whatever the tables hold, the rows found are rows of x and y.
+// Finds tile number `tile` in the order of the segments; false if there are fewer. The same answer in all threads of
+// the block, all of which call it. Whatever the tables hold, the rows found are rows of x and y.
 template <class T>
-__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch& scratch, SgmvTile<T>* found) {
+__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch& scratch,
+                                          SgmvTile<T>* found) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t row, end;
   int64_t address;
@@ -123,9 +124,9 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Starts the reads of the tile that number `tile` would be if the segments covered all rows in order, as they mostly do,
-// while the tables are still on their way: 512 bytes of each of its rows from `column` on, a line a thread. A wrong guess
-// costs nothing but a line that another block is going to read.
+// Starts the reads of the tile that number `tile` would be if the segments covered all rows in order, as they mostly
+// do, while the tables are still on their way: 512 bytes of each of its rows from `column` on, a line a thread. A wrong
+// guess costs nothing but a line that another block is going to read.
 template <class T>
 __device__ __forceinline__ void prefetch_rows(const void* base, int64_t stride, const SgmvArgs& args, int64_t tile,
                                               int64_t column, int64_t columns) {
@@ -222,9 +223,9 @@ __device__ __noinline__ void fill_unaligned(uint32_t shared, const uint16_t* fro
   }
 }
 
-// A tile of 16-bit elements in shared memory, row-major, its 16-byte chunks turned within the row so that ldmatrix reads
-// eight rows of one column of chunks without bank conflicts. kSpread: the eight rows are 0, 1, 8, 9, 16, 17, 24, 25 (of a
-// row that is even) instead of adjacent ones.
+// A tile of 16-bit elements in shared memory, row-major, its 16-byte chunks turned within the row so that ldmatrix
+// reads eight rows of one column of chunks without bank conflicts. kSpread: the eight rows are 0, 1, 8, 9, 16, 17, 24,
+// 25 (of a row that is even) instead of adjacent ones.
 template <int kRows, int kColumns, bool kSpread = false>
 struct SharedTile {
   static constexpr int kChunks = kColumns / 8;
@@ -241,14 +242,15 @@ struct SharedTile {
     return static_cast<uint32_t>((row * kChunks + (chunk ^ turn)) * 16);
   }
 
-  // From offset(row, chunk) to offset(row + rows, chunk), for whole turns (8 rows; any even number of them below 8, from an
-  // even one, if kSpread), and to offset(row, chunk ^ chunks), which is a xor: what ldmatrix's addresses differ by.
+  // From offset(row, chunk) to offset(row + rows, chunk), for whole turns (8 rows; any even number of them below 8,
+  // from an even one, if kSpread), and to offset(row, chunk ^ chunks), which is a xor: what ldmatrix's addresses differ
+  // by.
   static __device__ __forceinline__ uint32_t row_step(int rows) { return static_cast<uint32_t>(rows * kChunks * 16); }
   static __device__ __forceinline__ uint32_t chunk_turn(int chunks) { return static_cast<uint32_t>(chunks * 16); }
 
   // Fills the tile from `rows` rows of `columns` elements, either of which may be more than the tile has or none; zeros
-  // elsewhere. Aligned: rows start at multiples of 16 bytes, and the copies are asynchronous, in the thread's open group.
-  // Otherwise they are done when the block has passed a barrier.
+  // elsewhere. Aligned: rows start at multiples of 16 bytes, and the copies are asynchronous, in the thread's open
+  // group. Otherwise they are done when the block has passed a barrier.
   template <class T>
   static __device__ __forceinline__ void fill(uint32_t shared, const T* from, int64_t stride, int64_t rows,
                                               int64_t columns, bool aligned) {

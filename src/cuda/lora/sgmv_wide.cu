@@ -1,14 +1,14 @@
 // sgmv for float16 and bfloat16 where sgmv_deep.cu does not serve: d_out large (expands), or nothing large.
 //
-// A block computes 64 rows x 256 columns, a warp 32 of the columns. With d_in <= 64 all of x and W that a block needs is
-// in shared memory at once, the warp's part of W then in registers, and what takes time is y: each lane asks for its part
-// of it, 16 bytes a row, before it waits for x and W. Longer sums go through two buffers of 64 in shared memory, and y is
-// read at their end.
+// A block computes 64 rows x 256 columns, a warp 32 of the columns. With d_in <= 64 all of x and W that a block needs
+// is in shared memory at once, the warp's part of W then in registers, and what takes time is y: each lane asks for its
+// part of it, 16 bytes a row, before it waits for x and W. Longer sums go through two buffers of 64 in shared memory,
+// and y is read at their end.
 //
 // A lane of mma.m16n8k16 gets two adjacent columns of each 8 of a product. Four products give it eight adjacent columns
-// if product j has as its column c the column 8 (c / 2) + 2 j + c % 2 of the 32: then lane t of a row's four holds columns
-// 8 t .. 8 t + 7. For W [d_out, d_in] that is a choice of ldmatrix's rows. For W [d_in, d_out] the fragments that
-// ldmatrix.trans makes of columns 8 i .. 8 i + 7 are exchanged between lanes (spread_columns).
+// if product j has as its column c the column 8 (c / 2) + 2 j + c % 2 of the 32: then lane t of a row's four holds
+// columns 8 t .. 8 t + 7. For W [d_out, d_in] that is a choice of ldmatrix's rows. For W [d_in, d_out] the fragments
+// that ldmatrix.trans makes of columns 8 i .. 8 i + 7 are exchanged between lanes (spread_columns).
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -27,8 +27,8 @@ struct Wide {
   static constexpr int kStageBytes = X::kBytes + W::kBytes;
 };
 
-// r[i] at lane 8 q + o becomes what r[q] is at lane 8 i + o: the column 2 j + b of columns 8 q .. 8 q + 7, in r[q] of lanes
-// 4 (2 j + b) + t, goes to r[j] of lanes 4 (2 q + b) + t, which is column 2 q + b of product j.
+// r[i] at lane 8 q + o becomes what r[q] is at lane 8 i + o: the column 2 j + b of columns 8 q .. 8 q + 7, in r[q] of
+// lanes 4 (2 j + b) + t, goes to r[j] of lanes 4 (2 q + b) + t, which is column 2 q + b of product j.
 __device__ __forceinline__ void spread_columns(uint32_t (&r)[4], int lane) {
   const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
 #pragma unroll
@@ -81,25 +81,61 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, u
   }
 }
 
-// Adds the eight columns that a lane has of row g (half 0) or g + 8 (half 1) of four products to y: to `old`, which it has
-// read at once, or, where that cannot be (is_vector), to the `columns` of them that are there.
+// What a lane has of a tile of y: rows g, g + 8, g + 16 ..., eight columns of each, or fewer at the right edge.
 template <class T>
-__device__ __forceinline__ void add_row(T* y, const Vec<T, 8>& old, bool is_vector, int columns,
-                                        const float (&sums)[4][4], int half) {
-  if (is_vector) {
-    Vec<T, 8> result;
+struct LaneOfY {
+  T* y;
+  int64_t step;  // to the next of its rows
+  int rows;      // of the tile, from this lane's next one on
+  int columns;
+  bool is_vector;
+
+  __device__ __forceinline__ LaneOfY(const SgmvArgs& args, const SgmvTile<T>& tile, int64_t warp_column, int lane) {
+    const int64_t first = warp_column + lane % 4 * 8;
+    y = static_cast<T*>(args.y) + (tile.row + lane / 4) * args.y_stride + first;
+    step = 8 * args.y_stride;
+    rows = tile.rows - lane / 4;
+    columns = static_cast<int>(max(min(args.d_out - first, int64_t{8}), int64_t{0}));
+    is_vector = args.y_aligned && columns == 8;
+  }
+
+  // The next kCount of its rows, where they are vectors: all at once, so that the reads do not wait for each other.
+  template <int kCount>
+  __device__ __forceinline__ void read(Vec<T, 8> (&old)[kCount]) const {
+    if (!is_vector) return;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      result.values[i] = from_float<T>(to_float(old.values[i]) + sums[i / 2][half * 2 + i % 2]);
-    }
-    store(y, result);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < columns) y[i] = from_float<T>(to_float(y[i]) + sums[i / 2][half * 2 + i % 2]);
+    for (int i = 0; i < kCount; ++i) {
+      if (i * 8 < rows) old[i] = load<T, 8>(y + i * step);
     }
   }
-}
+
+  // Adds row g (half 0) or g + 8 (half 1) of four products to the next of its rows, and leaves that behind.
+  __device__ __forceinline__ void add(const Vec<T, 8>& old, const float (&sums)[4][4], int half) {
+    T* to = y;
+    const bool is_there = rows > 0;
+    y += step;
+    rows -= 8;
+    if (!is_there) return;
+    if (is_vector) {
+      Vec<T, 8> result;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        result.values[c] = from_float<T>(to_float(old.values[c]) + sums[c / 2][half * 2 + c % 2]);
+      }
+      store(to, result);
+    } else {
+      T values[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        if (c < columns) values[c] = to[c];
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        if (c < columns) to[c] = from_float<T>(to_float(values[c]) + sums[c / 2][half * 2 + c % 2]);
+      }
+    }
+  }
+};
 
 template <Arch kArch, class T, bool kInOut, int kDepth, bool kLoop>
 __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(const SgmvArgs args) {
@@ -145,24 +181,15 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
     copy_commit();
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first = column + warp * kWarpWidth + lane % 4 * 8;
-    const int columns = static_cast<int>(max(min(args.d_out - first, int64_t{8}), int64_t{0}));
-    const bool is_vector = args.y_aligned && columns == 8;
-    T* y = static_cast<T*>(args.y) + (tile.row + lane / 4) * args.y_stride + first;
-    const int64_t y_step = 8 * args.y_stride;
-    const int rows = tile.rows - lane / 4;  // from this lane's first row on
     const uint32_t x_offset = W::X::offset(lane % 16, lane / 16);
     const uint32_t w_offset = weights_offset<kInOut, typename W::W>(warp, lane);
-    const bool idle = column + warp * kWarpWidth >= args.d_out;  // the whole warp
+    const int64_t warp_column = column + warp * kWarpWidth;
+    const bool idle = warp_column >= args.d_out;
 
     if constexpr (!kLoop) {
-      Vec<T, 8> old[kTilesM][2];
-      if (is_vector) {
-#pragma unroll
-        for (int i = 0; i < 2 * kTilesM; ++i) {
-          if (i * 8 < rows) old[i / 2][i % 2] = load<T, 8>(y + i * y_step);
-        }
-      }
+      LaneOfY<T> mine(args, tile, warp_column, lane);
+      Vec<T, 8> old[2 * kTilesM];
+      mine.read(old);
       copy_wait<0>();
       __syncthreads();
       if (idle) return;
@@ -183,10 +210,7 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
           for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], a, b[s][j]);
         }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (m * 16 + half * 8 < rows) add_row(y, old[m][half], is_vector, columns, sums, half);
-          y += y_step;
-        }
+        for (int half = 0; half < 2; ++half) mine.add(old[m * 2 + half], sums, half);
       }
     } else {
       const int steps = static_cast<int>((args.d_in + kDepth - 1) / kDepth);
@@ -217,17 +241,13 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
           }
         }
       }
+      LaneOfY<T> mine(args, tile, warp_column, lane);
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
+      for (int first = 0; first < 2 * kTilesM; first += kTilesM) {
+        Vec<T, 8> old[kTilesM];
+        mine.read(old);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (m * 16 + half * 8 < rows) {
-            Vec<T, 8> old = {};
-            if (is_vector) old = load<T, 8>(y);
-            add_row(y, old, is_vector, columns, sums[m], half);
-          }
-          y += y_step;
-        }
+        for (int i = 0; i < kTilesM; ++i) mine.add(old[i], sums[(first + i) / 2], i % 2);
       }
     }
   }

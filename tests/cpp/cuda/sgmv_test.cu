@@ -1,7 +1,8 @@
 // sgmv of the CUDA backend against a naive product in float64 on the device, over awkward sizes: both layouts, both
-// directions, all types, segments of many lengths with gaps between them. What must not be read is NaN: the rest of wider
-// rows, rows of no segment, other layers, what lies around weights. What must not be written is compared afterwards.
-// Beyond that the bits of a row must be the same in any segment, alone, at any alignment and with early reads.
+// directions, all types, segments of many lengths with gaps between them. What must not be read is NaN: the rest of
+// wider rows, rows of no segment, other layers, what lies around weights. What must not be written is compared
+// afterwards. Beyond that the bits of a row must be the same in any segment, alone, at any alignment and with early
+// reads.
 //
 //   PUNICA_CUDA_ARCH=sm_80|sm_90 sgmv_test [quick]
 #include <cuda_bf16.h>
@@ -31,13 +32,13 @@ using punica::SgmvParams;
 using punica::SgmvWeights;
 using punica::TensorView;
 
-#define CHECK_CUDA(call)                                                                              \
-  do {                                                                                                \
-    const cudaError_t check_error = (call);                                                           \
-    if (check_error != cudaSuccess) {                                                                 \
-      std::printf("FATAL %s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(check_error));          \
-      std::exit(2);                                                                                   \
-    }                                                                                                 \
+#define CHECK_CUDA(call)                                                                     \
+  do {                                                                                       \
+    const cudaError_t check_error = (call);                                                  \
+    if (check_error != cudaSuccess) {                                                        \
+      std::printf("FATAL %s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(check_error)); \
+      std::exit(2);                                                                          \
+    }                                                                                        \
   } while (false)
 
 constexpr int kAdapters = 4;
@@ -192,7 +193,9 @@ constexpr int kThreads = 256, kBlocks = 1056;
 template <class T>
 class Tester {
  public:
-  Tester(DType dtype, const char* name) : dtype_(dtype), name_(name) { CHECK_CUDA(cudaMalloc(&failures_, sizeof(Failures))); }
+  Tester(DType dtype, const char* name) : dtype_(dtype), name_(name) {
+    CHECK_CUDA(cudaMalloc(&failures_, sizeof(Failures)));
+  }
 
   bool run(SgmvWeights layout, int64_t d_in, int64_t d_out,
            const std::vector<int>& lengths = {1, 2, 15, 16, 17, 63, 0, 64, 65, 200, 1}) {
@@ -223,7 +226,9 @@ class Tester {
       if (adapter[row] >= 0) row_weights[row] = reinterpret_cast<int64_t>(w_[adapter[row]]);
     }
     row_weights_.upload(row_weights);
-    const double unit = dtype_ == DType::kFloat32 ? 0x1p-24 * 1.01 : dtype_ == DType::kFloat16 ? 0x1p-11 * 1.01 : 0x1p-8 * 1.01;
+    const double unit = dtype_ == DType::kFloat32   ? 0x1p-24 * 1.01
+                        : dtype_ == DType::kFloat16 ? 0x1p-11 * 1.01
+                                                    : 0x1p-8 * 1.01;
     const double sum_unit = (dtype_ == DType::kFloat32 ? 4 : 16) * 0x1p-24;
     clear();
     compare<T><<<kBlocks, kThreads>>>(y0, y_before_.data() + y_offset_, y_stride_, x_, x_stride_, row_weights_.data(),
@@ -242,7 +247,8 @@ class Tester {
     for (const int length : {1, 7, 65}) {
       std::vector<Segment> cut;
       for (const Segment& s : segments) {
-        for (int row = s.start; row < s.end; row += length) cut.push_back({row, std::min(s.end, row + length), s.adapter});
+        for (int row = s.start; row < s.end; row += length)
+          cut.push_back({row, std::min(s.end, row + length), s.adapter});
       }
       // Not in ascending order either.
       for (size_t i = 0; i + 1 < cut.size(); i += 3) std::swap(cut[i], cut[i + 1]);
@@ -276,7 +282,9 @@ class Tester {
     const auto next = [&] { return state = state * 1664525u + 1013904223u; };
     const int extremes[] = {-1, -2147483647 - 1, 2147483647, 0, rows, rows + 1, -64, 63};
     for (int i = 0; i < 90; ++i) {
-      const int a = i % 3 == 0 ? static_cast<int>(next()) : i % 3 == 1 ? extremes[next() / 65536 % 8] : static_cast<int>(next() / 65536 % rows);
+      const int a = i % 3 == 0   ? static_cast<int>(next())
+                    : i % 3 == 1 ? extremes[next() / 65536 % 8]
+                                 : static_cast<int>(next() / 65536 % rows);
       const int b = i % 2 == 0 ? static_cast<int>(next()) : extremes[next() / 65536 % 8];
       garbage.push_back({a, b, i % kAdapters});
     }
@@ -303,7 +311,8 @@ class Tester {
     x_stride_ = layout.x_stride, y_stride_ = layout.y_stride;
     const int64_t x_total = rows_ * x_stride_ + 2 * kGuard + shift;
     T* x = x_buffer_.reserve(x_total);
-    fill_matrix<T><<<kBlocks, kThreads>>>(x, x_total, kGuard + shift, x_stride_, rows_, d_in_, 1, 1.0f, keep_.data(), nan);
+    fill_matrix<T>
+        <<<kBlocks, kThreads>>>(x, x_total, kGuard + shift, x_stride_, rows_, d_in_, 1, 1.0f, keep_.data(), nan);
     x_ = x + kGuard + shift;
     y_total_ = rows_ * y_stride_ + 2 * kGuard + shift;
     y_offset_ = kGuard + shift;
@@ -319,7 +328,8 @@ class Tester {
       w_[i] = w + kGuard + shift;
       if (w_key_[i] == key) continue;  // read only, so as it was
       // Layer kLayer is one row of a matrix whose other rows are NaN.
-      fill_matrix<T><<<kBlocks, kThreads>>>(w, w_total, kGuard + shift + kLayer * size, size, 1, size, 10 + i, 1.0f, nullptr, nan);
+      fill_matrix<T><<<kBlocks, kThreads>>>(w, w_total, kGuard + shift + kLayer * size, size, 1, size, 10 + i, 1.0f,
+                                            nullptr, nan);
       w_key_[i] = key;
     }
     CHECK_CUDA(cudaGetLastError());
@@ -368,8 +378,8 @@ class Tester {
   bool alone(int row, int adapter) {
     if (call({{0, 1, adapter}}, false, "alone", row, 1) == nullptr) return false;
     clear();
-    same_bits<T><<<1, kThreads>>>(y_buffer_.data() + y_offset_ + row * y_stride_, y_stride_, want_.data() + row * d_out_,
-                                  d_out_, 1, d_out_, nullptr, failures_);
+    same_bits<T><<<1, kThreads>>>(y_buffer_.data() + y_offset_ + row * y_stride_, y_stride_,
+                                  want_.data() + row * d_out_, d_out_, 1, d_out_, nullptr, failures_);
     return passed("one row alone");
   }
 
@@ -382,8 +392,8 @@ class Tester {
 
   bool outside(const char* what) {
     clear();
-    same_outside<T><<<kBlocks, kThreads>>>(y_buffer_.data(), y_before_.data(), y_total_, y_offset_, y_stride_, rows_, d_out_,
-                                           keep_.data(), failures_);
+    same_outside<T><<<kBlocks, kThreads>>>(y_buffer_.data(), y_before_.data(), y_total_, y_offset_, y_stride_, rows_,
+                                           d_out_, keep_.data(), failures_);
     return passed(("what is not its own, " + std::string(what)).c_str());
   }
 
@@ -399,8 +409,8 @@ class Tester {
   }
 
   std::string describe(const char* what) const {
-    return std::string(name_) + (layout_ == SgmvWeights::kInOut ? " sgmv_cutlass " : " sgmv_shrink ") + std::to_string(d_in_) +
-           " -> " + std::to_string(d_out_) + " (" + what + ")";
+    return std::string(name_) + (layout_ == SgmvWeights::kInOut ? " sgmv_cutlass " : " sgmv_shrink ") +
+           std::to_string(d_in_) + " -> " + std::to_string(d_out_) + " (" + what + ")";
   }
 
   DType dtype_;
@@ -420,12 +430,11 @@ class Tester {
 
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
-  const std::vector<int64_t> sizes = quick ? std::vector<int64_t>{1, 16, 17, 64, 100, 512, 4096}
-                                           : std::vector<int64_t>{1, 2, 7, 8, 16, 17, 64, 100, 128, 512, 576, 3424, 4096, 4099};
+  const std::vector<int64_t> sizes =
+      quick ? std::vector<int64_t>{1, 16, 17, 64, 100, 512, 4096}
+            : std::vector<int64_t>{1, 2, 7, 8, 16, 17, 64, 100, 128, 512, 576, 3424, 4096, 4099};
   const auto begin = std::chrono::steady_clock::now();
-  const auto seconds = [&] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  };
+  const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
   int64_t shapes = 0, failed = 0;
   Tester<__half> half(DType::kFloat16, "float16");
   Tester<__nv_bfloat16> bfloat16(DType::kBFloat16, "bfloat16");
