@@ -22,8 +22,8 @@ struct Deep {
   // Warps along the rows; the others share the slices of a step.
   static constexpr int kWarpsM = kCols == 16 ? 1 : 2;
   static constexpr int kWarpsK = kSgmvThreads / 32 / kWarpsM;
-  static constexpr int kTilesM = kSgmvRows / 16 / kWarpsM;
-  static constexpr int kTilesN = kCols / 8;
+  [[maybe_unused]] static constexpr int kTilesM = kSgmvRows / 16 / kWarpsM;
+  [[maybe_unused]] static constexpr int kTilesN = kCols / 8;
   static constexpr int kStages = kCols == 16 ? (kArch == Arch::kSm90 ? 5 : 4) : 3;
   using X = SharedTile<kSgmvRows, kStep>;
   using W = SharedTile<kInOut ? kStep : kCols, kInOut ? kCols : kStep>;
