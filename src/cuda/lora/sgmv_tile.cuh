@@ -1,0 +1,280 @@
+// What the kernels of sgmv are made of: the tile of a block, tiles of 16-bit elements in shared memory, fragments.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/common/device.cuh"
+#include "src/cuda/lora/sgmv.h"
+
+namespace punica::cuda {
+
+// A block's rows and their weights.
+template <class T>
+struct SgmvTile {
+  int64_t row;  // the first row in x and y
+  int rows;     // 1..64
+  const T* w;   // the layer's weights of the segment
+};
+
+struct SgmvScratch {
+  uint32_t warp_tiles[kSgmvThreads / 32];
+  int64_t segment, row, end;
+  int found;
+};
+
+struct SgmvSegment {
+  int64_t start;
+  int64_t end;
+  uint32_t tiles;
+};
+
+// Segment i cut to the rows there are; one that is empty, backward or behind the table has no tiles.
+__device__ __forceinline__ SgmvSegment load_segment(const SgmvArgs& args, int64_t i) {
+  SgmvSegment segment = {0, 0, 0};
+  if (i < args.num_segments) {
+    segment.start = max(int64_t{args.s_start[i]}, int64_t{0});
+    segment.end = min(int64_t{args.s_end[i]}, args.rows);
+    if (segment.end > segment.start) {
+      segment.tiles = static_cast<uint32_t>((segment.end - segment.start + kSgmvRows - 1) / kSgmvRows);
+    }
+  }
+  return segment;
+}
+
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+// Finds tile number `tile` in the order of the segments; false if there are fewer. The same answer in all threads of
+// the block, all of which call it. Whatever the tables hold, the rows found are rows of x and y.
+template <class T>
+__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch& scratch,
+                                          SgmvTile<T>* found) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t row, end;
+  int64_t address;
+  if (args.num_segments <= 32) {
+    // Each warp for itself, without a barrier.
+    const SgmvSegment segment = load_segment(args, lane);
+    address = lane < args.num_segments ? args.w_ptr[lane] : 0;
+    const uint32_t before = warp_inclusive_sum(segment.tiles, lane) - segment.tiles;
+    const unsigned owner = __ballot_sync(0xffffffffu, tile - before < segment.tiles);
+    if (owner == 0) return false;
+    const int from = __ffs(owner) - 1;
+    row = __shfl_sync(0xffffffffu, segment.start + int64_t{tile - before} * kSgmvRows, from);
+    end = __shfl_sync(0xffffffffu, segment.end, from);
+    address = __shfl_sync(0xffffffffu, address, from);
+  } else {
+    constexpr int kEach = 4;  // adjacent segments of a thread: a round covers 1024
+    if (threadIdx.x == 0) scratch.found = 0;
+    uint32_t rest = tile;  // tiles from the first one of this round on
+    bool done = false;
+    for (int64_t base = 0; base < args.num_segments && !done; base += kEach * kSgmvThreads) {
+      SgmvSegment segments[kEach];
+      uint32_t tiles = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        segments[i] = load_segment(args, base + int64_t{threadIdx.x} * kEach + i);
+        tiles += segments[i].tiles;
+      }
+      const uint32_t sum = warp_inclusive_sum(tiles, lane);
+      if (lane == 31) scratch.warp_tiles[warp] = sum;
+      __syncthreads();
+      uint32_t before = sum - tiles, all = 0;
+#pragma unroll
+      for (int i = 0; i < kSgmvThreads / 32; ++i) {
+        if (i < warp) before += scratch.warp_tiles[i];
+        all += scratch.warp_tiles[i];
+      }
+      done = rest < all;
+      if (done) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          if (rest - before < segments[i].tiles) {
+            scratch.segment = base + int64_t{threadIdx.x} * kEach + i;
+            scratch.row = segments[i].start + int64_t{rest - before} * kSgmvRows;
+            scratch.end = segments[i].end;
+            scratch.found = 1;
+          }
+          before += segments[i].tiles;
+        }
+      }
+      rest -= all;
+      __syncthreads();  // before warp_tiles is written again, and after the answer is
+    }
+    // A sum of tiles beyond 32 bits (segments that overlap) can hide the owner.
+    if (!done || scratch.found == 0) return false;
+    row = scratch.row;
+    end = scratch.end;
+    address = args.w_ptr[scratch.segment];
+  }
+  found->row = row;
+  found->rows = static_cast<int>(min(end - row, int64_t{kSgmvRows}));
+  found->w = reinterpret_cast<const T*>(address) + args.w_offset;
+  return true;
+}
+
+// Asks for the cache line of an address, without waiting for it.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Starts the reads of the tile that number `tile` would be if the segments covered all rows in order, as they mostly
+// do, while the tables are still on their way: 512 bytes of each of its rows from `column` on, a line a thread. A wrong
+// guess costs nothing but a line that another block is going to read.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const void* base, int64_t stride, const SgmvArgs& args, int64_t tile,
+                                              int64_t column, int64_t columns) {
+#ifndef PUNICA_SGMV_NO_PREFETCH
+  constexpr int kLine = 128 / static_cast<int>(sizeof(T));
+  static_assert(kSgmvThreads == 4 * kSgmvRows);
+  const int64_t row = tile * kSgmvRows + threadIdx.x / 4;
+  column += threadIdx.x % 4 * kLine;
+  if (row < args.rows && column < columns) prefetch_l2(static_cast<const T*>(base) + row * stride + column);
+#endif
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies `bytes` (0..16) bytes, which start at a multiple of 16, and zeros behind them.
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are on their way.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The eight 16-bit elements at an address that is a multiple of 2, of which the first `count` are read; zeros behind.
+__device__ __forceinline__ uint4 load_eight(const uint16_t* from, int count) {
+  uint4 result = {0, 0, 0, 0};
+  if (count == 8) {
+    if (reinterpret_cast<uintptr_t>(from) % 4 == 0) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
+      result = {__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3)};
+    } else {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(from + 1);
+      const uint32_t first = __ldg(from), a = __ldg(words), b = __ldg(words + 1), c = __ldg(words + 2);
+      const uint32_t last = __ldg(from + 7);
+      result = {first | a << 16, __funnelshift_l(a, b, 16), __funnelshift_l(b, c, 16), c >> 16 | last << 16};
+    }
+  } else {
+    uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 7; ++i) {
+      if (i < count) words[i / 2] |= uint32_t{__ldg(from + i)} << (16 * (i % 2));
+    }
+    result = {words[0], words[1], words[2], words[3]};
+  }
+  return result;
+}
+
+// The chunks of a thread in a tile (SharedTile), kRowStep rows apart, `have_rows` rows with `count` elements each. Not
+// inlined, so that its registers are not those of the loops that seldom need it.
+template <int kEach, int kRowStep>
+__device__ __noinline__ void fill_unaligned(uint32_t shared, const uint16_t* from, int64_t stride, int count,
+                                            int have_rows) {
+  constexpr int kAtOnce = kEach < 4 ? kEach : 4;
+  static_assert(kEach % kAtOnce == 0);
+#pragma unroll 1
+  for (int first = 0; first < kEach; first += kAtOnce) {
+    uint4 values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[i] = load_eight(from, (first + i) * kRowStep < have_rows ? count : 0);
+      from += kRowStep * stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(values[i].x), "r"(values[i].y),
+                   "r"(values[i].z), "r"(values[i].w)
+                   : "memory");
+      shared += kSgmvThreads * 16;
+    }
+  }
+}
+
+// A tile of 16-bit elements in shared memory, row-major, its 16-byte chunks turned within the row so that ldmatrix
+// reads eight rows of one column of chunks without bank conflicts. kSpread: the eight rows are 0, 1, 8, 9, 16, 17, 24,
+// 25 (of a row that is even) instead of adjacent ones.
+template <int kRows, int kColumns, bool kSpread = false>
+struct SharedTile {
+  static constexpr int kChunks = kColumns / 8;
+  static constexpr int kBytes = kRows * kColumns * 2;
+  static_assert(kChunks == 2 || kChunks % 8 == 0);
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    int turn;
+    if constexpr (kChunks == 2) {
+      turn = (kSpread ? row >> 3 : row >> 2) & 1;
+    } else {
+      turn = kSpread ? (row >> 2 & 6) | (row & 1) : row & 7;
+    }
+    return static_cast<uint32_t>((row * kChunks + (chunk ^ turn)) * 16);
+  }
+
+  // From offset(row, chunk) to offset(row + rows, chunk), for whole turns (8 rows; any even number of them below 8,
+  // from an even one, if kSpread), and to offset(row, chunk ^ chunks), which is a xor: what ldmatrix's addresses differ
+  // by.
+  static __device__ __forceinline__ uint32_t row_step(int rows) { return static_cast<uint32_t>(rows * kChunks * 16); }
+  static __device__ __forceinline__ uint32_t chunk_turn(int chunks) { return static_cast<uint32_t>(chunks * 16); }
+
+  // Fills the tile from `rows` rows of `columns` elements, either of which may be more than the tile has or none; zeros
+  // elsewhere. Aligned: rows start at multiples of 16 bytes, and the copies are asynchronous, in the thread's open
+  // group. Otherwise they are done when the block has passed a barrier.
+  template <class T>
+  static __device__ __forceinline__ void fill(uint32_t shared, const T* from, int64_t stride, int64_t rows,
+                                              int64_t columns, bool aligned) {
+    // A thread's chunks are in one column, kRowStep rows apart, which is a whole number of turns.
+    constexpr int kRowStep = kSgmvThreads / kChunks;
+    static_assert(kRowStep % (kSpread ? 32 : 8) == 0);
+    constexpr int kEach = (kRows + kRowStep - 1) / kRowStep;
+    constexpr bool kAll = kRows % kRowStep == 0;
+    const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const int have_rows = static_cast<int>(min(rows, int64_t{kRows})) - row;
+    const int count = min(max(static_cast<int>(min(columns, int64_t{kColumns})) - chunk * 8, 0), 8);
+    if (!kAll && row >= kRows) return;
+    shared += offset(row, chunk);
+    from += row * stride + chunk * 8;
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        copy_async_16(shared + i * (kSgmvThreads * 16), from, i * kRowStep < have_rows ? count * 2 : 0);
+        from += kRowStep * stride;
+      }
+      return;
+    }
+    fill_unaligned<kEach, kRowStep>(shared, reinterpret_cast<const uint16_t*>(from), stride, count, have_rows);
+  }
+};
+
+}  // namespace punica::cuda
