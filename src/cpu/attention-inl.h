@@ -1,5 +1,7 @@
 // The inner loops of attention: scores of a block of keys, its softmax, the weighted sum of its values. Included by
 // attention_kernels.cc once for each instruction set, after simd-inl.h and bf16_dot-inl.h.
+#include <algorithm>
+
 #include "src/cpu/attention_kernels.h"
 
 #if defined(PUNICA_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -81,14 +83,31 @@ HWY_INLINE VF sum_across_blocks(const float* v) {
 }
 
 // Pages lie anywhere, so the hardware cannot know which row comes next: rows are asked for kAhead places ahead in the
-// order of their use, which is the keys of a block, its values, the keys of the next block. The loads of keys come much
-// faster one upon the other than those of values, and none come during the softmax, so requests are spread by time
-// rather than tied to the loads: what counts is how many are under way at every moment.
-inline constexpr int64_t kAhead = 60;
-inline constexpr int64_t kAheadInScores = kBlockTokens / 2;  // rows asked for while a block's keys are read
+// order of their use, which is the keys of a block, its values, the keys of the next block. What counts is that enough
+// requests are under way at every moment, so they are spread over the steps of a block by the time that each takes.
+// The first rows of a page are asked for kStartAhead places earlier still: they are what makes the hardware's own
+// prefetchers follow a page, and those can have more requests under way than a core's loads.
+inline constexpr int64_t kAhead = 32;
+inline constexpr int64_t kStartAhead = 30;
+inline constexpr int64_t kStartRows = 2;
+inline constexpr int64_t kAheadInScores = 48;  // rows asked for while a block's keys are read
 inline constexpr int64_t kAheadInSoftmax = kBlockTokens - kAheadInScores;
+// Places behind the rows of a block that are looked at.
+inline constexpr int64_t kTail = kAhead + kStartAhead + kStartRows;
+static_assert(kTail <= kBlockTokens);
+
 HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
+}
+
+// Asks for a row of `dim` elements, kAhead places before its use, and for the start of a page further ahead.
+template <class T>
+HWY_INLINE void ask_for(const T* const* row, int64_t dim) {
+  const int64_t bytes = dim * int64_t{sizeof(T)};
+  prefetch_row(row[0], bytes);
+  const T* const* later = row + kStartAhead;
+  const bool starts = later[0] != later[-1] + dim && later[1] == later[0] + dim;
+  if (starts) prefetch_row(later[0], kStartRows * bytes);
 }
 
 // scores[m * kBlockTokens + j] = q[m] . keys[j] for kRows rows of q (q_stride apart) and the keys [begin, end) of the
@@ -105,8 +124,9 @@ HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* 
       const KT* const* k = keys + group + 4 * j;
       const KT *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
       if (ahead != nullptr) {
-        const KT* const* rows = ahead + (group / 4 + j) * 2;
-        for (int64_t i = 0; i < 2; ++i) prefetch_row(rows[i], padded_dim * int64_t{sizeof(KT)});
+        constexpr int64_t kShare = kAheadInScores / (kBlockTokens / 4);
+        const KT* const* rows = ahead + (group / 4 + j) * kShare;
+        for (int64_t i = 0; i < kShare; ++i) ask_for(rows + i, padded_dim);
       }
       VF sum[kRows][4];
       for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = zero();
@@ -178,9 +198,6 @@ HWY_INLINE VF exp2_negative(VF x) {
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), hn::Mul(p, power));
 }
 
-// One number, by the same arithmetic.
-HWY_INLINE float exp2_negative(float x) { return hn::GetLane(exp2_negative(broadcast(x))); }
-
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 // From q . k to the exponent of 2 in the softmax.
@@ -198,45 +215,53 @@ struct SoftmaxRow {
 };
 
 // What a maximum subtracts: all scores may be -inf, and -inf - -inf is not a number.
-HWY_INLINE float finite_or_zero(float max) { return max == kMinusInfinity ? 0.0f : max; }
+HWY_INLINE VF finite_or_zero(VF max) { return hn::IfThenZeroElse(hn::Eq(max, broadcast(kMinusInfinity)), max); }
 
-// Takes the keys [begin, end) of a block into a row: scores (q . k) become weights 2^(score - max), all others zero.
-// Only this row's keys decide whether the maximum moves.
-HWY_NOINLINE void softmax_block(float* scores, int64_t begin, int64_t end, const ScoreMap& map, int64_t padded_dim,
-                                SoftmaxRow& row) {
+// Takes a block of keys into kRows rows, of which row m sees the keys seen[m]: scores (q . k) become weights
+// 2^(score - max), zero for unseen keys in the same vectors, and decay[m] what the row's sum has yet to be multiplied
+// by. The rows are taken through every step together, because each step alone waits for its latency; nothing depends on
+// a branch, because whether a maximum moves cannot be predicted. A row that sees nothing gets a decay that changes
+// nothing. Only its own keys decide a row's bits.
+template <int kRows>
+HWY_NOINLINE void softmax_block(float* scores, const KeyRange* seen, const ScoreMap& map, SoftmaxRow* row,
+                                float* decay) {
   const F32 d;
-  const hn::RebindToSigned<F32> i;
-  const int64_t first = begin / kLanes * kLanes;
-  const auto begin_lane = hn::Set(i, static_cast<int32_t>(begin)), end_lane = hn::Set(i, static_cast<int32_t>(end));
-  VF top = hn::Set(d, kMinusInfinity);
-  for (int64_t j = first; j < end; j += kLanes) {
-    VF s = hn::Mul(load(scores + j), hn::Set(d, map.scale));
-    if (map.cap > 0) s = hn::Mul(hn::Tanh(d, s), hn::Set(d, map.cap));
-    const auto lane = hn::Iota(i, static_cast<int32_t>(j));
-    const auto unseen = hn::Or(hn::Lt(lane, begin_lane), hn::Not(hn::Lt(lane, end_lane)));
-    s = hn::IfThenElse(hn::RebindMask(d, unseen), hn::Set(d, kMinusInfinity), s);
-    store(s, scores + j);
-    top = hn::Max(top, s);
-  }
-  const float block_max = hn::GetLane(hn::MaxOfLanes(d, top));
-  float decay = 1.0f;
-  if (block_max > row.max) {
-    if (row.denominator != 0.0f) {
-      decay = exp2_negative(row.max - block_max);
-      for (int64_t e = 0; e < padded_dim; e += kLanes) {
-        store(hn::Mul(load(row.sum + e), broadcast(decay)), row.sum + e);
-      }
+  const VF minus_infinity = hn::Set(d, kMinusInfinity);
+  VF max[kRows], old_max[kRows], total[kRows];
+  for (int m = 0; m < kRows; ++m) {
+    max[m] = minus_infinity;
+    for (int64_t j = seen[m].begin / kLanes * kLanes; j < seen[m].end; j += kLanes) {
+      float* at = scores + m * kBlockTokens + j;
+      VF s = hn::Mul(load(at), hn::Set(d, map.scale));
+      if (map.cap > 0) s = hn::Mul(hn::Tanh(d, s), hn::Set(d, map.cap));
+      const auto before_end = hn::FirstN(d, static_cast<size_t>(seen[m].end - j));
+      const auto before_begin = hn::FirstN(d, static_cast<size_t>(std::max<int64_t>(seen[m].begin - j, 0)));
+      s = hn::IfThenElse(before_begin, minus_infinity, hn::IfThenElse(before_end, s, minus_infinity));
+      store(s, at);
+      max[m] = hn::Max(max[m], s);
     }
-    row.max = block_max;
   }
-  const VF max = broadcast(finite_or_zero(row.max));
-  VF total = zero();
-  for (int64_t j = first; j < end; j += kLanes) {
-    const VF p = exp2_negative(hn::Sub(load(scores + j), max));
-    store(p, scores + j);
-    total = hn::Add(total, p);
+  for (int m = 0; m < kRows; ++m) {
+    old_max[m] = broadcast(row[m].max);
+    const VF block_max = hn::MaxOfLanes(d, max[m]);
+    const VF new_max = hn::IfThenElse(hn::Gt(block_max, old_max[m]), block_max, old_max[m]);
+    row[m].max = hn::GetLane(new_max);
+    max[m] = finite_or_zero(new_max);
   }
-  row.denominator = hn::GetLane(hn::MulAdd(broadcast(row.denominator), broadcast(decay), hn::SumOfLanes(d, total)));
+  for (int m = 0; m < kRows; ++m) {
+    total[m] = zero();
+    for (int64_t j = seen[m].begin / kLanes * kLanes; j < seen[m].end; j += kLanes) {
+      float* at = scores + m * kBlockTokens + j;
+      const VF p = exp2_negative(hn::Sub(load(at), max[m]));
+      store(p, at);
+      total[m] = hn::Add(total[m], p);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    const VF factor = exp2_negative(hn::Sub(old_max[m], max[m]));
+    decay[m] = hn::GetLane(factor);
+    row[m].denominator = hn::GetLane(hn::MulAdd(broadcast(row[m].denominator), factor, hn::SumOfLanes(d, total[m])));
+  }
 }
 
 // Adds the partial result of later keys. One that saw nothing changes no bit.
@@ -249,8 +274,8 @@ HWY_NOINLINE void merge_rows(SoftmaxRow& row, const SoftmaxRow& later, int64_t p
     return;
   }
   const float max = later.max > row.max ? later.max : row.max;
-  const VF row_decay = exp2_negative(broadcast(row.max - finite_or_zero(max)));
-  const VF later_decay = exp2_negative(broadcast(later.max - finite_or_zero(max)));
+  const VF row_decay = exp2_negative(hn::Sub(broadcast(row.max), finite_or_zero(broadcast(max))));
+  const VF later_decay = exp2_negative(hn::Sub(broadcast(later.max), finite_or_zero(broadcast(max))));
   row.max = max;
   row.denominator = hn::GetLane(
       hn::MulAdd(broadcast(later.denominator), later_decay, hn::Mul(broadcast(row.denominator), row_decay)));
@@ -261,22 +286,28 @@ HWY_NOINLINE void merge_rows(SoftmaxRow& row, const SoftmaxRow& later, int64_t p
 
 // ---- Values.
 
-// sums[m] += sum_j weights[m * kBlockTokens + j] * values[j] over the keys [begin, end) in ascending order, for kPairs
-// pairs of vectors from element d on. Asks for a row of [ahead, ahead_end) every `period` keys.
+HWY_INLINE void scale_sum(float factor, int64_t padded_dim, float* sum) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes) store(hn::Mul(load(sum + d), broadcast(factor)), sum + d);
+}
+
+// sums[m] = decay[m] * sums[m] + sum_j weights[m * kBlockTokens + j] * values[j] over the keys [begin, end) in
+// ascending order, for kPairs pairs of vectors from element d on. Asks for a row of [ahead, ahead_end) every `period`
+// keys.
 template <class T, int kRows, int kPairs>
-HWY_INLINE void add_values_slab(const float* weights, const T* const* values, int64_t d, int64_t begin, int64_t end,
-                                const T* const*& ahead, const T* const* ahead_end, int64_t period, int64_t row_bytes,
-                                float* sums, int64_t sum_stride) {
+HWY_INLINE void add_values_slab(const float* decay, const float* weights, const T* const* values, int64_t d,
+                                int64_t begin, int64_t end, const T* const*& ahead, const T* const* ahead_end,
+                                int64_t period, int64_t row_dim, float* sums, int64_t sum_stride) {
   VF sum[kRows][2 * kPairs];
   for (int m = 0; m < kRows; ++m) {
-    for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = load(sums + m * sum_stride + d + i * kLanes);
+    const VF factor = broadcast(decay[m]);
+    for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = hn::Mul(load(sums + m * sum_stride + d + i * kLanes), factor);
   }
   int64_t until_next = 0;
   for (int64_t j = begin; j < end; ++j) {
     const T* v = values[j] + d;
     if (until_next-- == 0 && ahead != ahead_end) {
       until_next = period - 1;
-      prefetch_row(*ahead++, row_bytes);
+      ask_for(ahead++, row_dim);
     }
     VF w[kRows];
     for (int m = 0; m < kRows; ++m) w[m] = broadcast(weights[m * kBlockTokens + j]);
@@ -297,24 +328,25 @@ HWY_INLINE void add_values_slab(const float* weights, const T* const* values, in
 // The same for all elements, in slabs: enough sums in flight to hide the latency of a multiply-add, few enough for the
 // registers. Asks for kBlockTokens rows of `ahead` over a whole block.
 template <class T, int kRows>
-HWY_NOINLINE void add_values(const float* weights, const T* const* values, int64_t padded_dim, int64_t begin,
-                             int64_t end, const T* const* ahead, float* sums, int64_t sum_stride) {
+HWY_NOINLINE void add_values(const float* decay, const float* weights, const T* const* values, int64_t padded_dim,
+                             int64_t begin, int64_t end, const T* const* ahead, float* sums, int64_t sum_stride) {
   if (begin >= end) return;
   constexpr int kPairs = kRows == 1 ? 4 : 2;
-  const int64_t row_bytes = padded_dim * int64_t{sizeof(T)};
   const int64_t period = (padded_dim + kPairs * kPair - 1) / (kPairs * kPair);
   const T* const* ahead_end = ahead == nullptr ? nullptr : ahead + kBlockTokens;
   int64_t d = 0;
   for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
-    add_values_slab<T, kRows, kPairs>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums,
+    add_values_slab<T, kRows, kPairs>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
                                       sum_stride);
   }
   if (kRows == 1 && d + 2 * kPair <= padded_dim) {
-    add_values_slab<T, kRows, 2>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums, sum_stride);
+    add_values_slab<T, kRows, 2>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
+                                 sum_stride);
     d += 2 * kPair;
   }
   if (d < padded_dim) {
-    add_values_slab<T, kRows, 1>(weights, values, d, begin, end, ahead, ahead_end, period, row_bytes, sums, sum_stride);
+    add_values_slab<T, kRows, 1>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
+                                 sum_stride);
   }
 }
 

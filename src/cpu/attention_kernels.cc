@@ -102,7 +102,7 @@ class TileAttention {
       BlockRows &rows = blocks[current], &next = blocks[current ^ 1];
       const bool has_next = block + kBlockTokens < last;
       if (has_next) find_block(block + kBlockTokens, next);
-      std::copy_n(has_next ? next.keys() : rows.values(), kAhead, rows.next_keys());
+      std::copy_n(has_next ? next.keys() : rows.values(), kTail, rows.next_keys());
       if (block / kSplitTokens == begin) {
         attend_block(block, rows, total_, total_sums_);
         continue;
@@ -197,7 +197,7 @@ class TileAttention {
   // Where the keys and values of a block lie, of those that the tile sees. The places of all others repeat one that is
   // seen: score_block takes whole vectors of keys. Behind them, for the prefetch, the first keys of the next block.
   struct BlockRows {
-    const T* rows[2 * kBlockTokens + kAhead];
+    const T* rows[2 * kBlockTokens + kTail];
     KeyRange seen;  // in the block
 
     const T** keys() { return rows; }
@@ -265,6 +265,8 @@ class TileAttention {
       };
       if (left >= kRowTile) {
         run(std::integral_constant<int, kRowTile>());
+      } else if (kRowTile > 3 && left == 3) {
+        run(std::integral_constant<int, std::min(kRowTile, 3)>());
       } else if (left >= 2) {
         run(std::integral_constant<int, 2>());
       } else {
@@ -296,28 +298,30 @@ class TileAttention {
       score_block<KT, false, kRows>(queries_ + r * padded_dim_, padded_dim_, keys, padded_dim_, some.begin, some.end,
                                     keys_ahead, scores);
     }
-    for (int m = 0; m < kRows; ++m) {
-      if (values_ahead != nullptr) {
-        constexpr int64_t kShare = kAheadInSoftmax / kRows;
-        const T* const* rows = values_ahead - kAheadInSoftmax + m * kShare;
-        for (int64_t j = 0; j < kShare; ++j) prefetch_row(rows[j], padded_dim_ * int64_t{sizeof(T)});
-      }
-      if (seen[m].empty()) continue;
-      softmax_block(scores + m * kBlockTokens, seen[m].begin, seen[m].end, map_, padded_dim_, row[r + m]);
+    float decay[kRows];
+    for (int64_t j = 0; values_ahead != nullptr && j < kAheadInSoftmax; ++j) {
+      ask_for(values_ahead + j - kAheadInSoftmax, padded_dim_);
+    }
+    softmax_block<kRows>(scores, seen, map_, row + r, decay);
+    float* sum = sums + r * padded_dim_;
+    if (all.begin == some.begin && all.end == some.end) {
+      add_values<T, kRows>(decay, scores, values, padded_dim_, all.begin, all.end, values_ahead, sum, padded_dim_);
+      return;
     }
     // A value that a row does not see may be infinite, so its weight of zero is not enough: a row alone takes the keys
     // that the others do not see. Every row adds its keys in ascending order either way.
     if (all.empty()) all = {kBlockTokens, kBlockTokens};
-    float* sum = sums + r * padded_dim_;
+    const auto add_alone = [&](int m, int64_t begin, int64_t end) {
+      add_values<T, 1>(decay + m, scores + m * kBlockTokens, values, padded_dim_, begin, end, nullptr,
+                       sum + m * padded_dim_, padded_dim_);
+    };
     for (int m = 0; m < kRows; ++m) {
-      add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, seen[m].begin, std::min(seen[m].end, all.begin),
-                       nullptr, sum + m * padded_dim_, padded_dim_);
+      scale_sum(decay[m], padded_dim_, sum + m * padded_dim_);
+      decay[m] = 1.0f;
+      add_alone(m, seen[m].begin, std::min(seen[m].end, all.begin));
     }
-    add_values<T, kRows>(scores, values, padded_dim_, all.begin, all.end, values_ahead, sum, padded_dim_);
-    for (int m = 0; m < kRows; ++m) {
-      add_values<T, 1>(scores + m * kBlockTokens, values, padded_dim_, std::max(seen[m].begin, all.end), seen[m].end,
-                       nullptr, sum + m * padded_dim_, padded_dim_);
-    }
+    add_values<T, kRows>(decay, scores, values, padded_dim_, all.begin, all.end, values_ahead, sum, padded_dim_);
+    for (int m = 0; m < kRows; ++m) add_alone(m, std::max(seen[m].begin, all.end), seen[m].end);
   }
 
   // Copies rows whose length is not whole pairs of vectors to where zeros lie behind each.
