@@ -345,7 +345,7 @@ struct GeneralAttention {
 };
 
 template <Arch kArch, class T, int kDim, bool kRope>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 4 : 2)
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 3 : 2)
     attention_kernel(const __grid_constant__ AttentionArgs args,
                      const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   if constexpr (kCompiled<kArch>) {

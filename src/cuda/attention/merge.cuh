@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "src/cuda/attention/args.cuh"
-#include "src/cuda/attention/find_work.cuh"
 #include "src/cuda/attention/softmax.cuh"
 #include "src/cuda/common/device.cuh"
 
@@ -19,30 +18,33 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ AttentionArgs args, int head_blocks) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kColumns = kMaxHeadDim / 32, kWarps = kMergeThreads / 32;
-    __shared__ WorkScratch<kMergeThreads> scratch;
-    __shared__ int64_t first_slot;
+    __shared__ unsigned long long first_slot, num_slots;
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t sequence = blockIdx.x / head_blocks;
     const int64_t count = args.num_splits(args.pages(sequence).kv_len);
     if (count <= 1) return;
-    // The first slot: where the item of this sequence starts in the same scan as attention_kernel's.
-    int64_t before = 0;
-    for (int64_t i = threadIdx.x; i < sequence; i += kMergeThreads) before += args.num_splits(args.pages(i).kv_len);
-    if (threadIdx.x == 0) first_slot = 0;
+    // Partial results lie in the order of the items of attention_kernel: those of all sequences before come first.
+    if (threadIdx.x == 0) first_slot = num_slots = 0;
     __syncthreads();
-    atomicAdd(reinterpret_cast<unsigned long long*>(&first_slot), static_cast<unsigned long long>(before));
-    const Work work = find_work(0, args.num_sequences, scratch,
-                                [&](int64_t i) { return args.num_splits(args.pages(i).kv_len); });
-    if (work.total > args.num_slots) return;
+    unsigned long long before = 0, all = 0;
+    for (int64_t i = threadIdx.x; i < args.num_sequences; i += kMergeThreads) {
+      const int64_t splits = args.num_splits(args.pages(i).kv_len);
+      all += splits;
+      if (i < sequence) before += splits;
+    }
+    atomicAdd(&first_slot, before);
+    atomicAdd(&num_slots, all);
+    __syncthreads();
+    if (num_slots > static_cast<unsigned long long>(args.num_slots)) return;
 
     for (int64_t head = blockIdx.x % head_blocks * kWarps + warp; head < args.num_heads();
          head += static_cast<int64_t>(head_blocks) * kWarps) {
       RowState<kColumns> total;
       total.clear();
       for (int64_t split = 0; split < count; ++split) {
-        const int64_t index = (first_slot + split) * args.num_heads() + head;
+        const int64_t index = (static_cast<int64_t>(first_slot) + split) * args.num_heads() + head;
         const float2 state = args.partial_states[index];
         RowState<kColumns> part;
         part.maximum = state.x;
