@@ -24,14 +24,13 @@ constexpr int64_t kMaxDecodeBlocks = 4096;
 constexpr int64_t kMaxPrefillBlocks = 1 << 30;
 
 int64_t slot_bytes(const BatchDecodeParams& params) {
-  return params.q.shape[1] * (params.q.shape[2] * static_cast<int64_t>(sizeof(float)) +
-                              static_cast<int64_t>(sizeof(float2)));
+  return params.q.shape[1] *
+         (params.q.shape[2] * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
 // Splits that all sequences have together at most, cut to what kMaxPartialBytes holds; 0 where none has more than one.
 int64_t num_slots(const BatchDecodeParams& params) {
-  const double tokens =
-      static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
+  const double tokens = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
   if (tokens <= kSplitTokens || params.q.numel() == 0) return 0;
   const int64_t room = kMaxPartialBytes / slot_bytes(params);
   const double most = static_cast<double>(params.kv.num_sequences()) + std::floor(tokens / kSplitTokens);
@@ -101,8 +100,8 @@ Status launch_general(const Launcher& launcher, const AttentionParams& p, const 
   shape.shared_bytes =
       static_cast<size_t>(SharedLayout(args.head_dim, static_cast<int>(sizeof(T)), tile_keys(kDim), rotates).bytes);
   if (p.rope_theta) {
-    return launcher.launch<attention_kernel<kArch, T, kDim, true>>(shape, args,
-                                                                   rope_table(*p.rope_theta, p.rope_scale, args.head_dim));
+    return launcher.launch<attention_kernel<kArch, T, kDim, true>>(
+        shape, args, rope_table(*p.rope_theta, p.rope_scale, args.head_dim));
   }
   return launcher.launch<attention_kernel<kArch, T, kDim, false>>(shape, args, NoRope{});
 }

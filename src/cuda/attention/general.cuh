@@ -1,8 +1,8 @@
 // The general attention kernel: any head dim, page size, group size and data type, decode and prefill.
 //
-// A block takes 16 rows of one sequence and one KV head: pairs (query, head of the group), in that order. Its four warps
-// have every fourth row each, so that the four rows of a small group in decode are spread over all of them. Keys and
-// values come in tiles through shared memory, by asynchronous copies: the values of a tile while its scores are
+// A block takes 16 rows of one sequence and one KV head: pairs (query, head of the group), in that order. Its four
+// warps have every fourth row each, so that the four rows of a small group in decode are spread over all of them. Keys
+// and values come in tiles through shared memory, by asynchronous copies: the values of a tile while its scores are
 // computed, the keys of the next one while the values are summed. A lane has one or two keys of the tile in the
 // scores, and four or eight columns in the sums; both are float32 multiply-adds in a fixed order.
 //
@@ -116,7 +116,7 @@ template <class T, int kDim, bool kRope>
 struct GeneralAttention {
   static constexpr int kKeys = tile_keys(kDim);
   static constexpr int kLaneKeys = kKeys / 32;
-  static constexpr int kColumns = kDim / 32;  // of a lane: 4 * lane .. + 3, and the same 128 further on
+  static constexpr int kColumns = kDim / 32;                 // of a lane: 4 * lane .. + 3, and the same 128 further on
   static constexpr bool kRotates = kRope && sizeof(T) != 4;  // float32 keys are rotated where they are
   using KT = std::conditional_t<kRotates, float, T>;         // of the keys that enter the scores
   using State = RowState<kColumns>;
@@ -191,7 +191,8 @@ struct GeneralAttention {
   __device__ __forceinline__ void score(const int (&begin)[kWarpRows], const int (&end)[kWarpRows],
                                         State (&state)[kWarpRows]) const {
     constexpr int kVector = 16 / sizeof(KT);
-    float dot[kRows][kLaneKeys][2] = {};
+    constexpr int kChains = sizeof(T) == 4 ? 4 : 2;  // shorter sums are more exact, which only float32 shows
+    float dot[kRows][kLaneKeys][kChains] = {};
     const unsigned char* keys = key_rows() + lane * layout.rotated_stride;
     const int vectors = (args.head_dim + kVector - 1) / kVector;
 #pragma unroll 1
@@ -211,8 +212,8 @@ struct GeneralAttention {
           for (int k = 0; k < kLaneKeys; ++k) {
             dot[r][k][0] = __fmaf_rn(q.x, key[k][d], dot[r][k][0]);
             dot[r][k][1] = __fmaf_rn(q.y, key[k][d + 1], dot[r][k][1]);
-            dot[r][k][0] = __fmaf_rn(q.z, key[k][d + 2], dot[r][k][0]);
-            dot[r][k][1] = __fmaf_rn(q.w, key[k][d + 3], dot[r][k][1]);
+            dot[r][k][2 % kChains] = __fmaf_rn(q.z, key[k][d + 2], dot[r][k][2 % kChains]);
+            dot[r][k][3 % kChains] = __fmaf_rn(q.w, key[k][d + 3], dot[r][k][3 % kChains]);
           }
         }
       }
@@ -220,15 +221,17 @@ struct GeneralAttention {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (begin[r] >= end[r]) continue;
-      float scores[kLaneKeys];
+      // The score is value * factor; the difference from the maximum is rounded once.
+      const float factor = args.cap > 0.0f ? args.cap : args.scale;
+      float values[kLaneKeys];
       float top = minus_infinity();
 #pragma unroll
       for (int k = 0; k < kLaneKeys; ++k) {
-        float s = __fmul_rn(__fadd_rn(dot[r][k][0], dot[r][k][1]), args.scale);
-        if (args.cap > 0.0f) s = __fmul_rn(tanhf(s), args.cap);
+        values[k] = __fadd_rn(dot[r][k][0], dot[r][k][1]);
+        if constexpr (kChains == 4) values[k] = __fadd_rn(values[k], __fadd_rn(dot[r][k][2], dot[r][k][3]));
+        if (args.cap > 0.0f) values[k] = tanhf(__fmul_rn(values[k], args.scale));
         const int key = lane + 32 * k;
-        scores[k] = key >= begin[r] && key < end[r] ? s : minus_infinity();
-        top = fmaxf(top, scores[k]);
+        if (key >= begin[r] && key < end[r]) top = fmaxf(top, __fmul_rn(values[k], factor));
       }
       top = fmaxf(state[r].maximum, warp_max(top));
       const float subtracted = finite_or_zero(top);
@@ -236,8 +239,10 @@ struct GeneralAttention {
       float total = 0.0f;
 #pragma unroll
       for (int k = 0; k < kLaneKeys; ++k) {
-        const float weight = exp2_fast(__fsub_rn(scores[k], subtracted));
-        weight_row(warp + kWarps * r)[lane + 32 * k] = weight;
+        const int key = lane + 32 * k;
+        const bool seen = key >= begin[r] && key < end[r];
+        const float weight = seen ? exp2_fast(__fmaf_rn(values[k], factor, -subtracted)) : 0.0f;
+        weight_row(warp + kWarps * r)[key] = weight;
         total = __fadd_rn(total, weight);
       }
       state[r].maximum = top;
@@ -254,10 +259,20 @@ struct GeneralAttention {
     for (int c = 0; c < kColumns / 4; ++c) load_floats<T, 4>(row + column(c), value + 4 * c);
   }
 
-  // sums += weights @ values over the keys that each row sees, in ascending order.
+  // sums += weights @ values over the keys that each row sees, in ascending order. In float32 even and odd keys of a
+  // tile are summed apart, from zero: the short sums are more exact.
   template <int kRows>
   __device__ __forceinline__ void add_values(const int (&begin)[kWarpRows], const int (&end)[kWarpRows], int num_rows,
                                              State (&state)[kWarpRows]) const {
+    constexpr bool kApart = sizeof(T) == 4;
+    float apart[kApart ? kRows : 1][2][kColumns] = {};
+    const auto add = [&](int r, int parity, float weight, const float(&value)[kColumns]) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        float& sum = kApart ? apart[kApart ? r : 0][parity][c] : state[r].sums[c];
+        sum = __fmaf_rn(weight, value[c], sum);
+      }
+    };
     bool whole = true;
     int first = kKeys, last = 0;
 #pragma unroll
@@ -279,26 +294,32 @@ struct GeneralAttention {
           float value[kColumns];
           load_value(key + k, value);
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) add(r, k % 2, weights[r][k], value);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int key = first & ~1; key < last; key += 2) {
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              state[r].sums[c] = __fmaf_rn(weights[r][k], value[c], state[r].sums[c]);
-            }
+        for (int k = 0; k < 2; ++k) {
+          float value[kColumns];
+          load_value(key + k, value);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            if (key + k < begin[r] || key + k >= end[r]) continue;
+            add(r, k, weight_row(warp + kWarps * r)[key + k], value);
           }
         }
       }
-      return;
     }
-#pragma unroll 1
-    for (int key = first; key < last; ++key) {
-      float value[kColumns];
-      load_value(key, value);
+    if constexpr (kApart) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (key < begin[r] || key >= end[r]) continue;
-        const float weight = weight_row(warp + kWarps * r)[key];
+        if (begin[r] >= end[r]) continue;
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) state[r].sums[c] = __fmaf_rn(weight, value[c], state[r].sums[c]);
+        for (int c = 0; c < kColumns; ++c) {
+          state[r].sums[c] = __fadd_rn(state[r].sums[c], __fadd_rn(apart[r][0][c], apart[r][1][c]));
+        }
       }
     }
   }

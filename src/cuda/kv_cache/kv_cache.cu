@@ -42,9 +42,8 @@ __device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t num_rows) {
 // Where the row belongs: the address of its slot in head 0 without key_offset or value_offset. Null: nowhere.
 __device__ unsigned char* place_of(const KvWriteArgs& args, int64_t row, int64_t sequence) {
   if (sequence < 0) return nullptr;
-  const SequencePages pages =
-      sequence_pages(args.kv_indptr[sequence], args.kv_indptr[sequence + 1], args.last_page_offset[sequence],
-                     args.num_page_ptrs, args.page_size);
+  const SequencePages pages = sequence_pages(args.kv_indptr[sequence], args.kv_indptr[sequence + 1],
+                                             args.last_page_offset[sequence], args.num_page_ptrs, args.page_size);
   int64_t after = 1;  // rows of the sequence from this one to the last
   if (args.seqlen_indptr != nullptr) after = clamp_row(args.seqlen_indptr[sequence + 1], args.num_rows) - row;
   const int64_t position = pages.kv_len - after;

@@ -26,13 +26,14 @@ using namespace punica;
 
 int failures = 0;
 double worst_output = 0, worst_lse = 0;  // error / tolerance
+std::string worst_case;
 std::mt19937 random_bits(7);
 
 void fail(const std::string& what) {
   if (++failures <= 40) std::printf("FAILED: %s\n", what.c_str());
 }
-#define EXPECT(condition, what) \
-  do {                          \
+#define EXPECT(condition, what)                                  \
+  do {                                                           \
     if (!(condition)) fail(std::string(what) + ": " #condition); \
   } while (0)
 
@@ -164,8 +165,10 @@ struct Case {
   double cap = 0;
   std::optional<double> sm_scale = {};
   std::string name() const {
-    return std::string(dtype == DType::kFloat32 ? "f32" : dtype == DType::kFloat16 ? "f16" : "bf16") + " N " +
-           std::to_string(kv_heads) + " group " + std::to_string(group) + " D " + std::to_string(dim) + " P " +
+    return std::string(dtype == DType::kFloat32   ? "f32"
+                       : dtype == DType::kFloat16 ? "f16"
+                                                  : "bf16") +
+           " N " + std::to_string(kv_heads) + " group " + std::to_string(group) + " D " + std::to_string(dim) + " P " +
            std::to_string(page_size) + (theta ? " rope" : "") + " window " + std::to_string(window) + " cap " +
            std::to_string(cap);
   }
@@ -328,7 +331,10 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
     const double got = get(o.at(row) + static_cast<int64_t>(i) * o.item, c.dtype);
     const double tolerance = rtol * std::abs(exact[i]) + rtol / 16 * largest + 4 * 0x1p-24 * terms[i];
     const double error = std::abs(got - exact[i]);
-    if (position >= 0 && tolerance > 0) worst_output = std::max(worst_output, error / tolerance);
+    if (position >= 0 && error > worst_output * tolerance) {
+      worst_output = error / tolerance;
+      worst_case = what + " element " + std::to_string(i) + " exact " + std::to_string(exact[i]);
+    }
     if (!(error <= tolerance)) {
       fail(what + " row " + std::to_string(row) + " element " + std::to_string(i) + ": got " + std::to_string(got) +
            ", exact " + std::to_string(exact[i]));
@@ -544,8 +550,10 @@ void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::v
       const int64_t t = kv_len[i] - indptr[i + 1] + row;
       if (t < 0) continue;
       for (int64_t head = 0; head < c.kv_heads; ++head) {
-        std::memcpy(cache.at(static_cast<int64_t>(i), t, 0, head), k.at(row, head), static_cast<size_t>(c.dim * k.item));
-        std::memcpy(cache.at(static_cast<int64_t>(i), t, 1, head), v.at(row, head), static_cast<size_t>(c.dim * k.item));
+        std::memcpy(cache.at(static_cast<int64_t>(i), t, 0, head), k.at(row, head),
+                    static_cast<size_t>(c.dim * k.item));
+        std::memcpy(cache.at(static_cast<int64_t>(i), t, 1, head), v.at(row, head),
+                    static_cast<size_t>(c.dim * k.item));
       }
     }
   }
@@ -633,7 +641,8 @@ int main(int argc, char**) {
     }
     test_writes({t, 1, 1, 64, 16}, std::vector<int64_t>(400, 30), std::vector<int64_t>(400, 29), false, 0, 0, false);
   }
-  std::printf("%s: worst error / tolerance: output %.3f, lse %.3f; %d failures\n",
-              cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_lse, failures);
+  std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
+              cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
+              worst_lse, failures);
   return failures == 0 && cuda::last_arch() != nullptr ? 0 : 1;
 }
