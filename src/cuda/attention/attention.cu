@@ -97,8 +97,8 @@ Status launch_general(const Launcher& launcher, const AttentionParams& p, const 
   shape.grid.x = static_cast<unsigned>(blocks);
   shape.block.x = kAttentionThreads;
   const bool rotates = p.rope_theta.has_value() && sizeof(T) != 4;
-  shape.shared_bytes =
-      static_cast<size_t>(SharedLayout(args.head_dim, static_cast<int>(sizeof(T)), tile_keys(kDim), rotates).bytes);
+  const SharedLayout layout(args.head_dim, static_cast<int>(sizeof(T)), tile_keys(kDim), rotates);
+  shape.shared_bytes = sizeof(BlockShared) + static_cast<size_t>(layout.bytes);
   if (p.rope_theta) {
     return launcher.launch<attention_kernel<kArch, T, kDim, true>>(
         shape, args, rope_table(*p.rope_theta, p.rope_scale, args.head_dim));

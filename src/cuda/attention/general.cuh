@@ -112,6 +112,15 @@ struct RowInfo {
   int64_t head;        // of q and o
 };
 
+// The rest of what a block shares. It stands at the start of dynamic shared memory: what a kernel declares as static
+// would count against the limit that its launch asks for.
+struct alignas(16) BlockShared {
+  WorkScratch<kAttentionThreads> scratch;
+  RowInfo rows[kTileRows];
+  const unsigned char* key_rows[2][tile_keys(128)];  // addresses of the keys of this tile and of the next
+  uint64_t turns[kMaxHeadDim / 2];
+};
+
 template <class T, int kDim, bool kRope>
 struct GeneralAttention {
   static constexpr int kKeys = tile_keys(kDim);
@@ -373,11 +382,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 3 : 2)
     using Attention = GeneralAttention<T, kDim, kRope>;
     using State = typename Attention::State;
     constexpr int kKeys = Attention::kKeys;
-    extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ WorkScratch<kAttentionThreads> scratch;
-    __shared__ RowInfo rows[kTileRows];
-    __shared__ const unsigned char* key_rows[2][kKeys];
-    __shared__ uint64_t turns[kRope ? kMaxHeadDim / 2 : 1];
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];
+    BlockShared& block = *reinterpret_cast<BlockShared*>(dynamic_shared);
+    unsigned char* const shared = dynamic_shared + sizeof(BlockShared);
+    auto& rows = block.rows;
+    auto& key_rows = block.key_rows;
+    uint64_t* const turns = block.turns;
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
 
@@ -395,7 +405,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 3 : 2)
     for (int64_t item = blockIdx.x;; item += grid) {
       const int64_t index = item / parts;
       const int part = static_cast<int>(item - index * parts);
-      Work work = find_work(index, args.num_sequences, scratch, [&](int64_t i) {
+      Work work = find_work(index, args.num_sequences, block.scratch, [&](int64_t i) {
         if (decode) return args.num_splits(args.pages(i).kv_len);
         return (args.num_queries(i) * args.group_size + kTileRows - 1) / kTileRows;
       });
