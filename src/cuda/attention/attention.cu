@@ -1,18 +1,166 @@
-// Attention over the paged KV cache on CUDA devices.
+// batch_prefill and batch_decode on CUDA devices: from params to launches of the general kernel (general.cuh), and in
+// decode of the one that merges (merge.cuh).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "src/cuda/attention/args.cuh"
+#include "src/cuda/attention/general.cuh"
+#include "src/cuda/attention/merge.cuh"
 #include "src/cuda/backend.h"
-#include "src/cuda/common/no_kernels.h"
+#include "src/cuda/common/device.cuh"
+#include "src/cuda/common/launch.h"
 
 namespace punica::cuda {
+namespace {
 
-int64_t workspace_bytes(const BatchPrefillParams& /*params*/) { return 0; }
-int64_t workspace_bytes(const BatchDecodeParams& /*params*/) { return 0; }
+// Partial results take this much at most; batches that would need more have enough whole sequences to fill a device.
+constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
+constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
-Status batch_prefill(const BatchPrefillParams& /*params*/, const Context& /*context*/) {
-  return no_kernels("batch_prefill");
+// More blocks than any device runs at once: a decode step whose table has room for many pages does not start blocks for
+// all of them.
+constexpr int64_t kMaxDecodeBlocks = 4096;
+constexpr int64_t kMaxPrefillBlocks = 1 << 30;
+
+int64_t slot_bytes(const BatchDecodeParams& params) {
+  return params.q.shape[1] *
+         (params.q.shape[2] * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
-Status batch_decode(const BatchDecodeParams& /*params*/, const Context& /*context*/) {
-  return no_kernels("batch_decode");
+// Splits that all sequences have together at most, cut to what kMaxPartialBytes holds; 0 where none has more than one.
+int64_t num_slots(const BatchDecodeParams& params) {
+  const double tokens = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
+  if (tokens <= kSplitTokens || params.q.numel() == 0) return 0;
+  const int64_t room = kMaxPartialBytes / slot_bytes(params);
+  const double most = static_cast<double>(params.kv.num_sequences()) + std::floor(tokens / kSplitTokens);
+  return most < static_cast<double>(room) ? static_cast<int64_t>(most) : room;
+}
+
+// The table of the last call of this thread is kept: an engine has one.
+const RopeTable& rope_table(double theta, double scale, int64_t head_dim) {
+  thread_local struct {
+    double theta = 0, scale = 0;
+    int64_t head_dim = 0;
+    RopeTable table;
+  } cache;
+  if (cache.theta == theta && cache.scale == scale && cache.head_dim == head_dim) return cache.table;
+  constexpr double kTwoPi = 6.283185307179586476925;
+  for (int64_t d = 0; d < kMaxHeadDim / 2; ++d) {
+    const double exponent = -2.0 * static_cast<double>(d) / static_cast<double>(head_dim);
+    const double turns = d < head_dim / 2 ? std::pow(theta, exponent) / scale / kTwoPi : 0.0;
+    const double fraction = turns - std::floor(turns);  // exact, below 1
+    cache.table.turns[d] = static_cast<uint64_t>(std::ldexp(fraction, 64));
+  }
+  cache.theta = theta;
+  cache.scale = scale;
+  cache.head_dim = head_dim;
+  return cache.table;
+}
+
+AttentionArgs make_args(const AttentionParams& p, const int32_t* qo_indptr) {
+  constexpr double kLog2E = 1.442695040888963407360;
+  const int64_t item = static_cast<int64_t>(dtype_size(p.q.dtype)), head_dim = p.q.shape[2];
+  const PageShape shape = p.kv.page_shape(head_dim);
+  const double scale = p.sm_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  const double cap = p.logits_soft_cap;
+  AttentionArgs args = {};
+  args.kv_ptrs = p.kv.kv_ptrs.as<const int64_t>();
+  args.kv_indptr = p.kv.kv_indptr.as<const int32_t>();
+  args.last_page_offset = p.kv.last_page_offset.as<const int32_t>();
+  args.qo_indptr = qo_indptr;
+  args.q = p.q.data;
+  args.o = p.o.data;
+  args.lse = p.lse.has_value() ? p.lse.as<float>() : nullptr;
+  args.num_sequences = p.kv.num_sequences();
+  args.num_rows = p.q.shape[0];
+  args.num_page_ptrs = p.kv.kv_ptrs.shape[0];
+  args.page_size = p.kv.page_size;
+  args.q_stride = p.q.stride[0];
+  args.o_stride = p.o.stride[0];
+  args.key_bytes = shape.head_offset(p.kv.layer_idx, KvPart::kKey, 0) * item;
+  args.value_bytes = shape.head_offset(p.kv.layer_idx, KvPart::kValue, 0) * item - args.key_bytes;
+  args.head_bytes = shape.page_size * head_dim * item;
+  args.window_left = p.window_left;
+  args.num_kv_heads = static_cast<int32_t>(p.kv.num_kv_heads);
+  args.group_size = static_cast<int32_t>(p.q.shape[1] / p.kv.num_kv_heads);
+  args.head_dim = static_cast<int32_t>(head_dim);
+  args.head_tiles = 1;
+  args.scale = static_cast<float>(cap > 0 ? scale / cap : scale * kLog2E);
+  args.cap = cap > 0 ? static_cast<float>(cap * kLog2E) : 0.0f;
+  return args;
+}
+
+template <Arch kArch, class T, int kDim>
+Status launch_general(const Launcher& launcher, const AttentionParams& p, const AttentionArgs& args, int64_t blocks) {
+  LaunchShape shape;
+  shape.grid.x = static_cast<unsigned>(blocks);
+  shape.block.x = kAttentionThreads;
+  const bool rotates = p.rope_theta.has_value() && sizeof(T) != 4;
+  const SharedLayout layout(args.head_dim, static_cast<int>(sizeof(T)), tile_keys(kDim), rotates);
+  shape.shared_bytes = sizeof(BlockShared) + static_cast<size_t>(layout.bytes);
+  if (p.rope_theta) {
+    return launcher.launch<attention_kernel<kArch, T, kDim, true>>(
+        shape, args, rope_table(*p.rope_theta, p.rope_scale, args.head_dim));
+  }
+  return launcher.launch<attention_kernel<kArch, T, kDim, false>>(shape, args, NoRope{});
+}
+
+template <Arch kArch, class T>
+Status run(const Launcher& launcher, const AttentionParams& p, const AttentionArgs& args, int64_t blocks) {
+  PUNICA_RETURN_IF_ERROR(args.head_dim <= 128 ? (launch_general<kArch, T, 128>(launcher, p, args, blocks))
+                                              : (launch_general<kArch, T, 256>(launcher, p, args, blocks)));
+  if (args.num_slots == 0) return {};
+  constexpr int64_t kHeadsABlock = kMergeThreads / 32;
+  const int64_t head_blocks = std::min<int64_t>((args.num_heads() + kHeadsABlock - 1) / kHeadsABlock, 8);
+  LaunchShape shape;
+  shape.grid.x = static_cast<unsigned>(args.num_sequences * head_blocks);
+  shape.block.x = kMergeThreads;
+  return launcher.launch<merge_kernel<kArch, T>>(shape, args, static_cast<int>(head_blocks));
+}
+
+Status attend(const char* op, const AttentionParams& p, const AttentionArgs& args, int64_t blocks,
+              const Context& context) {
+  return on_device(op, p.q.device, context, [&](const Launcher& launcher) {
+    return with_type(p.q.dtype, [&](auto type) {
+      using T = decltype(type);
+      if (launcher.arch == Arch::kSm90) return run<Arch::kSm90, T>(launcher, p, args, blocks);
+      return run<Arch::kSm80, T>(launcher, p, args, blocks);
+    });
+  });
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const BatchPrefillParams& /*params*/) { return 0; }
+
+int64_t workspace_bytes(const BatchDecodeParams& params) {
+  const int64_t slots = num_slots(params);
+  return slots == 0 ? 0 : slots * slot_bytes(params) + kAlignment;
+}
+
+Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
+  if (params.q.numel() == 0 || params.kv.num_sequences() == 0) return {};
+  const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
+  // Each sequence may have one tile that is not full.
+  const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
+  return attend("batch_prefill", params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks), context);
+}
+
+Status batch_decode(const BatchDecodeParams& params, const Context& context) {
+  if (params.q.numel() == 0) return {};
+  AttentionArgs args = make_args(params, nullptr);
+  args.head_tiles = (args.group_size + kTileRows - 1) / kTileRows;
+  // Without a workspace every block takes whole sequences.
+  if (params.tmpbuf.has_value()) args.num_slots = num_slots(params);
+  if (args.num_slots > 0) {
+    const int64_t address = reinterpret_cast<int64_t>(params.tmpbuf.data);
+    args.partial_states = reinterpret_cast<float2*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    args.partial_sums = reinterpret_cast<float*>(args.partial_states + args.num_slots * args.num_heads());
+  }
+  const int64_t items =
+      std::max(args.num_slots, args.num_sequences) * args.num_kv_heads * static_cast<int64_t>(args.head_tiles);
+  return attend("batch_decode", params, args, std::min(items, kMaxDecodeBlocks), context);
 }
 
 }  // namespace punica::cuda

@@ -1,0 +1,348 @@
+// What attention_test.cu is made of: guarded memory that host and device see, a paged cache full of NaN where no token
+// is, and one row of attention in plain double precision.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "punica/cuda.h"
+#include "src/cuda/backend.h"
+
+namespace {
+
+using namespace punica;
+
+int failures = 0;
+double worst_output = 0, worst_lse = 0;  // error / tolerance
+std::string worst_case;
+std::mt19937 random_bits(7);
+
+void fail(const std::string& what) {
+  if (++failures <= 40) std::printf("FAILED: %s\n", what.c_str());
+}
+#define EXPECT(condition, what)                                  \
+  do {                                                           \
+    if (!(condition)) fail(std::string(what) + ": " #condition); \
+  } while (0)
+
+void run(const Status& status, const std::string& what) {
+  if (!status.ok()) {
+    std::printf("FAILED: %s: %s\n", what.c_str(), status.message().c_str());
+    std::exit(1);
+  }
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess) {
+    std::printf("FAILED: %s: %s\n", what.c_str(), cudaGetErrorString(error));
+    std::exit(1);
+  }
+}
+
+// Memory that host and device see, with a guard of 0xA5 bytes on either side.
+class Buffer {
+ public:
+  static constexpr int64_t kGuard = 4096;
+  explicit Buffer(int64_t bytes, int64_t shift = 0) : bytes_(bytes), shift_(shift) {
+    if (cudaMallocManaged(&base_, static_cast<size_t>(bytes + shift + 2 * kGuard)) != cudaSuccess) {
+      std::printf("FAILED: no memory\n");
+      std::exit(1);
+    }
+    std::memset(base_, 0xA5, static_cast<size_t>(bytes + shift + 2 * kGuard));
+  }
+  ~Buffer() { cudaFree(base_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  unsigned char* data() const { return base_ + kGuard + shift_; }
+  int64_t bytes() const { return bytes_; }
+  bool guards_intact() const {
+    for (int64_t i = 0; i < kGuard + shift_; ++i) {
+      if (base_[i] != 0xA5) return false;
+    }
+    for (int64_t i = 0; i < kGuard; ++i) {
+      if (data()[bytes_ + i] != 0xA5) return false;
+    }
+    return true;
+  }
+
+ private:
+  unsigned char* base_ = nullptr;
+  int64_t bytes_, shift_;
+};
+
+double get(const unsigned char* at, DType dtype) {
+  if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(at);
+  if (dtype == DType::kFloat16) return __half2float(*reinterpret_cast<const __half*>(at));
+  return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(at));
+}
+void set(unsigned char* at, DType dtype, double value) {
+  if (dtype == DType::kFloat32) {
+    *reinterpret_cast<float*>(at) = static_cast<float>(value);
+  } else if (dtype == DType::kFloat16) {
+    *reinterpret_cast<__half*>(at) = __float2half_rn(static_cast<float>(value));
+  } else {
+    *reinterpret_cast<__nv_bfloat16*>(at) = __float2bfloat16_rn(static_cast<float>(value));
+  }
+}
+double normal() {
+  static std::normal_distribution<double> distribution;
+  return distribution(random_bits);
+}
+
+// Rows [rows, heads, dim], `padding` elements apart, `offset` elements behind an aligned address.
+struct Rows {
+  DType dtype;
+  int64_t item, rows, heads, dim, stride;
+  Buffer buffer;
+  Rows(DType type, int64_t num_rows, int64_t num_heads, int64_t head_dim, int64_t padding = 0, int64_t offset = 0)
+      : dtype(type),
+        item(static_cast<int64_t>(dtype_size(type))),
+        rows(num_rows),
+        heads(num_heads),
+        dim(head_dim),
+        stride(num_heads * head_dim + padding),
+        buffer(std::max<int64_t>(num_rows, 1) * stride * item, offset * item) {}
+  unsigned char* at(int64_t row, int64_t head = 0, int64_t d = 0) const {
+    return buffer.data() + (row * stride + head * dim + d) * item;
+  }
+  void randomize(double scale = 1.0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < heads * dim; ++i) set(at(r) + i * item, dtype, scale * normal());
+    }
+  }
+  int64_t row_bytes() const { return heads * dim * item; }
+  bool same(int64_t row, const Rows& other, int64_t other_row) const {
+    return std::memcmp(at(row), other.at(other_row), static_cast<size_t>(row_bytes())) == 0;
+  }
+  bool untouched(int64_t row) const {
+    for (int64_t i = 0; i < row_bytes(); ++i) {
+      if (at(row)[i] != 0xA5) return false;
+    }
+    return true;
+  }
+  bool padding_intact() const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = row_bytes(); i < stride * item; ++i) {
+        if (at(r)[i] != 0xA5) return false;
+      }
+    }
+    return buffer.guards_intact();
+  }
+  TensorView view() const {
+    return {buffer.data(), dtype, {DeviceType::kCuda, 0}, 3, {rows, heads, dim}, {stride, dim, 1}};
+  }
+};
+
+template <class T>
+struct Table {
+  Buffer buffer;
+  int64_t count;
+  explicit Table(const std::vector<T>& values)
+      : buffer(static_cast<int64_t>(values.size() * sizeof(T))), count(static_cast<int64_t>(values.size())) {
+    std::memcpy(buffer.data(), values.data(), values.size() * sizeof(T));
+  }
+  TensorView view() const {
+    return {buffer.data(), sizeof(T) == 8 ? DType::kInt64 : DType::kInt32, {DeviceType::kCuda, 0}, 1, {count}, {1}};
+  }
+};
+
+struct Case {
+  DType dtype;
+  int64_t kv_heads, group, dim, page_size;
+  std::optional<double> theta = {};
+  double rope_scale = 1.0;
+  int64_t window = -1;
+  double cap = 0;
+  std::optional<double> sm_scale = {};
+  std::string name() const {
+    return std::string(dtype == DType::kFloat32   ? "f32"
+                       : dtype == DType::kFloat16 ? "f16"
+                                                  : "bf16") +
+           " N " + std::to_string(kv_heads) + " group " + std::to_string(group) + " D " + std::to_string(dim) + " P " +
+           std::to_string(page_size) + (theta ? " rope" : "") + " window " + std::to_string(window) + " cap " +
+           std::to_string(cap);
+  }
+};
+
+constexpr int64_t kLayers = 2, kLayer = 1;
+
+// A cache whose pages lie in a shuffled pool full of NaN; tokens below kv_len are random. The page after the last one
+// of each sequence belongs to another.
+struct Cache {
+  const Case c;
+  int64_t item, page_bytes;
+  std::vector<int64_t> kv_len;
+  std::vector<int64_t> addresses;
+  std::vector<int32_t> indptr = {0}, last;
+  Buffer pool;
+
+  Cache(const Case& a_case, std::vector<int64_t> lengths)
+      : c(a_case),
+        item(static_cast<int64_t>(dtype_size(c.dtype))),
+        page_bytes((kLayers * 2 * c.kv_heads * c.page_size * c.dim * item + 15) / 16 * 16),
+        kv_len(lengths),
+        pool(std::max<int64_t>(1, num_pages(lengths)) * page_bytes) {
+    std::memset(pool.data(), 0xFF, static_cast<size_t>(pool.bytes()));
+    std::vector<int64_t> order(static_cast<size_t>(num_pages(lengths)));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random_bits);
+    for (const int64_t page : order) addresses.push_back(reinterpret_cast<int64_t>(pool.data() + page * page_bytes));
+    for (const int64_t length : kv_len) {
+      const int64_t pages = (length + c.page_size - 1) / c.page_size;
+      indptr.push_back(indptr.back() + static_cast<int32_t>(pages));
+      last.push_back(pages == 0 ? -3 : static_cast<int32_t>(length - (pages - 1) * c.page_size));
+    }
+  }
+  int64_t num_pages(const std::vector<int64_t>& lengths) const {
+    int64_t pages = 0;
+    for (const int64_t length : lengths) pages += (length + c.page_size - 1) / c.page_size;
+    return pages;
+  }
+  unsigned char* at(int64_t i, int64_t t, int64_t part, int64_t head, int64_t d = 0, int64_t layer = kLayer) const {
+    const int64_t page = addresses[static_cast<size_t>(indptr[static_cast<size_t>(i)] + t / c.page_size)];
+    return reinterpret_cast<unsigned char*>(page) +
+           (((layer * 2 + part) * c.kv_heads + head) * c.page_size * c.dim + t % c.page_size * c.dim + d) * item;
+  }
+  void randomize() {
+    for (size_t i = 0; i < kv_len.size(); ++i) {
+      for (int64_t t = 0; t < kv_len[i]; ++t) {
+        for (int64_t part = 0; part < 2; ++part) {
+          for (int64_t head = 0; head < c.kv_heads; ++head) {
+            for (int64_t d = 0; d < c.dim; ++d) set(at(static_cast<int64_t>(i), t, part, head, d), c.dtype, normal());
+          }
+        }
+      }
+    }
+  }
+};
+
+struct Tables {
+  Table<int64_t> ptrs;
+  Table<int32_t> indptr, last;
+  explicit Tables(const Cache& cache) : ptrs(cache.addresses), indptr(cache.indptr), last(cache.last) {}
+  Tables(const std::vector<int64_t>& p, const std::vector<int32_t>& i, const std::vector<int32_t>& l)
+      : ptrs(p), indptr(i), last(l) {}
+  PagedKv kv(const Case& c) const {
+    PagedKv kv;
+    kv.kv_ptrs = ptrs.view();
+    kv.kv_indptr = indptr.view();
+    kv.last_page_offset = last.view();
+    kv.num_layers = kLayers;
+    kv.layer_idx = kLayer;
+    kv.num_kv_heads = c.kv_heads;
+    kv.page_size = c.page_size;
+    return kv;
+  }
+};
+
+template <class Params>
+Params make_params(const Case& c, const Tables& tables, const Rows& o, const Rows& q, const Buffer* lse) {
+  Params p;
+  p.kv = tables.kv(c);
+  p.o = o.view();
+  p.q = q.view();
+  if (lse != nullptr) {
+    p.lse = {lse->data(), DType::kFloat32, {DeviceType::kCuda, 0}, 2, {q.rows, q.heads}, {q.heads, 1}};
+  }
+  p.sm_scale = c.sm_scale;
+  p.rope_theta = c.theta;
+  p.rope_scale = c.rope_scale;
+  p.window_left = c.window;
+  p.logits_soft_cap = c.cap;
+  return p;
+}
+
+TensorView workspace(const Buffer& buffer) {
+  return {buffer.data(), DType::kUInt8, {DeviceType::kCuda, 0}, 1, {buffer.bytes()}, {1}};
+}
+
+void rotate(std::vector<double>& x, double position, const Case& c) {
+  const size_t half = x.size() / 2;
+  for (size_t d = 0; d < half; ++d) {
+    const double exponent = -2.0 * static_cast<double>(d) / static_cast<double>(x.size());
+    const double angle = position / c.rope_scale * std::pow(*c.theta, exponent);
+    const double a = x[d], b = x[d + half], cosine = std::cos(angle), sine = std::sin(angle);
+    x[d] = a * cosine - b * sine;
+    x[d + half] = b * cosine + a * sine;
+  }
+}
+
+// One row of q at `position` of sequence i (keys by `key_at(t, part, head)`), all heads: is row r of o (and lse) right?
+template <class KeyAt>
+void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, const Rows& o, const Buffer* lse,
+               int64_t row, const std::string& what) {
+  const int64_t heads = c.kv_heads * c.group;
+  const int64_t begin = c.window < 0 || c.window >= position ? 0 : position - c.window;
+  const double scale = c.sm_scale.value_or(1.0 / std::sqrt(static_cast<double>(c.dim)));
+  std::vector<double> exact(static_cast<size_t>(heads * c.dim)), terms(exact.size());
+  for (int64_t head = 0; head < heads; ++head) {
+    double log_sum = -INFINITY;
+    if (position >= 0) {
+      std::vector<double> query(static_cast<size_t>(c.dim)), scores, key(query.size());
+      for (int64_t d = 0; d < c.dim; ++d) query[static_cast<size_t>(d)] = get(q.at(row, head, d), c.dtype);
+      if (c.theta) rotate(query, static_cast<double>(position), c);
+      double top = -INFINITY, sum = 0;
+      for (int64_t t = begin; t <= position; ++t) {
+        const unsigned char* from = key_at(t, 0, head / c.group);
+        for (int64_t d = 0; d < c.dim; ++d) key[static_cast<size_t>(d)] = get(from + d * q.item, c.dtype);
+        if (c.theta) rotate(key, static_cast<double>(t), c);
+        double s = scale * std::inner_product(query.begin(), query.end(), key.begin(), 0.0);
+        if (c.cap > 0) s = c.cap * std::tanh(s / c.cap);
+        scores.push_back(s);
+        top = std::max(top, s);
+      }
+      for (double& s : scores) sum += s = std::exp(s - top);
+      log_sum = (top + std::log(sum)) / std::log(2.0);
+      for (int64_t t = begin; t <= position; ++t) {
+        const unsigned char* from = key_at(t, 1, head / c.group);
+        const double p = scores[static_cast<size_t>(t - begin)] / sum;
+        for (int64_t d = 0; d < c.dim; ++d) {
+          const double v = get(from + d * q.item, c.dtype);
+          exact[static_cast<size_t>(head * c.dim + d)] += p * v;
+          terms[static_cast<size_t>(head * c.dim + d)] += p * std::abs(v);
+        }
+      }
+    }
+    if (lse != nullptr) {
+      const double got = reinterpret_cast<const float*>(lse->data())[row * heads + head];
+      if (std::isinf(log_sum)) {
+        EXPECT(got == -INFINITY, what + " lse of a row that sees nothing");
+      } else {
+        const double error = std::abs(got - log_sum) / (2e-5 * std::max(1.0, std::abs(log_sum)));
+        worst_lse = std::max(worst_lse, error);
+        if (!(error <= 1)) fail(what + " lse: got " + std::to_string(got) + ", exact " + std::to_string(log_sum));
+      }
+    }
+  }
+  const double rtol = c.dtype == DType::kFloat32 ? 2e-6 : c.dtype == DType::kFloat16 ? 2e-3 : 1.6e-2;
+  double largest = 0;
+  for (const double value : exact) largest = std::max(largest, std::abs(value));
+  for (size_t i = 0; i < exact.size(); ++i) {
+    const double got = get(o.at(row) + static_cast<int64_t>(i) * o.item, c.dtype);
+    const double tolerance = rtol * std::abs(exact[i]) + rtol / 16 * largest + 4 * 0x1p-24 * terms[i];
+    const double error = std::abs(got - exact[i]);
+    if (position >= 0 && error > worst_output * tolerance) {
+      worst_output = error / tolerance;
+      worst_case = what + " element " + std::to_string(i) + " exact " + std::to_string(exact[i]);
+    }
+    if (!(error <= tolerance)) {
+      fail(what + " row " + std::to_string(row) + " element " + std::to_string(i) + ": got " + std::to_string(got) +
+           ", exact " + std::to_string(exact[i]));
+      return;
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,321 @@
+// batch_decode, batch_prefill, init_kv and append_kv of the CUDA backend against plain double precision: a program of
+// its own, so that it runs under compute-sanitizer without Python. Exits with 1 if anything is wrong.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention_reference.cuh"
+#include "punica/cuda.h"
+#include "src/cuda/backend.h"
+
+namespace {
+
+void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::vector<int64_t>& q_len) {
+  const std::string what = "prefill " + c.name();
+  Cache cache(c, kv_len);
+  cache.randomize();
+  const Tables tables(cache);
+  std::vector<int32_t> qo = {2};  // rows 0 and 1 belong to nobody
+  for (const int64_t n : q_len) qo.push_back(qo.back() + static_cast<int32_t>(n));
+  const int64_t rows = qo.back() + 3;
+  const Table<int32_t> indptr(qo);
+  Rows q(c.dtype, rows, c.kv_heads * c.group, c.dim, 5, 1), o(c.dtype, rows, c.kv_heads * c.group, c.dim, 3, 1);
+  q.randomize();
+  const Buffer lse(rows * q.heads * 4);
+  auto p = make_params<BatchPrefillParams>(c, tables, o, q, &lse);
+  p.qo_indptr = indptr.view();
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1);
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_prefill(p, {}), what);
+  for (size_t i = 0; i < kv_len.size(); ++i) {
+    for (int64_t row = qo[i]; row < qo[i + 1]; ++row) {
+      const auto key_at = [&](int64_t t, int64_t part, int64_t head) {
+        return cache.at(static_cast<int64_t>(i), t, part, head);
+      };
+      const int64_t position = kv_len[i] == 0 ? -1 : kv_len[i] - qo[i + 1] + row;
+      check_row(c, key_at, position, q, o, &lse, row, what + " sequence " + std::to_string(i));
+    }
+  }
+  for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1}) EXPECT(o.untouched(row), what);
+  EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact() && cache.pool.guards_intact(), what);
+}
+
+void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
+  const std::string what = "decode " + c.name();
+  Cache cache(c, kv_len);
+  cache.randomize();
+  const Tables tables(cache);
+  const int64_t batch = static_cast<int64_t>(kv_len.size());
+  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim, 8), o(c.dtype, batch, c.kv_heads * c.group, c.dim, 1);
+  q.randomize();
+  const Buffer lse(batch * q.heads * 4);
+  auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1);
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_decode(p, {}), what);
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
+    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, o, &lse, i, what + " sequence " + std::to_string(i));
+  }
+  EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact(), what);
+
+  // The same bits without a workspace, from prefill with one query a sequence, and alone.
+  Rows again(c.dtype, batch, q.heads, c.dim);
+  p.o = again.view();
+  p.tmpbuf = {};
+  Context early;
+  early.early_reads = true;
+  run(cuda::batch_decode(p, early), what);
+  for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " without a workspace");
+  std::vector<int32_t> qo(static_cast<size_t>(batch + 1));
+  std::iota(qo.begin(), qo.end(), 0);
+  const Table<int32_t> indptr(qo);
+  Rows prefilled(c.dtype, batch, q.heads, c.dim);
+  auto prefill = make_params<BatchPrefillParams>(c, tables, prefilled, q, nullptr);
+  prefill.qo_indptr = indptr.view();
+  run(cuda::batch_prefill(prefill, {}), what);
+  for (int64_t i = 0; i < batch; ++i) EXPECT(prefilled.same(i, o, i), what + " by prefill");
+  for (int64_t i = 0; i < batch; ++i) {
+    const size_t s = static_cast<size_t>(i);
+    const Tables alone(cache.addresses, {cache.indptr[s], cache.indptr[s + 1]}, {cache.last[s]});
+    Rows one_q(c.dtype, 1, q.heads, c.dim), one_o(c.dtype, 1, q.heads, c.dim);
+    std::memcpy(one_q.at(0), q.at(i), static_cast<size_t>(q.row_bytes()));
+    auto one = make_params<BatchDecodeParams>(c, alone, one_o, one_q, nullptr);
+    const Buffer one_tmpbuf(cuda::workspace_bytes(one));
+    one.tmpbuf = workspace(one_tmpbuf);
+    run(cuda::batch_decode(one, {}), what);
+    EXPECT(one_o.same(0, o, i), what + " alone");
+  }
+}
+
+// Every query has the same bits in whatever chunk it comes.
+void test_chunks(const Case& c, int64_t length) {
+  const std::string what = "chunks " + c.name();
+  Cache cache(c, {length});
+  cache.randomize();
+  Rows q(c.dtype, length, c.kv_heads * c.group, c.dim), whole(c.dtype, length, q.heads, c.dim);
+  q.randomize();
+  const auto chunk = [&](int64_t first, int64_t last, const Rows& o) {
+    const int64_t pages = (last + c.page_size - 1) / c.page_size;
+    const Tables tables(cache.addresses, {0, static_cast<int32_t>(pages)},
+                        {static_cast<int32_t>(last - (pages - 1) * c.page_size)});
+    const Table<int32_t> indptr({0, static_cast<int32_t>(last - first)});
+    auto p = make_params<BatchPrefillParams>(c, tables, o, q, nullptr);
+    p.q.data = q.at(first);
+    p.q.shape[0] = p.o.shape[0] = last - first;
+    p.qo_indptr = indptr.view();
+    run(cuda::batch_prefill(p, {}), what);
+  };
+  chunk(0, length, whole);
+  for (const int64_t size : {int64_t{1}, int64_t{4}, int64_t{17}, int64_t{100}}) {
+    for (int64_t first = size == 1 ? length - 9 : 0; first < length; first += size) {
+      const int64_t last = std::min(first + size, length);
+      Rows part(c.dtype, last - first, q.heads, c.dim);
+      chunk(first, last, part);
+      for (int64_t row = first; row < last; ++row) EXPECT(part.same(row - first, whole, row), what);
+    }
+  }
+}
+
+// Positions up to 2^20, all of whose pages are the same memory.
+void test_far_positions(DType dtype) {
+  const Case c = {dtype, 1, 2, 64, 128, 5e5, 1.0, 40};
+  Cache cache(c, {128});
+  cache.randomize();
+  const int64_t length = int64_t{1} << 20;
+  const Tables tables(std::vector<int64_t>(static_cast<size_t>(length / 128), cache.addresses[0]),
+                      {0, static_cast<int32_t>(length / 128)}, {128});
+  Rows q(dtype, 1, 2, 64), o(dtype, 1, 2, 64);
+  q.randomize();
+  const Buffer lse(8);
+  auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
+  const Buffer tmpbuf(cuda::workspace_bytes(p));
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_decode(p, {}), "far positions");
+  const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); };
+  check_row(c, key_at, length - 1, q, o, &lse, 0, "far positions");
+}
+
+// Malformed tables: nothing outside is touched, and sequences whose own entries are well have the right results.
+void test_hostile_tables(DType dtype) {
+  const Case c = {dtype, 2, 4, 64, 8};
+  Cache cache(c, {300, 40, 17, 600, 9});
+  cache.randomize();
+  const int32_t many = std::numeric_limits<int32_t>::max(), few = std::numeric_limits<int32_t>::min();
+  Rows q(dtype, 5, 8, 64), o(dtype, 5, 8, 64), good(dtype, 5, 8, 64);
+  q.randomize();
+  const Tables tables(cache);
+  auto p = make_params<BatchDecodeParams>(c, tables, good, q, nullptr);
+  const Buffer tmpbuf(cuda::workspace_bytes(p));
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_decode(p, {}), "hostile");
+  const std::vector<int32_t>&ip = cache.indptr, &last = cache.last;
+  const auto decode = [&](const std::vector<int32_t>& indptr, const std::vector<int32_t>& offsets,
+                          const std::vector<int>& same, const std::vector<int>& empty) {
+    const Tables bad(cache.addresses, indptr, offsets);
+    p.kv = bad.kv(c);
+    p.o = o.view();
+    run(cuda::batch_decode(p, {}), "hostile decode");
+    for (const int i : same) EXPECT(o.same(i, good, i), "hostile decode, sequence " + std::to_string(i));
+    for (const int i : empty) {
+      for (int64_t j = 0; j < 8 * 64; ++j) {
+        if (get(o.at(i) + j * o.item, dtype) != 0) {
+          fail("hostile decode: sequence " + std::to_string(i) + " is not empty");
+          break;
+        }
+      }
+    }
+    EXPECT(o.padding_intact() && tmpbuf.guards_intact(), "hostile decode");
+  };
+  decode(ip, {last[0], 0, 9, last[3], few}, {0, 3}, {1, 2, 4});
+  decode({ip[0], ip[1], few, many, ip[4], ip[5]}, last, {0, 4}, {1, 3});
+  decode({many, few, ip[2], ip[3], ip[4], ip[5]}, last, {2, 3, 4}, {0});
+  decode({few, many, few, many, few, many}, {8, 8, 8, 8, 8}, {}, {1, 3});  // more splits than the workspace has
+
+  const std::vector<int32_t> lengths[] = {{0, 2, 2, 4, 5, 5}, {0, many, few, 3, 1, 5}, {few, few, many, many, 2, 9}};
+  for (const auto& qo : lengths) {
+    const Table<int32_t> indptr(qo);
+    for (const bool bad_pages : {false, true}) {
+      const Tables bad(cache.addresses, bad_pages ? std::vector<int32_t>{3, many, few, 2, 70, few} : ip,
+                       bad_pages ? std::vector<int32_t>{8, 8, many, 0, -1} : last);
+      Rows out(dtype, 5, 8, 64, 2);
+      auto prefill = make_params<BatchPrefillParams>(c, bad, out, q, nullptr);
+      prefill.qo_indptr = indptr.view();
+      run(cuda::batch_prefill(prefill, {}), "hostile prefill");
+      EXPECT(out.padding_intact(), "hostile prefill");
+      if (bad_pages) continue;
+      Rows k(dtype, 5, 2, 64), v(dtype, 5, 2, 64);
+      k.randomize();
+      v.randomize();
+      InitKvParams init;
+      init.kv = bad.kv(c);
+      init.k = k.view();
+      init.v = v.view();
+      init.seqlen_indptr = indptr.view();
+      run(cuda::init_kv(init, {}), "hostile init_kv");
+      EXPECT(cache.pool.guards_intact(), "hostile init_kv");
+    }
+  }
+}
+
+// init_kv (and append_kv, where every length is 1) against copies on the host, byte for byte of the whole pool.
+void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::vector<int64_t>& lengths, bool append,
+                 int64_t padding, int64_t offset, bool early_reads) {
+  const std::string what = std::string(append ? "append_kv " : "init_kv ") + c.name();
+  Cache cache(c, kv_len);
+  cache.randomize();
+  const Tables tables(cache);
+  std::vector<int32_t> indptr = {append ? 0 : 1};
+  for (const int64_t n : lengths) indptr.push_back(indptr.back() + static_cast<int32_t>(n));
+  const int64_t rows = indptr.back() + (append ? 0 : 2);
+  Rows k(c.dtype, rows, c.kv_heads, c.dim, padding, offset), v(c.dtype, rows, c.kv_heads, c.dim, 2 * padding, offset);
+  k.randomize();
+  v.randomize();
+  const std::vector<unsigned char> before(cache.pool.data(), cache.pool.data() + cache.pool.bytes());
+  for (size_t i = 0; i < kv_len.size(); ++i) {
+    for (int64_t row = indptr[i]; row < indptr[i + 1]; ++row) {
+      const int64_t t = kv_len[i] - indptr[i + 1] + row;
+      if (t < 0) continue;
+      for (int64_t head = 0; head < c.kv_heads; ++head) {
+        std::memcpy(cache.at(static_cast<int64_t>(i), t, 0, head), k.at(row, head),
+                    static_cast<size_t>(c.dim * k.item));
+        std::memcpy(cache.at(static_cast<int64_t>(i), t, 1, head), v.at(row, head),
+                    static_cast<size_t>(c.dim * k.item));
+      }
+    }
+  }
+  const std::vector<unsigned char> want(cache.pool.data(), cache.pool.data() + cache.pool.bytes());
+  std::memcpy(cache.pool.data(), before.data(), before.size());
+  const Table<int32_t> seqlen_indptr(indptr);
+  Context context;
+  context.early_reads = early_reads;
+  if (append) {
+    AppendKvParams p;
+    p.kv = tables.kv(c);
+    p.k = k.view();
+    p.v = v.view();
+    run(cuda::append_kv(p, context), what);
+  } else {
+    InitKvParams p;
+    p.kv = tables.kv(c);
+    p.k = k.view();
+    p.v = v.view();
+    p.seqlen_indptr = seqlen_indptr.view();
+    run(cuda::init_kv(p, context), what);
+  }
+  EXPECT(std::memcmp(cache.pool.data(), want.data(), want.size()) == 0, what);
+  EXPECT(cache.pool.guards_intact() && k.padding_intact() && v.padding_intact(), what);
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  const bool small = argc > 1;  // any argument: small sizes, for compute-sanitizer
+  constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+  std::vector<Case> cases;
+  for (const DType t : kTypes) {
+    const std::vector<Case> some = {
+        {t, 2, 1, 2, 1},
+        {t, 1, 3, 6, 3},
+        {t, 2, 4, 64, 16},
+        {t, 1, 7, 80, 8},
+        {t, 2, 3, 96, 16},
+        {t, 2, 4, 128, 16},
+        {t, 1, 16, 128, 64},
+        {t, 1, 19, 66, 128},
+        {t, 1, 4, 256, 16},
+        {t, 1, 3, 254, 5},
+        {t, 2, 4, 128, 16, 5e5},
+        {t, 1, 3, 30, 4, 1e4, 4.0},
+        {t, 1, 2, 256, 16, 1e4, 0.01},
+        {t, 2, 4, 64, 16, std::nullopt, 1.0, 0},
+        {t, 2, 4, 64, 16, std::nullopt, 1.0, 100},
+        {t, 1, 4, 64, 8, std::nullopt, 1.0, -1, 5.0, 0.5},
+        {t, 2, 3, 18, 6, 5e5, 2.0, 9, 20.0, 0.2},
+        {t, 1, 5, 160, 3, 1e4, 1.0, 300, 30.0},
+    };
+    cases.insert(cases.end(), some.begin(), some.end());
+  }
+  for (const Case& c : cases) {
+    if (small) {
+      test_prefill(c, {17, 5, 3, 0, 70}, {5, 0, 7, 2, 21});
+      test_decode(c, {1, 70, 0, 300, 64});
+      continue;
+    }
+    // Whole prompts, chunks behind a past, nothing, no keys, more queries than keys, and many sequences.
+    std::vector<int64_t> kv_len = {130, 5, 200, 37, 1, 0, 3, 300}, q_len = {130, 0, 64, 5, 1, 3, 7, 17};
+    test_prefill(c, kv_len, q_len);
+    std::vector<int64_t> lengths = {1500, 1, 0, 64, 255, 256, 257, 513};
+    test_decode(c, lengths);
+  }
+  for (const DType t : kTypes) {
+    test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    test_chunks({t, 1, 3, 80, 5, 1e4}, small ? 40 : 310);
+    test_chunks({t, 1, 7, 256, 16, std::nullopt, 1.0, 70}, small ? 40 : 310);
+    test_far_positions(t);
+    test_hostile_tables(t);
+    // Many short sequences: more than one step of the scan over them.
+    test_decode({t, 1, 2, 32, 4}, std::vector<int64_t>(small ? 3 : 300, 7));
+    test_prefill({t, 1, 2, 32, 4}, std::vector<int64_t>(small ? 3 : 300, 7), std::vector<int64_t>(small ? 3 : 300, 3));
+    for (const int64_t dim : {2, 6, 80, 128, 254}) {
+      for (const int64_t page_size : {1, 3, 16, 128}) {
+        for (const int64_t padding : {0, 1, 2, 8}) {
+          const Case c = {t, padding == 8 && page_size < 128 ? 9 : 2, 1, dim, page_size};
+          test_writes(c, {20, 3, 0, 70, 2, 5}, {20, 2, 4, 40, 0, 9}, false, padding, padding == 1, padding == 2);
+          test_writes(c, {20, 3, 0, 70, 2, 1}, {1, 1, 1, 1, 1, 1}, true, padding, padding == 1, padding == 2);
+        }
+      }
+    }
+    test_writes({t, 1, 1, 64, 16}, std::vector<int64_t>(400, 30), std::vector<int64_t>(400, 29), false, 0, 0, false);
+  }
+  std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
+              cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
+              worst_lse, failures);
+  return failures == 0 && cuda::last_arch() != nullptr ? 0 : 1;
+}
