@@ -171,8 +171,8 @@ def _run_prefill(
         if (
             o.is_neg()
             or q.is_neg()
-            or ((o.requires_grad or q.requires_grad) and is_grad_enabled())
-            or (lse is not None and (lse.is_neg() or (lse.requires_grad and is_grad_enabled())))
+            or (is_grad_enabled() and (o.requires_grad or q.requires_grad))
+            or (lse is not None and (lse.is_neg() or (is_grad_enabled() and lse.requires_grad)))
         ):
             refuse_grad_and_neg("batch_prefill", tensors)
         long = q.is_cpu and q.nbytes * (kv_ptrs.nbytes // 8) * page_size > _LONG_PREFILL
@@ -211,8 +211,8 @@ def _run_decode(
         if (
             o.is_neg()
             or q.is_neg()
-            or ((o.requires_grad or q.requires_grad) and is_grad_enabled())
-            or (lse is not None and (lse.is_neg() or (lse.requires_grad and is_grad_enabled())))
+            or (is_grad_enabled() and (o.requires_grad or q.requires_grad))
+            or (lse is not None and (lse.is_neg() or (is_grad_enabled() and lse.requires_grad)))
         ):
             refuse_grad_and_neg("batch_decode", tensors)
         # A page of one layer is at least 256 bytes a token and KV head for the usual head_dim of 64 and up.

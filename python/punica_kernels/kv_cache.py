@@ -112,7 +112,7 @@ def _run_init_kv(
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v, seqlen_indptr)
     try:
-        if k.is_neg() or v.is_neg() or ((k.requires_grad or v.requires_grad) and is_grad_enabled()):
+        if k.is_neg() or v.is_neg() or (is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             refuse_grad_and_neg("init_kv", tensors)
         kernel = _init_kv.released if k.is_cpu and k.nbytes > _LONG else _init_kv.held
         kernel(
@@ -137,7 +137,7 @@ def _run_append_kv(
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v)
     try:
-        if k.is_neg() or v.is_neg() or ((k.requires_grad or v.requires_grad) and is_grad_enabled()):
+        if k.is_neg() or v.is_neg() or (is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             refuse_grad_and_neg("append_kv", tensors)
         kernel = _append_kv.released if k.is_cpu and k.nbytes > _LONG else _append_kv.held
         kernel(

@@ -160,7 +160,7 @@ def _is_long(y: Tensor, x: Tensor) -> bool:
 def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None:
     # Only floating-point tensors can require grad or be lazy negative views, conj().imag.
     try:
-        if y.is_neg() or x.is_neg() or ((y.requires_grad or x.requires_grad) and is_grad_enabled()):
+        if y.is_neg() or x.is_neg() or (is_grad_enabled() and (y.requires_grad or x.requires_grad)):
             refuse_grad_and_neg("dispatch_bgmv", (y, x, w_ptr, indices))
         kernel = _bgmv.released if y.is_cpu and x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else _bgmv.held
         kernel(y, x, w_ptr, indices, layer_idx, scale, get_num_threads())
@@ -181,7 +181,7 @@ def _run_sgmv(
     layer_idx: int,
 ) -> None:
     try:
-        if y.is_neg() or x.is_neg() or ((y.requires_grad or x.requires_grad) and is_grad_enabled()):
+        if y.is_neg() or x.is_neg() or (is_grad_enabled() and (y.requires_grad or x.requires_grad)):
             refuse_grad_and_neg(op, (y, x, w_ptr, s_start, s_end, tmp))
         kernel = kernels.released if y.is_cpu and x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else kernels.held
         kernel(y, x, w_ptr, s_start, s_end, tmp, layer_idx, get_num_threads())

@@ -51,8 +51,8 @@ def _run_rms_norm(
             output.is_neg()
             or input.is_neg()
             or weight.is_neg()
-            or (residual is not None and (residual.is_neg() or (residual.requires_grad and is_grad_enabled())))
-            or ((output.requires_grad or input.requires_grad or weight.requires_grad) and is_grad_enabled())
+            or (residual is not None and (residual.is_neg() or (is_grad_enabled() and residual.requires_grad)))
+            or (is_grad_enabled() and (output.requires_grad or input.requires_grad or weight.requires_grad))
         ):
             refuse_grad_and_neg("rms_norm", (output, input, weight, residual))
         kernel = _rms_norm.released if input.is_cpu and input.nbytes > _LONG else _rms_norm.held
