@@ -231,7 +231,6 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
     grid_dependency_wait<kArch>();
 
     int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
-    if (kThreads == 32 && row >= args.rows) return;
     bool again = false;
     // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's threads
     // where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
