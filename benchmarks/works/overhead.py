@@ -15,24 +15,25 @@ BLOCK = 200  # calls timed together while nothing else runs
 SECONDS = 0.3  # of calls with a busy thread
 
 
-def tiny_calls() -> dict[str, Callable[[], Any]]:
+def tiny_calls(device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Each operation on one row, or on one sequence of one token; and torch's add_, as a measure of what is usual."""
     hidden, rank, heads, head_dim, page_size = 64, 8, 2, 64, 16
 
     def tensor(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=DTYPE)
+        return torch.zeros(shape, dtype=DTYPE, device=device)
 
     x, v, y = tensor(1, hidden), tensor(1, rank), tensor(1, hidden)
     a, b_transposed, weight = tensor(1, rank, hidden), tensor(1, rank, hidden), tensor(hidden)
-    a_ptr, b_ptr = torch.tensor([a.data_ptr()]), torch.tensor([b_transposed.data_ptr()])
-    indices, start, end = torch.tensor([0]), torch.tensor([0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-    tmp = torch.empty(pk.sgmv_cutlass_tmp_size(1), dtype=torch.uint8)
+    a_ptr, b_ptr = (torch.tensor([w.data_ptr()], device=device) for w in (a, b_transposed))
+    indices = torch.tensor([0], device=device)
+    start, end = (torch.tensor([i], dtype=torch.int32, device=device) for i in (0, 1))
+    tmp = torch.empty(pk.sgmv_cutlass_tmp_size(1), dtype=torch.uint8, device=device)
     page = tensor(1, 2, heads, page_size, head_dim)
     q, o, k = tensor(1, heads, head_dim), tensor(1, heads, head_dim), tensor(1, heads, head_dim)
-    indptr, last = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-    table = (torch.tensor([page.data_ptr()]), indptr, last)
+    indptr, last = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1], [1]))
+    table = (torch.tensor([page.data_ptr()], device=device), indptr, last)
     sizes = (1, 0, heads, page_size)
-    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
     kept = (a, b_transposed, page)  # by the closures below: the kernels know only their addresses
 
     def bgmv(kept: object = kept) -> None:

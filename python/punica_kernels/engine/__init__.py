@@ -3,6 +3,7 @@
 checkpoint.py   a Hugging Face folder or a GGUF file, taken exactly or refused
 adapters.py     PEFT adapters in the kernels' layouts; LoRA of a mixed batch    sgmv_shrink, sgmv_cutlass, dispatch_bgmv
 kv_cache.py     the pool of pages and the page tables
+graph.py        decoding under CUDA graphs
 model.py        the forward pass              rms_norm, init_kv, batch_prefill, append_kv, batch_decode
 sampling.py     logits to tokens, tokens to text
 scheduler.py    who is in the batch
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .adapters import Adapters
-from .checkpoint import open_checkpoint
+from .checkpoint import Weights, open_checkpoint
 from .errors import EngineError
 from .kv_cache import KvCache, page_bytes
 from .model import Llama
@@ -35,11 +36,13 @@ def load_engine(
     num_pages: int | None = None,
     kv_memory: int = 512 << 20,
     max_batch: int = 64,
+    cuda_graphs: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Engine:
     """An engine for a checkpoint and its adapters (name -> PEFT folder).
 
     The KV pool has `num_pages` pages of `page_size` tokens; without it, as many as fit into `kv_memory` bytes.
+    On CUDA, decoding runs under CUDA graphs unless `cuda_graphs` is off.
     `progress` is told in a few words what is being loaded.
     Raises EngineError for a checkpoint or an adapter that is missing, broken or not supported.
     """
@@ -57,5 +60,13 @@ def load_engine(
     if num_pages < 1:
         raise EngineError("the KV pool has no page: give it more memory or more pages")
     cache = KvCache(checkpoint.config, num_pages, page_size, dtype, device)
-    llama = Llama(checkpoint, dtype, device, progress)
-    return Engine(llama, pool, cache, checkpoint.tokenizer, checkpoint.stop_tokens, max_batch=max_batch)
+    llama = Llama(checkpoint.config, Weights(checkpoint.folder), dtype, device, progress)
+    return Engine(
+        llama,
+        pool,
+        cache,
+        checkpoint.tokenizer,
+        checkpoint.stop_tokens,
+        max_batch=max_batch,
+        cuda_graphs=cuda_graphs,
+    )

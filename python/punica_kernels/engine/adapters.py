@@ -160,7 +160,7 @@ class Adapters:
         self.names: list[str] = []
         self.weights: list[dict[str, LoraWeights]] = []
         self.groups: dict[str, list[RankGroup]] = {}
-        self.seconds = 0.0  # in LoRA kernels, on the CPU
+        self.seconds = 0.0  # in LoRA calls; on CUDA that is the time to launch them
 
     def load(self, name: str, path: Path) -> None:
         if name in self.names:
@@ -190,21 +190,33 @@ class Adapters:
 
 
 class DecodeLora:
-    """LoRA for a batch of one token a sequence: dispatch_bgmv finds each row's adapter by its index."""
+    """LoRA for a batch of one token a sequence: dispatch_bgmv finds each row's adapter by its index.
 
-    def __init__(self, adapters: Adapters, ids: Sequence[int]):
+    With a `capacity`, for a batch of so many rows whose adapters set() changes in place: the calls of every loaded
+    adapter are made then, whoever is in the batch.
+    """
+
+    def __init__(self, adapters: Adapters, ids: Sequence[int], capacity: int | None = None):
         self.adapters = adapters
         self.calls: dict[str, list[tuple[RankGroup, Tensor]]] = {module: [] for module in MODULES}
         # Modules that the same adapters use with the same rank share one index tensor.
-        indices: dict[frozenset[int], Tensor] = {}
+        self.indices: dict[frozenset[int], Tensor] = {}
         for module, groups in adapters.groups.items():
             for group in groups:
-                if group.members.isdisjoint(ids):
+                if capacity is None and group.members.isdisjoint(ids):
                     continue
-                if group.members not in indices:
-                    row = [id if id in group.members else NO_ADAPTER for id in ids]
-                    indices[group.members] = torch.tensor(row, dtype=torch.int64, device=adapters.device)
-                self.calls[module].append((group, indices[group.members]))
+                if group.members not in self.indices:
+                    row = torch.full((len(ids) if capacity is None else capacity,), NO_ADAPTER, dtype=torch.int64)
+                    self.indices[group.members] = row.to(adapters.device)
+                self.calls[module].append((group, self.indices[group.members]))
+        self.set(ids)
+
+    def set(self, ids: Sequence[int]) -> None:
+        """The adapter of each row; rows behind the last one have none."""
+        for members, indices in self.indices.items():
+            row = [id if id in members else NO_ADAPTER for id in ids]
+            row += [NO_ADAPTER] * (len(indices) - len(row))
+            indices.copy_(torch.tensor(row, dtype=torch.int64))
 
     def apply(self, module: str, layer: int, x: Tensor, y: Tensor) -> None:
         """y += B A x for the rows whose adapter has this module. x [B, h_in], y [B, h_out], which may be a slice."""

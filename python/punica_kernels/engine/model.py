@@ -6,6 +6,7 @@ adds it to the stream and normalises the sum in one pass over the memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 import punica_kernels as pk
 
 from .adapters import DecodeLora, PrefillLora
-from .checkpoint import Checkpoint, ModelConfig, Weights
+from .checkpoint import ModelConfig
 from .kv_cache import PageTable
 
 
@@ -48,17 +49,26 @@ class Layer:
     down_proj: Linear
 
 
+class TensorSource(Protocol):
+    """Where weights come from: checkpoint.Weights, for one."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name; it must have that shape."""
+
+    def finish(self, unused: tuple[str, ...] = ()) -> None:
+        """Called when all has been taken but what is `unused`."""
+
+
 class Llama:
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        config: ModelConfig,
+        weights: TensorSource,
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[str], None] = lambda message: None,
     ):
-        config = self.config = checkpoint.config
-        self.dtype, self.device = dtype, device
-        weights = Weights(checkpoint.folder)
+        self.config, self.dtype, self.device = config, dtype, device
 
         def take(name: str, *shape: int) -> Tensor:
             return weights.take(name, *shape).to(device, dtype)

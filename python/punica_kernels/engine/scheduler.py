@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters import Adapters, DecodeLora, PrefillLora
 from .errors import EngineError
+from .graph import DecodeGraphs
 from .kv_cache import KvCache
 from .model import Batch, Llama
 from .sampling import Sampler, SamplingParams, TextStream
@@ -69,6 +70,7 @@ class Engine:
         *,
         max_batch: int = 64,
         max_prefill_tokens: int = 4096,
+        cuda_graphs: bool = True,
     ):
         self.model, self.adapters, self.cache, self.tokenizer = model, adapters, cache, tokenizer
         self.stop_tokens, self.max_batch, self.max_prefill_tokens = stop_tokens, max_batch, max_prefill_tokens
@@ -77,6 +79,9 @@ class Engine:
         self.requests: list[Request] = []
         self.statistics = Statistics()
         self._decode_lora: DecodeLora | None = None
+        self.graphs: DecodeGraphs | None = None
+        if cuda_graphs and model.device.type == "cuda":
+            self.graphs = DecodeGraphs(model, adapters, cache.num_pages, cache.page_size)
 
     def add(
         self, prompt_tokens: list[int], adapter: str | None = None, params: SamplingParams | None = None
@@ -114,9 +119,9 @@ class Engine:
         """One forward pass: the prompts that can join now, if any, else one token of every running request."""
         start, lora_start = time.perf_counter(), self.adapters.seconds
         joining = self._admit()
-        batch = self._prefill_batch(joining) if joining else self._decode_batch()
         requests = joining or self.running
-        outputs = self._advance(requests, self.model.forward(batch))
+        logits = self.model.forward(self._prefill_batch(joining)) if joining else self._decode()
+        outputs = self._advance(requests, logits)
         elapsed = time.perf_counter() - start
         self.statistics.lora_seconds += self.adapters.seconds - lora_start
         if joining:
@@ -161,17 +166,23 @@ class Engine:
             qo_indptr=indptr.to(device, torch.int32),
         )
 
-    def _decode_batch(self) -> Batch:
-        device = self.model.device
+    def _decode(self) -> Tensor:
+        ids = [request.adapter_id for request in self.running]
         if self._decode_lora is None:  # only when somebody has joined or left
-            self._decode_lora = DecodeLora(self.adapters, [request.adapter_id for request in self.running])
+            # A graph has its own.
+            self._decode_lora = DecodeLora(self.adapters, ids if self.graphs is None else [])
+        batch = self._decode_batch(self._decode_lora)
+        return self.model.forward(batch) if self.graphs is None else self.graphs.forward(batch, ids)
+
+    def _decode_batch(self, lora: DecodeLora) -> Batch:
+        device = self.model.device
         # The newest token has no keys yet: it takes the next position.
         lengths = [len(request.prompt_tokens) + len(request.tokens) for request in self.running]
         return Batch(
             tokens=torch.tensor([request.tokens[-1] for request in self.running], device=device),
             positions=torch.tensor(lengths, device=device) - 1,
             pages=self.cache.table([(r.pages, length) for r, length in zip(self.running, lengths, strict=True)]),
-            lora=self._decode_lora,
+            lora=lora,
         )
 
     def _advance(self, requests: list[Request], logits: Tensor) -> list[tuple[Request, str]]:

@@ -102,7 +102,10 @@ class Launcher {
     int limit = kMaxShared;
     cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
-    if (bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
+    cudaFuncAttributes attributes;
+    if (error = cudaFuncGetAttributes(&attributes, kKernel); error != cudaSuccess) return error;
+    limit -= static_cast<int>(attributes.sharedSizeBytes);  // what it has statically counts too
+    if (limit < 0 || bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;

@@ -58,12 +58,12 @@ def expected_logits(model, prompt, continuation):
 
 
 def assert_logits(ours, expected):
-    worst = (ours - expected).abs().max() / expected.abs().max()
+    worst = (ours.cpu() - expected).abs().max() / expected.abs().max()
     assert worst <= 1e-4, f"largest difference {worst:.2e} of the largest logit"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_transformers(name, make_model, teacher_forced):
+def test_logits_equal_transformers(name, device, make_model, teacher_forced):
     from transformers import AutoModelForCausalLM
 
     model_type, changes = MODELS[name]
@@ -71,7 +71,7 @@ def test_logits_equal_transformers(name, make_model, teacher_forced):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     work = cases()
     for ours, (prompt, _, continuation) in zip(
-        teacher_forced(load_engine(folder, dtype=torch.float32, page_size=5), work), work, strict=True
+        teacher_forced(load_engine(folder, dtype=torch.float32, page_size=5, device=device), work), work, strict=True
     ):
         assert_logits(ours, expected_logits(model, prompt, continuation))
 
@@ -114,7 +114,7 @@ def served(make_model, make_adapter):
 NAMES = ("all", "patterns", None, "rslora", "layers")
 
 
-def test_logits_equal_peft(served, teacher_forced, monkeypatch):
+def test_logits_equal_peft(served, device, teacher_forced, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +131,7 @@ def test_logits_equal_peft(served, teacher_forced, monkeypatch):
         monkeypatch.setattr(pk, op, counted(op, getattr(pk, op)))
     folder, adapters = served
     work = cases(NAMES, lengths=(1, 37, 16, 5, 20, 8))
-    ours = teacher_forced(load_engine(folder, adapters, dtype=torch.float32, page_size=4), work)
+    ours = teacher_forced(load_engine(folder, adapters, dtype=torch.float32, page_size=4, device=device), work)
     assert all(calls.values()), f"never called: {[op for op, count in calls.items() if not count]}"
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -151,9 +151,9 @@ def test_logits_equal_peft(served, teacher_forced, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_batched_equals_alone(served, greedy, fresh, dtype):
+def test_batched_equals_alone(served, device, greedy, fresh, dtype):
     work = [(prompt, NAMES[i % len(NAMES)]) for i, prompt in enumerate(tokens(3, 30, 12, 1, 25, 9, 17))]
-    engine = load_engine(*served, dtype=dtype, page_size=4)
+    engine = load_engine(*served, dtype=dtype, page_size=4, device=device)
     for (batched, gaps), case in zip(greedy(engine, work), work, strict=True):
         alone, _ = greedy(fresh(engine), [case])[0]
         for step, (a, b) in enumerate(zip(batched, alone, strict=True)):
@@ -213,14 +213,14 @@ def test_pages_that_are_no_multiple_of_16_bytes(make_model, teacher_forced):
         torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(b.abs().max()))
 
 
-def test_requests_join_and_leave(served, fresh):
+def test_requests_join_and_leave(served, device, fresh):
     prompts = tokens(9, 3, 10, 2)
     lengths = [5, 9, 2, 7]
 
     def request(engine, i):
         return engine.add(prompts[i], NAMES[i], SamplingParams(max_tokens=lengths[i]))
 
-    loaded = load_engine(*served, dtype=torch.float32)
+    loaded = load_engine(*served, dtype=torch.float32, device=device)
     loaded.stop_tokens = frozenset()
     alone = []
     for i in range(4):

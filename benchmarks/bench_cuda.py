@@ -1,0 +1,151 @@
+"""Measures the CUDA backend in one run: kernel floors, our operations, and torch's ways of doing the same.
+
+    python benchmarks/bench_cuda.py [--only WORD] [--grid] [--output FOLDER]
+
+Prints a line a row; writes cuda.json and cuda.md (with --grid: cuda_grid.json and cuda_grid.md) into
+benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg and cuda.png, which needs no GPU.
+
+bfloat16. Weights, x and y rotate and are cold in the second-level cache; index and pointer tables are the same small
+tensors in every call, as in an engine, so they are warm: "ours, tables cold" is the figure without that. How time is
+taken, and what a floor is: cuda_harness.py. "Alone" calls are launched as the library always does on Hopper
+(programmatic dependents that wait before they read anything); "chained" ones under early_reads().
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cuda_grid
+import cuda_report
+import cuda_works
+import punica_kernels as pk
+import torch
+from cuda_harness import FloorLibrary
+from works import overhead
+
+GROUPS = {"BGMV": cuda_works.bgmv_rows, "SGMV": cuda_works.sgmv_rows, "RMS norm": cuda_works.norm_rows}
+OVERHEAD = "Call overhead"
+OVERHEAD_GOALS = {"rms_norm": 1.5, "dispatch_bgmv": 1.5, "batch_decode": 2.2, "batch_prefill": 2.2}
+
+
+def overhead_rows(floors: FloorLibrary) -> list[dict[str, Any]]:
+    """Host time of a call, from Python to the launch; the floor is a bare launch of an empty kernel from C."""
+
+    def bare() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        floors.launches(overhead.BLOCK)
+        return (time.perf_counter() - start) / overhead.BLOCK
+
+    bare()
+    launch = statistics.median(bare() for _ in range(40))
+    rows = []
+    calls = overhead.tiny_calls("cuda")
+    for busy in (False, True):
+        for name, call in calls.items():
+            times = []
+            for _ in range(5 if busy else 40):
+                torch.cuda.synchronize()
+                if busy:
+                    with overhead.busy_thread():
+                        times.append(overhead.beside(call))
+                else:
+                    times.append(overhead.alone(call))
+            goal = OVERHEAD_GOALS.get(name) if not busy else None
+            rows.append(
+                {
+                    "group": OVERHEAD,
+                    "work": f"{name}, beside a busy Python thread" if busy else name,
+                    "unit": "us",
+                    "ours": statistics.median(times) * 1e6,
+                    "floor": launch * 1e6,
+                    "goal": None if goal is None else launch * 1e6 + goal,
+                    "rivals": {},
+                }
+            )
+    adds = {row["work"]: row["ours"] for row in rows if row["work"].startswith("torch add_")}
+    rows = [row for row in rows if not row["work"].startswith("torch add_")]
+    for row in rows:
+        row["rivals"]["torch: add_"] = adds[
+            "torch add_" + row["work"].partition(",")[1] + row["work"].partition(",")[2]
+        ]
+    return rows
+
+
+def row_of(row: cuda_works.Row) -> dict[str, Any]:
+    result = {"unit": "us", **asdict(row), "spread": abs(row.again - row.ours) / row.ours}
+    result["met"] = None if row.goal is None else row.ours <= row.goal
+    result["terabytes_per_second"] = row.bytes / row.ours * 1e-6 if row.bytes else None
+    result["teraflop_per_second"] = row.flop / row.ours * 1e-6 if row.flop else None
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="measure only groups whose name contains this")
+    parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of such a file, beside it")
+    arguments = parser.parse_args()
+    if arguments.plot is not None:
+        paths = [arguments.plot.with_suffix(suffix) for suffix in (".svg", ".png")]
+        cuda_report.plot(json.loads(arguments.plot.read_text()), paths)
+        return 0
+    if not torch.cuda.is_available() or not pk.has_cuda():
+        print("bench_cuda: torch finds no CUDA device" if pk.has_cuda() else "bench_cuda: built without CUDA",
+              file=sys.stderr)  # fmt: skip
+        return 2
+
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    floors = FloorLibrary()
+    rows: list[dict[str, Any]] = []
+    if arguments.grid:
+        rows = cuda_grid.rows(floors, arguments.seconds)
+    else:
+        for group, make in GROUPS.items():
+            if arguments.only.lower() not in group.lower():
+                continue
+            for row in make(floors):
+                rows.append(row_of(row))
+                print(cuda_report.line(rows[-1]), flush=True)
+        if arguments.only.lower() in OVERHEAD.lower():
+            for result in overhead_rows(floors):
+                result["met"] = None if result["goal"] is None else result["ours"] <= result["goal"]
+                rows.append(result)
+                print(cuda_report.line(result), flush=True)
+
+    result = {
+        "command": " ".join(["python", "benchmarks/bench_cuda.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(),
+        "arch": pk.last_cuda_arch(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "punica-kernels": pk.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "apache-tvm-ffi": version("apache-tvm-ffi"),
+        },
+        "rows": rows,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    name = "cuda_grid" if arguments.grid else "cuda"
+    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = cuda_grid.markdown(result) if arguments.grid else cuda_report.markdown(result)
+    (arguments.output / f"{name}.md").write_text(text)
+    print(f"written to {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

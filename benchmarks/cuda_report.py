@@ -1,0 +1,81 @@
+"""The CUDA benchmark's lines, tables and plot."""
+
+from pathlib import Path
+from typing import Any
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    return "" if row["goal"] is None else "met" if row["met"] else "missed"
+
+
+def line(row: dict[str, Any]) -> str:
+    rivals = ", ".join(f"{name} {number(value)}" for name, value in row["rivals"].items())
+    rate = f", {row['terabytes_per_second']:.2f} TB/s" if row.get("terabytes_per_second") else ""
+    again = f" / {number(row['again'])}" if "again" in row else ""
+    return (
+        f"{row['group']}: {row['work']}: {number(row['ours'])}{again} us (floor {number(row['floor'])}, goal "
+        f"{number(row['goal'])} {verdict(row)}{rate}); {rivals}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"Measured on {result['device']} (path {result['arch']}), {result['date'][:10]}, torch "
+        f"{result['versions']['torch']}, bfloat16. Microseconds a call; `{result['command']}`.",
+        "",
+    ]
+    for group in dict.fromkeys(row["group"] for row in result["rows"]):
+        lines += [f"| {group} | ours | TB/s | floor | goal | others |", "|---|---:|---:|---:|---:|---|"]
+        for row in (row for row in result["rows"] if row["group"] == group):
+            rivals = "; ".join(f"{name} {number(value)}" for name, value in row["rivals"].items())
+            goal = f"{number(row['goal'])} ({verdict(row)})" if row["goal"] is not None else "–"
+            rate = number(row.get("terabytes_per_second"))
+            cells = [row["work"], f"**{number(row['ours'])}**", rate, number(row["floor"]), goal, rivals]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], paths: list[Path]) -> None:
+    """One bar a work: the floor's time over ours, with the rivals' marks on the same scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in result["rows"] if row["group"] != "Call overhead"]
+    colors = {"torch: index_select + bmm": "#e07b39", "torch: matmul (one adapter)": "#b5446e",
+              "torch: bmm over equal segments": "#8a63b8", "torch: _grouped_mm, add_": "#c2a300",
+              "torch: F.rms_norm": "#777777"}  # fmt: skip
+    figure, axes = plt.subplots(figsize=(11, 0.34 * len(rows) + 1.6), layout="constrained")
+    seen: set[str] = set()
+    for y, row in enumerate(rows):
+        share = 100 * row["floor"] / row["ours"]
+        axes.barh(y, share, height=0.66, color="#0b6e99", label=None if "ours" in seen else "punica_kernels")
+        seen.add("ours")
+        axes.text(share + 1, y, f"{share:.0f}%  {number(row['ours'])} µs", va="center", fontsize=8)
+        for name, value in row["rivals"].items():
+            if name not in colors:
+                continue
+            axes.plot(100 * row["floor"] / value, y, "o", color=colors[name], markeredgecolor="white",
+                      label=None if name in seen else name)  # fmt: skip
+            seen.add(name)
+        if row["goal"] is not None:
+            goal = 100 * row["floor"] / row["goal"]
+            axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2,
+                      label=None if "goal" in seen else "goal")  # fmt: skip
+            seen.add("goal")
+    axes.axvline(100, color="#2a9d4a", linewidth=2)
+    axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['work']}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 130)
+    axes.set_xlabel("% of the rate of a kernel that only moves the same bytes")
+    axes.set_title(f"{result['device']}: share of the practical floor (longer is better)", loc="left")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for path in paths:
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
