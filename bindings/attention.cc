@@ -6,6 +6,7 @@
 
 #include "bindings/convert.h"
 #include "bindings/paged_kv.h"
+#include "punica/build.h"
 
 namespace punica::bindings {
 namespace {
@@ -29,6 +30,23 @@ void set_common(AttentionParams& params, const Tensor& o, const Tensor& q, const
   params.logits_soft_cap = logits_soft_cap;
 }
 
+// On CUDA a workspace that is absent comes from the caller's allocator. It goes back when the kernels are launched:
+// the allocator gives it to later work of the same stream alone.
+template <class Params>
+void run(Params& params, int64_t num_threads, Status (*op)(const Params&, const Context&)) {
+  const Call call(params.q, num_threads);
+  std::optional<ffi::Tensor> workspace;
+  if (params.q.device.type == DeviceType::kCuda && !params.tmpbuf.has_value() && has_cuda()) {
+    // How much it takes is a question about valid params only.
+    raise_if_error(validate(params));
+    if (const int64_t bytes = workspace_bytes(params); bytes > 0) {
+      workspace = allocate(params.q.device, bytes);
+      params.tmpbuf = to_view(Tensor(*workspace));
+    }
+  }
+  call.finish(op(params, call.context()));
+}
+
 void batch_prefill(Tensor o, Tensor q, Tensor qo_indptr, Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset,
                    OptionalTensor tmpbuf, int64_t num_layers, int64_t layer_idx, int64_t num_kv_heads,
                    int64_t page_size, ffi::Optional<double> sm_scale, ffi::Optional<double> rope_theta,
@@ -38,7 +56,7 @@ void batch_prefill(Tensor o, Tensor q, Tensor qo_indptr, Tensor kv_ptrs, Tensor 
   params.kv = to_paged_kv(kv_ptrs, kv_indptr, last_page_offset, num_layers, layer_idx, num_kv_heads, page_size);
   set_common(params, o, q, tmpbuf, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap);
   params.qo_indptr = to_view(qo_indptr);
-  raise_if_error(punica::batch_prefill(params, make_context(params.q, num_threads)));
+  run(params, num_threads, punica::batch_prefill);
 }
 
 void batch_decode(Tensor o, Tensor q, Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, OptionalTensor tmpbuf,
@@ -48,7 +66,7 @@ void batch_decode(Tensor o, Tensor q, Tensor kv_ptrs, Tensor kv_indptr, Tensor l
   BatchDecodeParams params;
   params.kv = to_paged_kv(kv_ptrs, kv_indptr, last_page_offset, num_layers, layer_idx, num_kv_heads, page_size);
   set_common(params, o, q, tmpbuf, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap);
-  raise_if_error(punica::batch_decode(params, make_context(params.q, num_threads)));
+  run(params, num_threads, punica::batch_decode);
 }
 
 }  // namespace

@@ -68,15 +68,26 @@ TensorView to_view(const Tensor& tensor) {
 
 TensorView to_view(const OptionalTensor& tensor) { return tensor.has_value() ? to_view(tensor.value()) : TensorView{}; }
 
-Context make_context(const TensorView& on, int64_t num_threads) {
-  Context context;
-  context.num_threads = static_cast<int>(std::clamp<int64_t>(num_threads, 0, std::numeric_limits<int>::max()));
+Call::Call(const TensorView& on, int64_t num_threads) {
+  context_.num_threads = static_cast<int>(std::clamp<int64_t>(num_threads, 0, std::numeric_limits<int>::max()));
   if (on.device.type == DeviceType::kCuda) {
-    context.stream = TVMFFIEnvGetStream(kDLCUDA, on.device.index);
-    context.check_contents = checks();
-    context.early_reads = early_reads();
+    context_.stream = TVMFFIEnvGetStream(kDLCUDA, on.device.index);
+    context_.check_contents = checks();
+    context_.checks_skipped = &checks_skipped_;
+    context_.early_reads = early_reads();
   }
-  return context;
+}
+
+void Call::finish(const Status& status) const {
+  raise_if_error(status);
+  if (checks_skipped_) [[unlikely]] {
+    warn_checks_skipped();
+  }
+}
+
+ffi::Tensor allocate(Device device, int64_t bytes) {
+  return ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(&bytes, 1), DLDataType{kDLUInt, 8, 1},
+                                   DLDevice{kDLCUDA, device.index});
 }
 
 void raise_if_error(const Status& status) {

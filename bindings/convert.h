@@ -24,8 +24,26 @@ using OptionalTensor = ffi::Optional<ffi::TensorView>;
 TensorView to_view(const Tensor& tensor);
 TensorView to_view(const OptionalTensor& tensor);
 
-// `on` is a tensor of the call: it names the device whose current stream is taken. num_threads: CPU only.
-Context make_context(const TensorView& on, int64_t num_threads);
+// One call of an operation: the context that it runs with, and what is to be said after it.
+class Call {
+ public:
+  // `on` is a tensor of the call: it names the device whose current stream is taken. num_threads: CPU only.
+  Call(const TensorView& on, int64_t num_threads);
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  const Context& context() const { return context_; }
+  // raise_if_error(), and the warning, once in a process, that checks were asked for but not made.
+  void finish(const Status& status) const;
+
+ private:
+  Context context_;
+  bool checks_skipped_ = false;
+};
+
+// uint8 [bytes] on a CUDA device from the caller's allocator (torch's caching one), and freed with the result: what is
+// launched before that on the device's current stream may use it.
+ffi::Tensor allocate(Device device, int64_t bytes);
 
 // Throws RuntimeError "punica_kernels.<message>" unless ok. Without a backtrace: the message is the whole story, and
 // collecting one takes milliseconds.

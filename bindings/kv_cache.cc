@@ -16,7 +16,8 @@ void init_kv(Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, Tensor k
       .v = to_view(v),
       .seqlen_indptr = to_view(seqlen_indptr),
   };
-  raise_if_error(punica::init_kv(params, make_context(params.k, num_threads)));
+  const Call call(params.k, num_threads);
+  call.finish(punica::init_kv(params, call.context()));
 }
 
 void append_kv(Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, Tensor k, Tensor v, int64_t num_layers,
@@ -26,7 +27,8 @@ void append_kv(Tensor kv_ptrs, Tensor kv_indptr, Tensor last_page_offset, Tensor
       .k = to_view(k),
       .v = to_view(v),
   };
-  raise_if_error(punica::append_kv(params, make_context(params.k, num_threads)));
+  const Call call(params.k, num_threads);
+  call.finish(punica::append_kv(params, call.context()));
 }
 
 }  // namespace

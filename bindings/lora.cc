@@ -17,7 +17,8 @@ void dispatch_bgmv(Tensor y, Tensor x, Tensor w_ptr, Tensor indices, int64_t lay
       .layer_idx = layer_idx,
       .scale = static_cast<float>(scale),
   };
-  raise_if_error(punica::dispatch_bgmv(params, make_context(params.y, num_threads)));
+  const Call call(params.y, num_threads);
+  call.finish(punica::dispatch_bgmv(params, call.context()));
 }
 
 void sgmv(SgmvWeights weights, Tensor y, Tensor x, Tensor w_ptr, Tensor s_start, Tensor s_end, OptionalTensor tmp,
@@ -32,7 +33,8 @@ void sgmv(SgmvWeights weights, Tensor y, Tensor x, Tensor w_ptr, Tensor s_start,
       .tmp = to_view(tmp),
       .layer_idx = layer_idx,
   };
-  raise_if_error(punica::sgmv(params, make_context(params.y, num_threads)));
+  const Call call(params.y, num_threads);
+  call.finish(punica::sgmv(params, call.context()));
 }
 
 void sgmv_shrink(Tensor y, Tensor x, Tensor w_ptr, Tensor s_start, Tensor s_end, OptionalTensor tmp, int64_t layer_idx,

@@ -16,7 +16,8 @@ void rms_norm(Tensor output, Tensor input, Tensor weight, double epsilon, Option
       .residual = to_view(residual),
       .epsilon = static_cast<float>(epsilon),
   };
-  raise_if_error(punica::rms_norm(params, make_context(params.output, num_threads)));
+  const Call call(params.output, num_threads);
+  call.finish(punica::rms_norm(params, call.context()));
 }
 
 }  // namespace

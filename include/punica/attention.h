@@ -17,7 +17,7 @@ struct AttentionParams {
   PagedKv kv;
   TensorView o;       // T [rows, H, D], written; rows may be strided
   TensorView q;       // T [rows, H, D], rows may be strided
-  TensorView tmpbuf;  // uint8 [>= workspace bytes], any alignment; absent: the CPU backend allocates
+  TensorView tmpbuf;  // uint8 [>= workspace bytes], any alignment; absent: the CPU backend allocates, on CUDA an error
   TensorView lse;     // optional, float32 [rows, H], written: log-sum-exp of the scores in base 2 (-inf: no key seen)
 
   std::optional<double> sm_scale;    // factor of q . k; default 1 / sqrt(D)

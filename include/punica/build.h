@@ -4,6 +4,6 @@
 namespace punica {
 
 const char* version();  // "0.1.0"
-bool has_cuda();        // the CUDA backend was compiled in, and has kernels
+bool has_cuda();        // the CUDA backend was compiled in
 
 }  // namespace punica

@@ -10,6 +10,9 @@ struct Context {
   int num_threads = 0;
   // CUDA: check the contents of index and pointer tensors, which synchronises. The CPU backend always checks them.
   bool check_contents = false;
+  // CUDA: where it is given, set to true if check_contents was asked for but the stream is being captured, so that the
+  // contents were not checked.
+  bool* checks_skipped = nullptr;
   // CUDA: the caller promises that no kernel in flight writes weights, tables or old KV tokens, so that their loads may
   // be issued before the kernels ahead in the stream have ended (programmatic dependent launch).
   bool early_reads = false;

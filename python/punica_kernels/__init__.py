@@ -13,7 +13,7 @@ came. `punica_kernels.reference` has the same functions in plain PyTorch: the de
 from . import _torch_ops as _torch_ops  # registers the operations with torch
 from . import reference
 from ._library import function as _function
-from ._settings import active_isa, early_reads, has_cuda, last_isa, set_checks
+from ._settings import active_cuda_arch, active_isa, early_reads, has_cuda, last_cuda_arch, last_isa, set_checks
 from .attention import batch_decode, batch_prefill
 from .kv_cache import append_kv, init_kv
 from .lora import dispatch_bgmv, sgmv_cutlass, sgmv_cutlass_tmp_size, sgmv_shrink
@@ -22,6 +22,7 @@ from .norm import rms_norm
 __version__ = str(_function("version")())
 
 __all__ = [
+    "active_cuda_arch",
     "active_isa",
     "append_kv",
     "batch_decode",
@@ -30,6 +31,7 @@ __all__ = [
     "early_reads",
     "has_cuda",
     "init_kv",
+    "last_cuda_arch",
     "last_isa",
     "reference",
     "rms_norm",

@@ -33,7 +33,7 @@ TENSORS = {
 
 _OPTIONAL = frozenset({"tmp", "tmpbuf", "lse", "residual"})
 
-# The direct way is for {type(y), type(x), ...} <= PLAIN, and type(optional) in PLAIN_OR_NONE.
+# The direct way is for tensors whose type is in PLAIN, and optional ones whose type is in PLAIN_OR_NONE.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 PLAIN_OR_NONE = PLAIN | {NoneType}
 

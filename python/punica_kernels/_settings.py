@@ -1,7 +1,9 @@
 """What a caller sets for many calls, and what the library says about itself."""
 
+import warnings
 from types import TracebackType
 
+import torch
 from torch.compiler import is_compiling
 
 from ._library import function
@@ -9,12 +11,26 @@ from ._library import function
 _set_checks = function("set_checks")
 _set_early_reads = function("set_early_reads")
 _active_isa, _last_isa, _has_cuda = function("active_isa"), function("last_isa"), function("has_cuda")
+_active_cuda_arch, _last_cuda_arch = function("active_cuda_arch"), function("last_cuda_arch")
+
+
+def _warn_checks_skipped() -> None:
+    warnings.warn(
+        "punica_kernels: the contents of index and pointer tensors are not checked while a CUDA graph is captured, "
+        "though checks are on",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+function("set_on_checks_skipped")(_warn_checks_skipped)
 
 
 def set_checks(on: bool) -> bool:
     """Whether CUDA calls check the contents of index and pointer tensors, which synchronises. Returns the value before.
 
-    For the process; the environment variable PUNICA_CHECK=1 sets it at the start. CPU calls always check them.
+    For the process; the environment variable PUNICA_CHECK=1 sets it at the start. CPU calls always check them. While a
+    CUDA graph is captured they are not checked, which is said in one warning.
     """
     return bool(_set_checks(bool(on)))
 
@@ -58,6 +74,33 @@ def active_isa() -> str:
 def last_isa() -> str | None:
     """The instruction set that the last CPU kernel called from this thread was compiled for, as it says itself."""
     name = _last_isa()
+    return None if name is None else str(name)
+
+
+def active_cuda_arch(device: torch.device | int | str | None = None) -> str:
+    """The code path that CUDA kernels run with on `device` (default: the current one): "sm_80" or "sm_90".
+
+    "sm_90" on Hopper, "sm_80" elsewhere, or the one that the environment variable PUNICA_CUDA_ARCH names.
+
+    Raises:
+        RuntimeError: there is no such device, it is older than compute capability 8.0, the library was built without
+            CUDA, or PUNICA_CUDA_ARCH names no path or one that the device does not have.
+    """
+    if isinstance(device, int):
+        index: int | None = device
+    else:
+        wanted = torch.device("cuda" if device is None else device)
+        if wanted.type != "cuda":
+            raise RuntimeError(f"punica_kernels.active_cuda_arch: device must be a CUDA device, got {wanted}")
+        index = wanted.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return str(_active_cuda_arch(index))
+
+
+def last_cuda_arch() -> str | None:
+    """The code path of the last CUDA kernel launched from this thread, which is part of that kernel's name too."""
+    name = _last_cuda_arch()
     return None if name is None else str(name)
 
 

@@ -7,7 +7,7 @@ keys it sees, not on the rest of the batch or on the chunk that it came in.
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+from torch._C import _increment_version, is_grad_enabled
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
@@ -70,16 +70,26 @@ def batch_prefill(
     """
     direct = (
         not is_intercepted()
-        and {type(o), type(q), type(qo_indptr), type(kv_ptrs), type(kv_indptr), type(last_page_offset)} <= PLAIN
+        and type(o) in PLAIN
+        and type(q) in PLAIN
+        and type(qo_indptr) in PLAIN
+        and type(kv_ptrs) in PLAIN
+        and type(kv_indptr) in PLAIN
+        and type(last_page_offset) in PLAIN
         and type(tmpbuf) in PLAIN_OR_NONE
         and type(lse) in PLAIN_OR_NONE
     )
-    run = _run_prefill if direct else torch.ops.punica_kernels.batch_prefill
-    run(
-        o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
-        sm_scale=sm_scale, rope_theta=rope_theta, rope_scale=rope_scale, lse=lse, window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-    )  # fmt: skip
+    if direct:
+        _run_prefill(
+            o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
+            page_size, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap,
+        )  # fmt: skip
+    else:
+        torch.ops.punica_kernels.batch_prefill(
+            o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
+            page_size, sm_scale=sm_scale, rope_theta=rope_theta, rope_scale=rope_scale, lse=lse,
+            window_left=window_left, logits_soft_cap=logits_soft_cap,
+        )  # fmt: skip
 
 
 def batch_decode(
@@ -113,16 +123,25 @@ def batch_decode(
     """
     direct = (
         not is_intercepted()
-        and {type(o), type(q), type(kv_ptrs), type(kv_indptr), type(last_page_offset)} <= PLAIN
+        and type(o) in PLAIN
+        and type(q) in PLAIN
+        and type(kv_ptrs) in PLAIN
+        and type(kv_indptr) in PLAIN
+        and type(last_page_offset) in PLAIN
         and type(tmpbuf) in PLAIN_OR_NONE
         and type(lse) in PLAIN_OR_NONE
     )
-    run = _run_decode if direct else torch.ops.punica_kernels.batch_decode
-    run(
-        o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
-        sm_scale=sm_scale, rope_theta=rope_theta, rope_scale=rope_scale, lse=lse, window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-    )  # fmt: skip
+    if direct:
+        _run_decode(
+            o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
+            page_size, sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap,
+        )  # fmt: skip
+    else:
+        torch.ops.punica_kernels.batch_decode(
+            o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads,
+            page_size, sm_scale=sm_scale, rope_theta=rope_theta, rope_scale=rope_scale, lse=lse,
+            window_left=window_left, logits_soft_cap=logits_soft_cap,
+        )  # fmt: skip
 
 
 # What follows runs an op on real tensors; the dispatcher's kernels for CPU and CUDA are these same functions.
@@ -140,7 +159,6 @@ def _run_prefill(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
-    *,
     sm_scale: float | None = None,
     rope_theta: float | None = None,
     rope_scale: float = 1.0,
@@ -150,8 +168,11 @@ def _run_prefill(
 ) -> None:
     tensors = (o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, lse)
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(
-            t is not None and t.is_neg() for t in (o, q, lse)
+        if (
+            o.is_neg()
+            or q.is_neg()
+            or (is_grad_enabled() and (o.requires_grad or q.requires_grad))
+            or (lse is not None and (lse.is_neg() or (is_grad_enabled() and lse.requires_grad)))
         ):
             refuse_grad_and_neg("batch_prefill", tensors)
         long = q.is_cpu and q.nbytes * (kv_ptrs.nbytes // 8) * page_size > _LONG_PREFILL
@@ -161,7 +182,10 @@ def _run_prefill(
         )  # fmt: skip
     except (RuntimeError, AttributeError) as cause:
         explain("batch_prefill", tensors, cause)
-    _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])
+    if tmpbuf is None and lse is None:
+        _increment_version((o,))
+    else:
+        _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])
 
 
 def _run_decode(
@@ -175,7 +199,6 @@ def _run_decode(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
-    *,
     sm_scale: float | None = None,
     rope_theta: float | None = None,
     rope_scale: float = 1.0,
@@ -185,8 +208,11 @@ def _run_decode(
 ) -> None:
     tensors = (o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, lse)
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or any(
-            t is not None and t.is_neg() for t in (o, q, lse)
+        if (
+            o.is_neg()
+            or q.is_neg()
+            or (is_grad_enabled() and (o.requires_grad or q.requires_grad))
+            or (lse is not None and (lse.is_neg() or (is_grad_enabled() and lse.requires_grad)))
         ):
             refuse_grad_and_neg("batch_decode", tensors)
         # A page of one layer is at least 256 bytes a token and KV head for the usual head_dim of 64 and up.
@@ -197,4 +223,7 @@ def _run_decode(
         )  # fmt: skip
     except (RuntimeError, AttributeError) as cause:
         explain("batch_decode", tensors, cause)
-    _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])
+    if tmpbuf is None and lse is None:
+        _increment_version((o,))
+    else:
+        _increment_version([tensor for tensor in (o, tmpbuf, lse) if tensor is not None])

@@ -9,7 +9,7 @@ calls keeps them alive: `kv_ptrs` holds their addresses, those of sequence i at
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+from torch._C import _increment_version, is_grad_enabled
 
 from ._dispatch import PLAIN, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
@@ -51,7 +51,12 @@ def init_kv(
     """
     direct = (
         not is_intercepted()
-        and {type(kv_ptrs), type(kv_indptr), type(last_page_offset), type(k), type(v), type(seqlen_indptr)} <= PLAIN
+        and type(kv_ptrs) in PLAIN
+        and type(kv_indptr) in PLAIN
+        and type(last_page_offset) in PLAIN
+        and type(k) in PLAIN
+        and type(v) in PLAIN
+        and type(seqlen_indptr) in PLAIN
     )
     run = _run_init_kv if direct else torch.ops.punica_kernels.init_kv
     run(
@@ -79,7 +84,12 @@ def append_kv(
         RuntimeError: as `init_kv`.
     """
     direct = (
-        not is_intercepted() and {type(kv_ptrs), type(kv_indptr), type(last_page_offset), type(k), type(v)} <= PLAIN
+        not is_intercepted()
+        and type(kv_ptrs) in PLAIN
+        and type(kv_indptr) in PLAIN
+        and type(last_page_offset) in PLAIN
+        and type(k) in PLAIN
+        and type(v) in PLAIN
     )
     run = _run_append_kv if direct else torch.ops.punica_kernels.append_kv
     run(kv_ptrs, kv_indptr, last_page_offset, k, v, num_layers, layer_idx, num_kv_heads, page_size)
@@ -102,7 +112,7 @@ def _run_init_kv(
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v, seqlen_indptr)
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
+        if k.is_neg() or v.is_neg() or (is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             refuse_grad_and_neg("init_kv", tensors)
         kernel = _init_kv.released if k.is_cpu and k.nbytes > _LONG else _init_kv.held
         kernel(
@@ -127,7 +137,7 @@ def _run_append_kv(
 ) -> None:
     tensors = (kv_ptrs, kv_indptr, last_page_offset, k, v)
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or k.is_neg() or v.is_neg():
+        if k.is_neg() or v.is_neg() or (is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             refuse_grad_and_neg("append_kv", tensors)
         kernel = _append_kv.released if k.is_cpu and k.nbytes > _LONG else _append_kv.held
         kernel(

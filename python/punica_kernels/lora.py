@@ -11,7 +11,7 @@ from typing import overload
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+from torch._C import _increment_version, is_grad_enabled
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, missing, refuse_grad_and_neg
 from ._library import Kernel, function
@@ -21,7 +21,7 @@ _tmp_size = function("sgmv_cutlass_tmp_size")
 
 # Bytes of weights that a call on the CPU reads, if no two rows share them, in about 100 us: above, the GIL is released.
 _LONG = 2_000_000
-# What x.nbytes * y.nbytes, which is cheap to ask for, then exceeds as well.
+# What x.nbytes * y.nbytes, which is cheap to ask for, then exceeds as well. (On CUDA a call only launches.)
 _MAYBE_LONG = 2 * _LONG
 
 
@@ -59,7 +59,13 @@ def dispatch_bgmv(
         raise TypeError("dispatch_bgmv() got both 'indices' and 'indicies', two spellings of one argument")
     if indices is None or layer_idx is None or scale is None:
         missing("dispatch_bgmv", "indices" if indices is None else "layer_idx" if layer_idx is None else "scale")
-    direct = not is_intercepted() and {type(y), type(x), type(w_ptr), type(indices)} <= PLAIN
+    direct = (
+        not is_intercepted()
+        and type(y) in PLAIN
+        and type(x) in PLAIN
+        and type(w_ptr) in PLAIN
+        and type(indices) in PLAIN
+    )
     if direct:
         _run_bgmv(y, x, w_ptr, indices, layer_idx, scale)
     else:
@@ -86,7 +92,11 @@ def sgmv_shrink(
     """
     direct = (
         not is_intercepted()
-        and {type(y), type(x), type(w_ptr), type(s_start), type(s_end)} <= PLAIN
+        and type(y) in PLAIN
+        and type(x) in PLAIN
+        and type(w_ptr) in PLAIN
+        and type(s_start) in PLAIN
+        and type(s_end) in PLAIN
         and type(tmp) in PLAIN_OR_NONE
     )
     if direct:
@@ -117,7 +127,11 @@ def sgmv_cutlass(
     """
     direct = (
         not is_intercepted()
-        and {type(y), type(x), type(w_ptr), type(s_start), type(s_end)} <= PLAIN
+        and type(y) in PLAIN
+        and type(x) in PLAIN
+        and type(w_ptr) in PLAIN
+        and type(s_start) in PLAIN
+        and type(s_end) in PLAIN
         and type(tmp) in PLAIN_OR_NONE
     )
     if direct:
@@ -139,20 +153,19 @@ def sgmv_cutlass_tmp_size(num_segments: int) -> int:
 
 
 def _is_long(y: Tensor, x: Tensor) -> bool:
-    # On CUDA a call only launches. A tensor of the wrong rank is for the library to refuse.
-    return y.is_cpu and y.dim() == 2 and x.nbytes * y.shape[1] > _LONG
+    # A tensor of the wrong rank is for the library to refuse.
+    return y.dim() == 2 and x.nbytes * y.shape[1] > _LONG
 
 
 def _run_bgmv(y: Tensor, x: Tensor, w_ptr: Tensor, indices: Tensor, layer_idx: int, scale: float) -> None:
-    # Of lazy negative views torch makes floating-point ones only: conj().imag.
-    tensors = (y, x, w_ptr, indices)
+    # Only floating-point tensors can require grad or be lazy negative views, conj().imag.
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
-            refuse_grad_and_neg("dispatch_bgmv", tensors)
-        kernel = _bgmv.released if x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else _bgmv.held
+        if y.is_neg() or x.is_neg() or (is_grad_enabled() and (y.requires_grad or x.requires_grad)):
+            refuse_grad_and_neg("dispatch_bgmv", (y, x, w_ptr, indices))
+        kernel = _bgmv.released if y.is_cpu and x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else _bgmv.held
         kernel(y, x, w_ptr, indices, layer_idx, scale, get_num_threads())
     except (RuntimeError, AttributeError) as cause:
-        explain("dispatch_bgmv", tensors, cause)
+        explain("dispatch_bgmv", (y, x, w_ptr, indices), cause)
     _increment_version((y,))
 
 
@@ -167,14 +180,13 @@ def _run_sgmv(
     tmp: Tensor | None,
     layer_idx: int,
 ) -> None:
-    tensors = (y, x, w_ptr, s_start, s_end, tmp)
     try:
-        if (is_grad_enabled() and _any_requires_grad(*tensors)) or y.is_neg() or x.is_neg():
-            refuse_grad_and_neg(op, tensors)
-        kernel = kernels.released if x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else kernels.held
+        if y.is_neg() or x.is_neg() or (is_grad_enabled() and (y.requires_grad or x.requires_grad)):
+            refuse_grad_and_neg(op, (y, x, w_ptr, s_start, s_end, tmp))
+        kernel = kernels.released if y.is_cpu and x.nbytes * y.nbytes > _MAYBE_LONG and _is_long(y, x) else kernels.held
         kernel(y, x, w_ptr, s_start, s_end, tmp, layer_idx, get_num_threads())
     except (RuntimeError, AttributeError) as cause:
-        explain(op, tensors, cause)
+        explain(op, (y, x, w_ptr, s_start, s_end, tmp), cause)
     _increment_version((y,) if tmp is None else (y, tmp))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, get_num_threads
-from torch._C import _any_requires_grad, _increment_version, is_grad_enabled
+from torch._C import _increment_version, is_grad_enabled
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
@@ -30,25 +30,33 @@ def rms_norm(output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, r
         RuntimeError: an argument breaks this contract; nothing is written.
     """
     direct = (
-        not is_intercepted() and {type(output), type(input), type(weight)} <= PLAIN and type(residual) in PLAIN_OR_NONE
+        not is_intercepted()
+        and type(output) in PLAIN
+        and type(input) in PLAIN
+        and type(weight) in PLAIN
+        and type(residual) in PLAIN_OR_NONE
     )
     if direct:
-        _run_rms_norm(output, input, weight, epsilon, residual=residual)
+        _run_rms_norm(output, input, weight, epsilon, residual)
     else:
         torch.ops.punica_kernels.rms_norm(output, input, weight, epsilon, residual=residual)
 
 
 # Runs the op on real tensors; the dispatcher's kernel for CPU and CUDA is this same function.
 def _run_rms_norm(
-    output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None
+    output: Tensor, input: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
 ) -> None:
-    tensors = (output, input, weight, residual)
     try:
-        negative = output.is_neg() or input.is_neg() or weight.is_neg() or (residual is not None and residual.is_neg())
-        if negative or (is_grad_enabled() and _any_requires_grad(*tensors)):
-            refuse_grad_and_neg("rms_norm", tensors)
+        if (
+            output.is_neg()
+            or input.is_neg()
+            or weight.is_neg()
+            or (residual is not None and (residual.is_neg() or (is_grad_enabled() and residual.requires_grad)))
+            or (is_grad_enabled() and (output.requires_grad or input.requires_grad or weight.requires_grad))
+        ):
+            refuse_grad_and_neg("rms_norm", (output, input, weight, residual))
         kernel = _rms_norm.released if input.is_cpu and input.nbytes > _LONG else _rms_norm.held
         kernel(output, input, weight, epsilon, residual, get_num_threads())
     except (RuntimeError, AttributeError) as cause:
-        explain("rms_norm", tensors, cause)
+        explain("rms_norm", (output, input, weight, residual), cause)
     _increment_version((output,) if residual is None else (output, residual))

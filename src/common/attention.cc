@@ -1,10 +1,12 @@
 #include "punica/attention.h"
 
 #include <algorithm>
+#include <array>
 #include <string>
 
 #include "src/common/backend.h"
 #include "src/common/check.h"
+#include "src/common/contents.h"
 #include "src/common/paged_kv.h"
 
 namespace punica {
@@ -62,6 +64,12 @@ bool check_seen_pages(Check& check, const AttentionParams& p, int64_t i, int64_t
   return check_pages(check, p.kv, sequence, all ? 0 : first - p.window_left);
 }
 
+auto tables_of(BatchPrefillParams& p) {
+  return std::array{&p.qo_indptr, &p.kv.kv_ptrs, &p.kv.kv_indptr, &p.kv.last_page_offset};
+}
+
+auto tables_of(BatchDecodeParams& p) { return std::array{&p.kv.kv_ptrs, &p.kv.kv_indptr, &p.kv.last_page_offset}; }
+
 bool check_contents(Check& check, const BatchPrefillParams& p) {
   const int32_t* indptr = p.qo_indptr.as<const int32_t>();
   for (int64_t i = 0; i < p.kv.num_sequences(); ++i) {
@@ -78,6 +86,27 @@ bool check_contents(Check& check, const BatchDecodeParams& p) {
     if (!check_sequence(check, p.kv, i) || !check_seen_pages(check, p, i, 1)) return false;
   }
   return true;
+}
+
+template <class Params>
+Status check_contents(const char* op, const Params& params, const Context& context) {
+  return check_tables(
+      op, params.q.device, context, params, [](Params& p) { return tables_of(p); },
+      [](Check& check, const Params& p) { return check_contents(check, p); });
+}
+
+// The CPU backend allocates a workspace that is absent; the CUDA backend allocates nothing.
+template <class Params>
+Status check_workspace_is_there(const char* op, [[maybe_unused]] const Params& p) {
+  Check check(op);
+#ifdef PUNICA_WITH_CUDA
+  if (p.q.device.type == DeviceType::kCuda && !p.tmpbuf.has_value()) {
+    if (const int64_t bytes = workspace_bytes(p); bytes > 0) {
+      static_cast<void>(check.fail("tmpbuf must have at least " + std::to_string(bytes) + " bytes on CUDA, got none"));
+    }
+  }
+#endif
+  return check.status();
 }
 
 template <class Params>
@@ -113,21 +142,17 @@ int64_t workspace_bytes(const BatchDecodeParams& p) { return backend_workspace_b
 
 Status batch_prefill(const BatchPrefillParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
-  if (contents_on_host(p.q.device)) {
-    Check check(kPrefill);
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents(kPrefill, p, context));
   if (p.q.numel() == 0 || p.kv.num_sequences() == 0) return {};
+  PUNICA_RETURN_IF_ERROR(check_workspace_is_there(kPrefill, p));
   return PUNICA_ON_BACKEND(kPrefill, p.q.device, batch_prefill(p, context));
 }
 
 Status batch_decode(const BatchDecodeParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
-  if (contents_on_host(p.q.device)) {
-    Check check(kDecode);
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents(kDecode, p, context));
   if (p.q.numel() == 0) return {};
+  PUNICA_RETURN_IF_ERROR(check_workspace_is_there(kDecode, p));
   return PUNICA_ON_BACKEND(kDecode, p.q.device, batch_decode(p, context));
 }
 

@@ -13,9 +13,6 @@
 
 namespace punica {
 
-// Whether the contents of index and pointer tensors can and should be looked at from here.
-inline bool contents_on_host(Device device) { return device.type == DeviceType::kCpu; }
-
 inline Status no_backend(const char* op, Device device) {
   return {
       StatusCode::kUnsupported,

@@ -1,8 +1,6 @@
 #include "punica/build.h"
 
-#ifdef PUNICA_WITH_CUDA
-#include "src/cuda/backend.h"
-#endif
+#include "punica/cuda.h"
 
 namespace punica {
 
@@ -10,10 +8,24 @@ const char* version() { return PUNICA_VERSION; }
 
 bool has_cuda() {
 #ifdef PUNICA_WITH_CUDA
-  return cuda::kHasKernels;
+  return true;
 #else
   return false;
 #endif
 }
+
+#ifndef PUNICA_WITH_CUDA
+namespace cuda {
+
+const char* arch_name(Arch arch) { return arch == Arch::kSm90 ? "sm_90" : "sm_80"; }
+
+Status active_arch(int /*device*/, Arch* /*arch*/) {
+  return {StatusCode::kUnsupported, "active_arch: this build has the CPU backend alone"};
+}
+
+const char* last_arch() { return nullptr; }
+
+}  // namespace cuda
+#endif
 
 }  // namespace punica

@@ -1,13 +1,21 @@
 #include "punica/kv_cache.h"
 
+#include <array>
 #include <string>
 
 #include "src/common/backend.h"
 #include "src/common/check.h"
+#include "src/common/contents.h"
 #include "src/common/paged_kv.h"
 
 namespace punica {
 namespace {
+
+auto tables_of(InitKvParams& p) {
+  return std::array{&p.seqlen_indptr, &p.kv.kv_ptrs, &p.kv.kv_indptr, &p.kv.last_page_offset};
+}
+
+auto tables_of(AppendKvParams& p) { return std::array{&p.kv.kv_ptrs, &p.kv.kv_indptr, &p.kv.last_page_offset}; }
 
 bool check_contents(Check& check, const InitKvParams& p) {
   const int32_t* indptr = p.seqlen_indptr.as<const int32_t>();
@@ -37,6 +45,13 @@ bool check_contents(Check& check, const AppendKvParams& p) {
   return true;
 }
 
+template <class Params>
+Status check_contents(const char* op, const Params& params, const Context& context) {
+  return check_tables(
+      op, params.k.device, context, params, [](Params& p) { return tables_of(p); },
+      [](Check& check, const Params& p) { return check_contents(check, p); });
+}
+
 }  // namespace
 
 Status validate(const InitKvParams& p) {
@@ -63,20 +78,14 @@ Status validate(const AppendKvParams& p) {
 
 Status init_kv(const InitKvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
-  if (contents_on_host(p.k.device)) {
-    Check check("init_kv");
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents("init_kv", p, context));
   if (p.k.numel() == 0 || p.kv.num_sequences() == 0) return {};
   return PUNICA_ON_BACKEND("init_kv", p.k.device, init_kv(p, context));
 }
 
 Status append_kv(const AppendKvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
-  if (contents_on_host(p.k.device)) {
-    Check check("append_kv");
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents("append_kv", p, context));
   if (p.k.numel() == 0) return {};
   return PUNICA_ON_BACKEND("append_kv", p.k.device, append_kv(p, context));
 }

@@ -1,11 +1,13 @@
 #include "punica/lora.h"
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
 #include "src/common/backend.h"
 #include "src/common/check.h"
+#include "src/common/contents.h"
 
 namespace punica {
 namespace {
@@ -20,6 +22,10 @@ bool check_address(Check& check, const TensorView& w_ptr, int64_t i, size_t item
   return check.fail(at("w_ptr", i) + " must be aligned to its element of " + std::to_string(item) + " bytes, got " +
                     std::to_string(address));
 }
+
+auto tables_of(BgmvParams& p) { return std::array{&p.w_ptr, &p.indices}; }
+
+auto tables_of(SgmvParams& p) { return std::array{&p.w_ptr, &p.s_start, &p.s_end}; }
 
 bool check_contents(Check& check, const BgmvParams& p) {
   const int64_t* indices = p.indices.as<const int64_t>();
@@ -78,6 +84,13 @@ bool check_contents(Check& check, const SgmvParams& p) {
   return ascending || check_unordered_segments(check, start, end, num_segments);
 }
 
+template <class Params>
+Status check_contents(const char* op, const Params& params, const Context& context) {
+  return check_tables(
+      op, params.y.device, context, params, [](Params& p) { return tables_of(p); },
+      [](Check& check, const Params& p) { return check_contents(check, p); });
+}
+
 bool has_work(const TensorView& y, const TensorView& x) { return y.numel() > 0 && x.numel() > 0; }
 
 }  // namespace
@@ -130,20 +143,14 @@ int64_t sgmv_cutlass_tmp_size(int64_t num_segments) {
 Status dispatch_bgmv(const BgmvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
   if (!has_work(p.y, p.x)) return {};
-  if (contents_on_host(p.y.device)) {
-    Check check("dispatch_bgmv");
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents("dispatch_bgmv", p, context));
   return PUNICA_ON_BACKEND("dispatch_bgmv", p.y.device, dispatch_bgmv(p, context));
 }
 
 Status sgmv(const SgmvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
   if (!has_work(p.y, p.x)) return {};
-  if (contents_on_host(p.y.device)) {
-    Check check(op_name(p));
-    if (!check_contents(check, p)) return check.status();
-  }
+  PUNICA_RETURN_IF_ERROR(check_contents(op_name(p), p, context));
   return PUNICA_ON_BACKEND(op_name(p), p.y.device, sgmv(p, context));
 }
 

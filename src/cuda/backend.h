@@ -11,9 +11,6 @@
 
 namespace punica::cuda {
 
-// Whether the operations compute. While it is false each returns kUnsupported (common/no_kernels.h).
-inline constexpr bool kHasKernels = false;
-
 int64_t sgmv_cutlass_tmp_size(int64_t num_segments);
 int64_t workspace_bytes(const BatchPrefillParams& params);
 int64_t workspace_bytes(const BatchDecodeParams& params);

@@ -6,6 +6,7 @@ written a byte; through the function and through torch's dispatcher alike.
 
 import ctypes
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -25,62 +26,67 @@ DTYPE = torch.bfloat16
 KEEP_ALIVE = []  # memory behind addresses, for as long as the tests run
 
 
-def attention_arguments(decode: bool) -> dict[str, Any]:
-    cache = make_cache([9, 4, 0], 2, 4, 8, DTYPE, layers=3, layer=1)
+def attention_arguments(decode: bool, device: str = "cpu") -> dict[str, Any]:
+    cache = make_cache([9, 4, 0], 2, 4, 8, DTYPE, device, layers=3, layer=1)
     KEEP_ALIVE.append(cache)
     rows = 3 if decode else 8
-    arguments = {"o": torch.zeros(rows, 4, 8, dtype=DTYPE), "q": randn(rows, 4, 8, dtype=DTYPE)}
+    arguments = {
+        "o": torch.zeros(rows, 4, 8, dtype=DTYPE, device=device),
+        "q": randn(rows, 4, 8, dtype=DTYPE, device=device),
+    }
     if not decode:
-        arguments["qo_indptr"] = int32([0, 5, 7, 8])
+        arguments["qo_indptr"] = int32([0, 5, 7, 8], device)
     arguments |= dict(zip(("kv_ptrs", "kv_indptr", "last_page_offset"), cache.tables, strict=True))
     arguments["tmpbuf"] = None
     arguments |= dict(zip(("num_layers", "layer_idx", "num_kv_heads", "page_size"), cache.scalars, strict=True))
     arguments |= {"sm_scale": None, "rope_theta": None, "rope_scale": 1.0, "window_left": -1, "logits_soft_cap": 0.0}
-    return arguments | {"lse": torch.zeros(rows, 4)}
+    return arguments | {"lse": torch.zeros(rows, 4, device=device)}
 
 
-def kv_arguments(append: bool) -> dict[str, Any]:
-    cache = make_cache([9, 4, 0], 2, 4, 8, DTYPE, layers=3, layer=1)
+def kv_arguments(append: bool, device: str = "cpu") -> dict[str, Any]:
+    cache = make_cache([9, 4, 0], 2, 4, 8, DTYPE, device, layers=3, layer=1)
     KEEP_ALIVE.append(cache)
     rows = 3 if append else 8
     arguments = dict(zip(("kv_ptrs", "kv_indptr", "last_page_offset"), cache.tables, strict=True))
-    arguments |= {"k": randn(rows, 2, 8, dtype=DTYPE), "v": randn(rows, 2, 8, dtype=DTYPE)}
+    arguments |= {name: randn(rows, 2, 8, dtype=DTYPE, device=device) for name in ("k", "v")}
     if not append:
-        arguments["seqlen_indptr"] = int32([0, 5, 7, 8])
+        arguments["seqlen_indptr"] = int32([0, 5, 7, 8], device)
     return arguments | dict(zip(("num_layers", "layer_idx", "num_kv_heads", "page_size"), cache.scalars, strict=True))
 
 
-def bgmv_arguments() -> dict[str, Any]:
-    adapters = make_adapters(3, 16, 8, DTYPE)
+def bgmv_arguments(device: str = "cpu") -> dict[str, Any]:
+    adapters = make_adapters(3, 16, 8, DTYPE, device)
     KEEP_ALIVE.append(adapters)
     return {
-        "y": torch.zeros(4, 16, dtype=DTYPE), "x": randn(4, 8, dtype=DTYPE), "w_ptr": adapters.w_ptr,
-        "indices": torch.tensor([0, 2, -1, 1]), "layer_idx": 1, "scale": 0.5,
+        "y": torch.zeros(4, 16, dtype=DTYPE, device=device), "x": randn(4, 8, dtype=DTYPE, device=device),
+        "w_ptr": adapters.w_ptr, "indices": torch.tensor([0, 2, -1, 1], device=device), "layer_idx": 1, "scale": 0.5,
     }  # fmt: skip
 
 
-def sgmv_arguments() -> dict[str, Any]:
-    adapters = make_adapters(3, 16, 8, DTYPE)
+def sgmv_arguments(device: str = "cpu") -> dict[str, Any]:
+    adapters = make_adapters(3, 16, 8, DTYPE, device)
     KEEP_ALIVE.append(adapters)
     return {
-        "y": torch.zeros(9, 16, dtype=DTYPE), "x": randn(9, 8, dtype=DTYPE), "w_ptr": adapters.w_ptr,
-        "s_start": int32([0, 4, 4]), "s_end": int32([4, 4, 9]), "tmp": torch.zeros(4096, dtype=torch.uint8),
-        "layer_idx": 1,
+        "y": torch.zeros(9, 16, dtype=DTYPE, device=device), "x": randn(9, 8, dtype=DTYPE, device=device),
+        "w_ptr": adapters.w_ptr, "s_start": int32([0, 4, 4], device), "s_end": int32([4, 4, 9], device),
+        "tmp": torch.zeros(4096, dtype=torch.uint8, device=device), "layer_idx": 1,
     }  # fmt: skip
 
 
-def norm_arguments() -> dict[str, Any]:
+def norm_arguments(device: str = "cpu") -> dict[str, Any]:
     return {
-        "output": torch.zeros(3, 16, dtype=DTYPE), "input": randn(3, 16, dtype=DTYPE),
-        "weight": randn(16, dtype=DTYPE), "epsilon": 1e-5, "residual": randn(3, 16, dtype=DTYPE, seed=1),
+        "output": torch.zeros(3, 16, dtype=DTYPE, device=device), "input": randn(3, 16, dtype=DTYPE, device=device),
+        "weight": randn(16, dtype=DTYPE, device=device), "epsilon": 1e-5,
+        "residual": randn(3, 16, dtype=DTYPE, device=device, seed=1),
     }  # fmt: skip
 
 
-VALID: dict[str, Callable[[], dict[str, Any]]] = {
-    "batch_prefill": lambda: attention_arguments(decode=False),
-    "batch_decode": lambda: attention_arguments(decode=True),
-    "init_kv": lambda: kv_arguments(append=False),
-    "append_kv": lambda: kv_arguments(append=True),
+# Of a device, "cpu" where none is named.
+VALID: dict[str, Callable[..., dict[str, Any]]] = {
+    "batch_prefill": functools.partial(attention_arguments, False),
+    "batch_decode": functools.partial(attention_arguments, True),
+    "init_kv": functools.partial(kv_arguments, False),
+    "append_kv": functools.partial(kv_arguments, True),
     "dispatch_bgmv": bgmv_arguments,
     "sgmv_shrink": sgmv_arguments,
     "sgmv_cutlass": sgmv_arguments,
@@ -299,7 +305,11 @@ def contents_cases():
         for index, value in [(0, -1), (1, -4), (2, 4), (3, 9), (3, 2**31 - 1)]:
             yield Wrong(op, name, f"[{index}] = {value}", changed(name, index, value), (f"{name}[{index}]",))
     yield Wrong(
-        "init_kv", "seqlen_indptr", "longer than kv_len", lambda a: int32([0, 3, 8, 8]), ("seqlen_indptr", "4", "5")
+        "init_kv",
+        "seqlen_indptr",
+        "longer than kv_len",
+        lambda a: int32([0, 3, 8, 8], str(a["k"].device)),
+        ("seqlen_indptr", "4", "5"),
     )
     yield Wrong("dispatch_bgmv", "indices", "index", changed("indices", 1, 3), ("indices[1]", "len(w_ptr)", "3"))
     yield Wrong("dispatch_bgmv", "w_ptr", "null", changed("w_ptr", 2, 0), ("w_ptr[2]", "null"))

@@ -1,9 +1,92 @@
-// Root-mean-square normalisation on CUDA devices.
+// Root-mean-square normalisation on CUDA devices: which kernel of norm_kernels.cuh runs.
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
 #include "src/cuda/backend.h"
-#include "src/cuda/common/no_kernels.h"
+#include "src/cuda/common/launch.h"
+#include "src/cuda/norm/norm_kernels.cuh"
 
 namespace punica::cuda {
+namespace {
 
-Status rms_norm(const RmsNormParams& /*params*/, const Context& /*context*/) { return no_kernels("rms_norm"); }
+using norm::Args;
+using norm::Chunk;
+using norm::kMinBlock;
+
+constexpr int kChunks = 4;  // 16-byte chunks of a row in a thread's registers
+constexpr int kMaxThreads = 1024;
+
+// Bytes moved from which on a call is larger than the second-level caches, so that nothing it leaves there is found.
+constexpr int64_t kStreamingBytes = 64 << 20;
+
+unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+}
+
+// Calls body(std::integral_constant<int, threads>{}) with the threads that share a row of so many chunks: a function of
+// nothing else, for it decides the order of the row's sum. Rows of more than threads * kChunks get the last.
+template <class Body>
+auto with_threads(int64_t num_chunks, Body body) {
+  if (num_chunks <= 32 * kChunks) return body(std::integral_constant<int, 32>{});
+  if (num_chunks <= 128 * kChunks) return body(std::integral_constant<int, 128>{});
+  if (num_chunks <= 256 * kChunks) return body(std::integral_constant<int, 256>{});
+  if (num_chunks <= 512 * kChunks) return body(std::integral_constant<int, 512>{});
+  return body(std::integral_constant<int, kMaxThreads>{});
+}
+
+bool is_aligned(const TensorView& t, int64_t rows) {
+  const int64_t item = static_cast<int64_t>(dtype_size(t.dtype));
+  return !t.has_value() ||
+         (reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (rows == 1 || t.rank == 1 || t.stride[0] * item % 16 == 0));
+}
+
+template <Arch kArch, class T>
+Status run(const RmsNormParams& params, const Launcher& launcher) {
+  const Args args = {
+      .output = params.output.data,
+      .input = params.input.data,
+      .weight = params.weight.data,
+      .residual = params.residual.data,
+      .output_stride = params.output.stride[0],
+      .input_stride = params.input.stride[0],
+      .residual_stride = params.residual.stride[0],
+      .rows = params.input.shape[0],
+      .columns = params.input.shape[1],
+      .epsilon = params.epsilon,
+      .early_reads = launcher.early_reads,
+  };
+  const int64_t num_chunks = (args.columns + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
+  const bool vector = args.columns % Chunk<T>::kSize == 0 && is_aligned(params.output, args.rows) &&
+                      is_aligned(params.input, args.rows) && is_aligned(params.residual, args.rows) &&
+                      is_aligned(params.weight, args.rows);
+  return with_threads(num_chunks, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    if (!vector || num_chunks > kThreads * kChunks) {
+      const LaunchShape shape = {.grid = grid_of(args.rows), .block = kThreads};
+      return vector ? launcher.launch<norm::rms_norm_in_two_passes<kArch, T, true>>(shape, args)
+                    : launcher.launch<norm::rms_norm_in_two_passes<kArch, T, false>>(shape, args);
+    }
+    constexpr int kRowsPerBlock = kThreads < kMinBlock ? kMinBlock / kThreads : 1;
+    const LaunchShape shape = {.grid = grid_of((args.rows + kRowsPerBlock - 1) / kRowsPerBlock),
+                               .block = kThreads * kRowsPerBlock};
+    const int64_t bytes = args.rows * num_chunks * 16 * (args.residual == nullptr ? 2 : 4);
+    return bytes > kStreamingBytes
+               ? launcher.launch<norm::rms_norm_in_registers<kArch, T, kThreads, kChunks, true>>(shape, args)
+               : launcher.launch<norm::rms_norm_in_registers<kArch, T, kThreads, kChunks, false>>(shape, args);
+  });
+}
+
+}  // namespace
+
+Status rms_norm(const RmsNormParams& params, const Context& context) {
+  return on_device("rms_norm", params.output.device, context, [&](const Launcher& launcher) {
+    return with_type(params.output.dtype, [&](auto type) {
+      using T = decltype(type);
+      return launcher.arch == Arch::kSm90 ? run<Arch::kSm90, T>(params, launcher)
+                                          : run<Arch::kSm80, T>(params, launcher);
+    });
+  });
+}
 
 }  // namespace punica::cuda

@@ -1,0 +1,324 @@
+// Root-mean-square normalisation of rows: the kernels. norm.cu chooses among them.
+//
+// A row is divided into chunks of 16 bytes; thread t of the kThreads that share a row has the chunks t, t + kThreads,
+// and so on. That division, and so every bit of the result, is a function of the number of columns alone. One kernel
+// keeps the row in registers and reads it once, with 16-byte loads; the other takes what does not fit, or is not
+// aligned, and reads it twice. Both do the same arithmetic in the same order.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/common/device.cuh"
+
+namespace punica::cuda::norm {
+
+struct Args {
+  void* output;
+  const void* input;
+  const void* weight;
+  void* residual;                                        // nullptr: none
+  int64_t output_stride, input_stride, residual_stride;  // elements between rows
+  int64_t rows;
+  int64_t columns;
+  float epsilon;
+  bool early_reads;
+};
+
+// Rows of one warp have a block of several such rows.
+inline constexpr int kMinBlock = 128;
+
+// 16 bytes of a row: kSize elements as they lie in memory.
+template <class T>
+struct Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  static constexpr int kPerWord = 4 / sizeof(T);
+  uint32_t words[4];
+
+  __device__ __forceinline__ void unpack(float (&values)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPerWord == 1) {
+        values[i] = __uint_as_float(words[i]);
+      } else if constexpr (std::is_same_v<T, __half>) {
+        const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+        values[2 * i] = two.x;
+        values[2 * i + 1] = two.y;
+      } else {
+        values[2 * i] = __uint_as_float(words[i] << 16);
+        values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void pack(const float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPerWord == 1) {
+        words[i] = __float_as_uint(values[i]);
+      } else if constexpr (std::is_same_v<T, __half>) {
+        const __half2 two = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+      } else {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = 0;
+  }
+};
+
+// How a chunk travels. None of the loads takes the read-only path: what the kernel before wrote must be seen.
+enum class Access {
+  kCached,     // the weight, which every row reads
+  kOnce,       // past the first-level cache
+  kStreaming,  // and the first to leave the second-level cache: for tensors larger than that
+};
+
+// Predicated, so that a thread's loads stand in a row without branches. All zeros where not `wanted`.
+template <Access kAccess, class T>
+__device__ __forceinline__ Chunk<T> load_chunk(const T* from, bool wanted = true) {
+  Chunk<T> c;
+#define PUNICA_LOAD(instruction)                                                   \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"                                  \
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"           \
+      "@p " instruction ".v4.u32 {%0, %1, %2, %3}, [%4];\n}"                       \
+      : "=&r"(c.words[0]), "=&r"(c.words[1]), "=&r"(c.words[2]), "=&r"(c.words[3]) \
+      : "l"(from), "r"(static_cast<int>(wanted))                                   \
+      : "memory")
+  if constexpr (kAccess == Access::kCached) {
+    PUNICA_LOAD("ld.global");
+  } else if constexpr (kAccess == Access::kOnce) {
+    PUNICA_LOAD("ld.global.L1::no_allocate");
+  } else {
+    PUNICA_LOAD("ld.global.cs");
+  }
+#undef PUNICA_LOAD
+  return c;
+}
+
+template <Access kAccess, class T>
+__device__ __forceinline__ void store_chunk(T* to, const Chunk<T>& c, bool wanted = true) {
+#define PUNICA_STORE(instruction)                                                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p " instruction                                        \
+               ".v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),                                                   \
+               "r"(c.words[0]), "r"(c.words[1]), "r"(c.words[2]), "r"(c.words[3]), "r"(static_cast<int>(wanted)) \
+               : "memory")
+  if constexpr (kAccess == Access::kStreaming) {
+    PUNICA_STORE("st.global.cs");
+  } else {
+    PUNICA_STORE("st.global");
+  }
+#undef PUNICA_STORE
+}
+
+// The same element by element; those from `count` on are zeros.
+template <class T>
+__device__ __forceinline__ Chunk<T> load_elements(const T* from, int64_t count) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  const Bits* bits = reinterpret_cast<const Bits*>(from);
+  Chunk<T> c;
+  c.clear();
+#pragma unroll
+  for (int e = 0; e < Chunk<T>::kSize; ++e) {
+    if (e < count) c.words[e / Chunk<T>::kPerWord] |= uint32_t{bits[e]} << (e % Chunk<T>::kPerWord * 16);
+  }
+  return c;
+}
+
+template <class T>
+__device__ __forceinline__ void store_elements(T* to, const Chunk<T>& c, int64_t count) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  Bits* bits = reinterpret_cast<Bits*>(to);
+#pragma unroll
+  for (int e = 0; e < Chunk<T>::kSize; ++e) {
+    if (e < count) bits[e] = static_cast<Bits>(c.words[e / Chunk<T>::kPerWord] >> (e % Chunk<T>::kPerWord * 16));
+  }
+}
+
+// a + b, rounded to T.
+template <class T>
+__device__ __forceinline__ Chunk<T> add(const Chunk<T>& a, const Chunk<T>& b) {
+  float x[Chunk<T>::kSize], y[Chunk<T>::kSize];
+  a.unpack(x);
+  b.unpack(y);
+#pragma unroll
+  for (int e = 0; e < Chunk<T>::kSize; ++e) x[e] += y[e];
+  Chunk<T> sum;
+  sum.pack(x);
+  return sum;
+}
+
+// The squares of a thread's chunks, in four sums: that many elements of a thread at most are added one after another.
+struct Squares {
+  float sums[4] = {0, 0, 0, 0};
+
+  template <class T>
+  __device__ __forceinline__ void add(const Chunk<T>& c) {
+    float x[Chunk<T>::kSize];
+    c.unpack(x);
+#pragma unroll
+    for (int e = 0; e < Chunk<T>::kSize; ++e) sums[e % 4] = fmaf(x[e], x[e], sums[e % 4]);
+  }
+
+  __device__ __forceinline__ float total() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+};
+
+// The sum over the `num_warps` warps of a row, in every thread of them; `partial` is shared memory. All threads of the
+// block call it.
+__device__ __forceinline__ float row_sum(float value, int num_warps, float (&partial)[32]) {
+  value = warp_sum(value);
+  if (num_warps == 1) return value;
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (num_warps > 8) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return warp_sum(lane < num_warps ? partial[lane] : 0.0f);
+  }
+  float sum = partial[0];
+  for (int i = 1; i < num_warps; ++i) sum += partial[i];
+  return sum;
+}
+
+__device__ __forceinline__ float scale_of(float sum, const Args& args) {
+  return __frsqrt_rn(sum / static_cast<float>(args.columns) + args.epsilon);
+}
+
+template <class T>
+__device__ __forceinline__ Chunk<T> normalised(const Chunk<T>& c, const Chunk<T>& weight, float scale) {
+  float x[Chunk<T>::kSize], w[Chunk<T>::kSize];
+  c.unpack(x);
+  weight.unpack(w);
+#pragma unroll
+  for (int e = 0; e < Chunk<T>::kSize; ++e) x[e] = x[e] * scale * w[e];
+  Chunk<T> result;
+  result.pack(x);
+  return result;
+}
+
+// Rows of at most kThreads * kChunks chunks, all full and aligned. One row a block, or one a warp. With kStreaming many
+// blocks hide each other's latency: registers are for rows in flight, so the weight is read when it is wanted, from
+// the first-level cache mostly. Without, few blocks run, and everything is asked for at once.
+template <Arch kArch, class T, int kThreads, int kChunks, bool kStreaming>
+__global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
+    rms_norm_in_registers(const __grid_constant__ Args args) {
+  if constexpr (kCompiled<kArch>) {
+    static_assert(kThreads == 32 || kThreads >= kMinBlock, "a row has one warp, or the whole block");
+    constexpr int kRowsPerBlock = kThreads < kMinBlock ? kMinBlock / kThreads : 1;
+    constexpr int kSize = Chunk<T>::kSize;
+    constexpr Access kRows = kStreaming ? Access::kStreaming : Access::kOnce;
+    constexpr int kBatch = kChunks < 4 ? kChunks : 4;
+    static_assert(kChunks % kBatch == 0);
+    __shared__ float partial[2][32];
+
+    launch_dependents<kArch>();
+    const int thread = static_cast<int>(threadIdx.x) % kThreads;
+    const int num_chunks = static_cast<int>(args.columns / kSize);
+    const auto has = [&](int i) { return thread + i * kThreads < num_chunks; };
+    const T* const weight_of_thread = static_cast<const T*>(args.weight) + thread * kSize;
+    Chunk<T> weight[kChunks];
+    const auto load_weight = [&] {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
+      }
+    };
+    if (!kStreaming && args.early_reads) load_weight();
+    grid_dependency_wait<kArch>();
+
+    int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+    bool again = false;
+    // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's threads
+    // where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
+    for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
+      const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
+      Chunk<T> x[kChunks];
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
+      }
+      if (!kStreaming && !args.early_reads) load_weight();
+      if (args.residual != nullptr) {
+        T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
+#pragma unroll
+        for (int first = 0; first < kChunks; first += kBatch) {
+          Chunk<T> old[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            x[first + i] = add(x[first + i], old[i]);
+            store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+          }
+        }
+      }
+      Squares squares;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
+      const float scale = scale_of(row_sum(squares.total(), kThreads / 32, partial[again]), args);
+
+      if constexpr (kStreaming) load_weight();
+      T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+      }
+    }
+  }
+}
+
+// Any row: one a block, blockDim.x threads. A thread reads again what it alone read or wrote before.
+template <Arch kArch, class T, bool kVector>
+__global__ void __launch_bounds__(1024) rms_norm_in_two_passes(const __grid_constant__ Args args) {
+  if constexpr (kCompiled<kArch>) {
+    constexpr int kSize = Chunk<T>::kSize;
+    __shared__ float partial[2][32];
+
+    launch_dependents<kArch>();
+    grid_dependency_wait<kArch>();
+    const T* const weight = static_cast<const T*>(args.weight);
+    const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize, step = static_cast<int64_t>(blockDim.x) * kSize;
+    const auto read = [&](const T* from, int64_t c) {
+      if constexpr (kVector) return load_chunk<Access::kCached>(from + c);
+      return load_elements(from + c, args.columns - c);
+    };
+    const auto write = [&](T* to, int64_t c, const Chunk<T>& chunk) {
+      if constexpr (kVector) {
+        store_chunk<Access::kCached>(to + c, chunk);
+      } else {
+        store_elements(to + c, chunk, args.columns - c);
+      }
+    };
+    bool again = false;
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, again = !again) {
+      const T* const input = static_cast<const T*>(args.input) + row * args.input_stride;
+      T* const output = static_cast<T*>(args.output) + row * args.output_stride;
+      T* const residual =
+          args.residual == nullptr ? nullptr : static_cast<T*>(args.residual) + row * args.residual_stride;
+      Squares squares;
+      if (residual == nullptr) {
+#pragma unroll 4
+        for (int64_t c = first; c < args.columns; c += step) squares.add(read(input, c));
+      } else {
+        for (int64_t c = first; c < args.columns; c += step) {
+          const Chunk<T> sum = add(read(input, c), read(residual, c));
+          write(residual, c, sum);
+          squares.add(sum);
+        }
+      }
+      const float scale = scale_of(row_sum(squares.total(), static_cast<int>(blockDim.x) / 32, partial[again]), args);
+      const T* const x = residual == nullptr ? input : residual;
+      for (int64_t c = first; c < args.columns; c += step) {
+        write(output, c, normalised(read(x, c), read(weight, c), scale));
+      }
+    }
+  }
+}
+
+}  // namespace punica::cuda::norm

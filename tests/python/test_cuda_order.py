@@ -1,0 +1,192 @@
+"""Programmatic dependent launch: a kernel may start while the one before it runs, and must read only afterwards.
+
+A kernel that lets its successors start at once, and writes half a millisecond later, stands before the operation. That
+the tests can fail is seen in `early_reads`, where the operation is allowed to be wrong about that, and is.
+"""
+
+import punica_kernels as pk
+import pytest
+import torch
+from conftest import DEVICES
+from cuda_cases import OPS, delayed_write, make, same
+from op_cases import randn
+
+pytestmark = [
+    pytest.mark.skipif("cuda" not in DEVICES, reason="needs a CUDA device and a library built for it"),
+    pytest.mark.skipif(
+        "cuda" in DEVICES and torch.cuda.get_device_capability() < (9, 0),
+        reason="programmatic dependent launch came with compute capability 9.0",
+    ),
+]
+
+
+def results_before_and_after(case):
+    """What it computes with the contents of case.late[0], and with those of case.late[1]."""
+    target, source = case.late
+    old = target.clone()
+    before = case.result()
+    target.copy_(source)
+    after = case.result()
+    target.copy_(old)
+    torch.cuda.synchronize()
+    assert not same(before, after)
+    return before, after
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_stream_order_holds_for_everything(op):
+    for seed in (0, 1, 2):
+        case = make(op, seed)
+        _, after = results_before_and_after(case)
+        delayed_write(*case.late)
+        case.run()
+        assert same(case.snapshot(), after)
+
+
+@pytest.mark.parametrize(
+    "op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "batch_decode", "batch_prefill", "rms_norm"]
+)
+def test_early_reads_reads_early(op):
+    if pk.active_cuda_arch() != "sm_90":
+        pytest.skip("the sm_80 path reads in stream order always")
+    case = make(op, 0)
+    _, after = results_before_and_after(case)
+    delayed_write(*case.late)
+    with pk.early_reads():
+        case.run()
+    assert not same(case.snapshot(), after)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_read_in_order(op, early):
+    """x, q, k, v and the tensor that is updated come from the kernel before, whatever was promised."""
+    for name in ("x", "y", "q", "k", "v", "input", "residual"):
+        case = make(op, 0)
+        if name not in case.arguments:
+            continue
+        target = case.arguments[name]
+        source = randn(*target.shape, dtype=target.dtype, device="cuda", seed=77)
+        old = target.clone()
+        target.copy_(source)
+        case.run()
+        expected = case.snapshot()
+        case = make(op, 0)
+        target = case.arguments[name]
+        assert torch.equal(target, old)
+        case.result()
+        delayed_write(target, source)
+        if early:
+            with pk.early_reads():
+                case.run()
+        else:
+            case.run()
+        assert same(case.snapshot(), expected), name
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_newest_tokens_are_read_in_order(early):
+    """They come from append_kv or init_kv just before, under the promise too."""
+    for op in ("batch_decode", "batch_prefill"):
+        case = make(op, 0)
+        cache = case.kept[0]
+        lengths, new = [130, 5, 64, 0], [1] * 4 if op == "batch_decode" else [7, 5, 20, 0]
+        changed = cache.memory.clone()
+        for i, length in enumerate(lengths):
+            for position in range(max(0, length - new[i]), length):
+                page = cache.pages[i][position // 16]
+                start = (page.data_ptr() - cache.memory.data_ptr()) // cache.memory.itemsize
+                view = changed[start : start + page.numel()].view(page.shape)
+                view[cache.layer, :, :, position % 16] *= -2
+        old = cache.memory.clone()
+        cache.memory.copy_(changed)
+        expected = case.result()
+        cache.memory.copy_(old)
+        assert not same(case.result(), expected)
+        delayed_write(cache.memory, changed)
+        if early:
+            with pk.early_reads():
+                case.run()
+        else:
+            case.run()
+        assert same(case.snapshot(), expected), op
+
+
+def idle(op):
+    """A call in which no row has anything to do."""
+    case = make(op, 0)
+    if op == "dispatch_bgmv":
+        case.arguments["indices"].fill_(-1)
+    elif op.startswith("sgmv"):
+        case.arguments["s_end"].copy_(case.arguments["s_start"])
+    else:
+        case.arguments["kv_indptr"].zero_()
+    return case
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "rms_norm"])
+def test_chain_through_a_call_without_work(op, early):
+    """writer -> a call that skips every row -> a reader of what was written: the middle one must not let it through."""
+    middle, last = idle(op), make("rms_norm", 0)
+    target = last.arguments["input"]
+    source = randn(*target.shape, dtype=target.dtype, device="cuda", seed=9)
+    old = target.clone()
+    target.copy_(source)
+    expected = last.result()
+    target.copy_(old)
+    middle.result()
+    for _ in range(3):
+        target.copy_(old)
+        before = last.snapshot()
+        delayed_write(target, source)
+        if early:
+            with pk.early_reads():
+                middle.run()
+                last.run()
+        else:
+            middle.run()
+            last.run()
+        assert same(last.snapshot(), expected)
+        last.restore(before)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_recycled_workspace(early):
+    """Calls that take their workspace from the allocator one after another get the same memory."""
+    cases = [make(op, seed) for seed in (0, 1, 2) for op in ("batch_decode", "batch_prefill")]
+    expected = [case.result() for case in cases]
+    before = [case.snapshot() for case in cases]
+    for _ in range(20):
+        if early:
+            with pk.early_reads():
+                for case in cases:
+                    case.run()
+        else:
+            for case in cases:
+                case.run()
+        for case, result, saved in zip(cases, expected, before, strict=True):
+            assert same(case.snapshot(), result)
+            case.restore(saved)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_shared_workspace(early):
+    """The same with one that the caller gives to all of them; its bytes are garbage at first."""
+    shared = torch.full((256 << 20,), 255, dtype=torch.uint8, device="cuda")
+    cases = [make(op, seed) for seed in (0, 1, 2) for op in ("batch_decode", "batch_prefill")]
+    expected = [case.result() for case in cases]
+    for case in cases:
+        case.arguments["tmpbuf"] = shared[1:]  # of any alignment
+    for _ in range(10):
+        before = [case.snapshot() for case in cases]
+        if early:
+            with pk.early_reads():
+                for case in cases:
+                    case.run()
+        else:
+            for case in cases:
+                case.run()
+        for case, result, saved in zip(cases, expected, before, strict=True):
+            assert same(case.snapshot(), result)
+            case.restore(saved)
