@@ -90,9 +90,24 @@ __device__ __forceinline__ Vec<T, kCount> load(const T* from) {
   return *reinterpret_cast<const Vec<T, kCount>*>(from);
 }
 
+// One access: the compiler makes accesses of 2 bytes of a struct of 16-bit elements that it has just put together.
 template <class T, int kCount>
 __device__ __forceinline__ void store(T* to, const Vec<T, kCount>& value) {
-  *reinterpret_cast<Vec<T, kCount>*>(to) = value;
+  constexpr int kBytes = sizeof(T) * kCount;
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(&value);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(&value);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(raw.x), "r"(raw.y) : "memory");
+  } else if constexpr (kBytes == 4) {
+    const uint32_t raw = *reinterpret_cast<const uint32_t*>(&value);
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(raw) : "memory");
+  } else {
+    *to = value.values[0];
+  }
 }
 
 // The sum over the warp, the same bits in every lane.
