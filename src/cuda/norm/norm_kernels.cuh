@@ -227,10 +227,24 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
         weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
       }
     };
-    if (!kStreaming && args.early_reads) load_weight();
+    int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+    if constexpr (!kStreaming) {
+      if (args.early_reads) load_weight();
+      if (thread % (kLineBytes / 16) == 0 && row < args.rows) {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          if (!has(i)) break;
+          const int64_t element = (thread + i * kThreads) * kSize;
+          prefetch_line(static_cast<const T*>(args.input) + row * args.input_stride + element);
+          if (args.residual != nullptr) {
+            prefetch_line(static_cast<const T*>(args.residual) + row * args.residual_stride + element);
+          }
+          if (!args.early_reads) prefetch_line(static_cast<const T*>(args.weight) + element);
+        }
+      }
+    }
     grid_dependency_wait<kArch>();
 
-    int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
     bool again = false;
     // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's threads
     // where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
