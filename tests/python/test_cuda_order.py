@@ -43,9 +43,8 @@ def test_stream_order_holds_for_everything(op):
         assert same(case.snapshot(), after)
 
 
-@pytest.mark.parametrize(
-    "op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "batch_decode", "batch_prefill", "rms_norm"]
-)
+# The attention kernels wait before they read anything, promise or not; append_kv and init_kv read nothing but tables.
+@pytest.mark.parametrize("op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "rms_norm"])
 def test_early_reads_reads_early(op):
     if pk.active_cuda_arch() != "sm_90":
         pytest.skip("the sm_80 path reads in stream order always")
