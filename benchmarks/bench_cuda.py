@@ -37,16 +37,17 @@ OVERHEAD_GOALS = {"rms_norm": 1.5, "dispatch_bgmv": 1.5, "batch_decode": 2.2, "b
 
 
 def overhead_rows(floors: FloorLibrary) -> list[dict[str, Any]]:
-    """Host time of a call, from Python to the launch; the floor is a bare launch of an empty kernel from C."""
+    """Host time of a call, from Python to the launch; the floor is the same launch of an empty kernel from C."""
 
-    def bare() -> float:
+    def bare(dependent: bool) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        floors.launches(overhead.BLOCK)
+        floors.launches(overhead.BLOCK, dependent)
         return (time.perf_counter() - start) / overhead.BLOCK
 
-    bare()
-    launch = statistics.median(bare() for _ in range(40))
+    bare(True)
+    plain, launch = (statistics.median(bare(dependent) for _ in range(40)) for dependent in (False, True))
+    print(f"a bare launch: {plain * 1e6:.2f} us, as a programmatic dependent {launch * 1e6:.2f} us", flush=True)
     rows = []
     calls = overhead.tiny_calls("cuda")
     for busy in (False, True):

@@ -80,9 +80,9 @@ class FloorLibrary:
             )
         )  # fmt: skip
 
-    def launches(self, count: int) -> None:
+    def launches(self, count: int, dependent: bool) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(self.library.punica_floor_launches(count, stream))
+        self._check(self.library.punica_floor_launches(count, dependent, stream))
 
     @functools.cache  # noqa: B019  (one instance, for the whole run)
     def floor(self, parts: tuple[tuple[int, int], ...], mode: int) -> float:
