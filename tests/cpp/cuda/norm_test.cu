@@ -325,7 +325,8 @@ void check_type(bool small) {
       c.check_layout(0, 1, 0, 0, 0, false);
       c.check_layout(3, 5, 1, 3, 2, false);
       c.check_alone();
-      if (!small && rows == 5 && (columns == 64 || columns == 576 || columns == 4096 || columns == 8192 || columns == 29568)) {
+      if (!small && rows == 5 &&
+          (columns == 64 || columns == 576 || columns == 4096 || columns == 8192 || columns == 29568)) {
         c.check_many();
       }
     }
