@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="measure only groups whose name contains this")
     parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=None, help="default: results, for whole runs")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of such a file, beside it")
     arguments = parser.parse_args()
     if arguments.plot is not None:
@@ -139,6 +139,11 @@ def main() -> int:
         },
         "rows": rows,
     }
+    if arguments.output is None:
+        if arguments.only:
+            print("not written: only a part was measured (--output FOLDER writes it)")
+            return 0
+        arguments.output = Path(__file__).parent / "results"
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = "cuda_grid" if arguments.grid else "cuda"
     (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

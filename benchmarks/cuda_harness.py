@@ -45,6 +45,7 @@ class FloorLibrary:
         self.library = ctypes.CDLL(str(library))
         self.pool = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
         self.target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+        self.flushed = torch.empty(512 << 20, dtype=torch.uint8, device="cuda").random_()
         self.out = torch.zeros(16, dtype=torch.uint8, device="cuda")
         self.cursor = 0
 
@@ -85,8 +86,15 @@ class FloorLibrary:
         self._check(self.library.punica_floor_launches(count, dependent, stream))
 
     @functools.cache  # noqa: B019  (one instance, for the whole run)
-    def floor(self, parts: tuple[tuple[int, int], ...], mode: int) -> float:
-        """Microseconds of a kernel that reads and updates so many bytes; of several in a chain, their mean."""
+    def floor(self, parts: tuple[tuple[int, int], ...], early: bool) -> float:
+        """Microseconds of a kernel that reads and updates so many bytes; of several in a chain, their mean.
+
+        The best of the launch configurations, and of ordinary and dependent launches; `early`: reading before the wait.
+        """
+        modes = (self.EARLY,) if early else (self.ORDINARY, self.DEPENDENT)
+        return min(self._floor(parts, mode) for mode in modes)
+
+    def _floor(self, parts: tuple[tuple[int, int], ...], mode: int) -> float:
         parts = tuple((_up(read), _up(update)) for read, update in parts)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         total = sum(read + update for read, update in parts)
@@ -163,7 +171,7 @@ def flush(floors: FloorLibrary) -> None:
     """Fills the second-level cache with what nobody asks for."""
     floors._check(
         floors.library.punica_floor_move(
-            ctypes.c_void_p(floors.pool.data_ptr() + (1 << 30)), ctypes.c_int64(512 << 20),
+            ctypes.c_void_p(floors.flushed.data_ptr()), ctypes.c_int64(floors.flushed.nbytes),
             ctypes.c_void_p(0), ctypes.c_int64(0), ctypes.c_void_p(floors.out.data_ptr()), 528, 512, 8, 0,
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
         )

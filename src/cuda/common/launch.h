@@ -16,6 +16,8 @@ namespace punica::cuda {
 
 Status to_status(const char* op, cudaError_t error);
 void set_last_arch(Arch arch);
+// The path of `device`; errors are those of `op`.
+Status active_arch(const char* op, int device, Arch* arch);
 
 // Makes a device the current one of this thread, and the one before again when it goes.
 class DeviceGuard {
@@ -83,8 +85,12 @@ class Launcher {
         attributes[config.numAttrs++].val.clusterDim.z = 1;
       }
     }
-    set_last_arch(arch);
-    return to_status(op_, cudaLaunchKernelEx(&config, kKernel, args...));
+    const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args...);
+    if (error == cudaSuccess) [[likely]] {
+      set_last_arch(arch);
+      return {};
+    }
+    return to_status(op_, error);
   }
 
  private:
@@ -119,7 +125,7 @@ class Launcher {
 template <class Body>
 Status on_device(const char* op, Device device, const Context& context, Body body) {
   Arch arch;
-  PUNICA_RETURN_IF_ERROR(active_arch(device.index, &arch));
+  PUNICA_RETURN_IF_ERROR(active_arch(op, device.index, &arch));
   const DeviceGuard guard(device.index);
   if (guard.error() != cudaSuccess) return to_status(op, guard.error());
   return body(Launcher(op, arch, context));

@@ -60,7 +60,6 @@ Status run(const RmsNormParams& params, const Launcher& launcher) {
       .rows = params.input.shape[0],
       .columns = params.input.shape[1],
       .epsilon = params.epsilon,
-      .early_reads = launcher.early_reads,
   };
   const int64_t num_chunks = (args.columns + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
   const bool vector = args.columns % Chunk<T>::kSize == 0 && is_aligned(params.output, args.rows) &&

@@ -21,7 +21,6 @@ struct Args {
   int64_t rows;
   int64_t columns;
   float epsilon;
-  bool early_reads;
 };
 
 // Rows of one warp have a block of several such rows.
@@ -229,7 +228,6 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
     };
     int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
     if constexpr (!kStreaming) {
-      if (args.early_reads) load_weight();
       if (thread % (kLineBytes / 16) == 0 && row < args.rows) {
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
@@ -239,7 +237,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
           if (args.residual != nullptr) {
             prefetch_line(static_cast<const T*>(args.residual) + row * args.residual_stride + element);
           }
-          if (!args.early_reads) prefetch_line(static_cast<const T*>(args.weight) + element);
+          prefetch_line(static_cast<const T*>(args.weight) + element);
         }
       }
     }
@@ -255,7 +253,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
       for (int i = 0; i < kChunks; ++i) {
         x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
       }
-      if (!kStreaming && !args.early_reads) load_weight();
+      if constexpr (!kStreaming) load_weight();
       if (args.residual != nullptr) {
         T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
 #pragma unroll
