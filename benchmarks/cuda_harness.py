@@ -8,6 +8,7 @@ The floor of a work is the time of a kernel in the same kind of graph that only 
 
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import statistics
@@ -72,11 +73,11 @@ class FloorLibrary:
             )
         )  # fmt: skip
 
-    def copy(self, nbytes: int, grid: int, threads: int, unroll: int) -> None:
+    def copy(self, nbytes: int, grid: int, threads: int, unroll: int, dependent: bool) -> None:
         self._check(
             self.library.punica_floor_copy(
                 ctypes.c_void_p(self._place(self.pool, nbytes)), ctypes.c_void_p(self._place(self.target, nbytes)),
-                ctypes.c_int64(nbytes), grid, threads, unroll,
+                ctypes.c_int64(nbytes), grid, threads, unroll, dependent,
                 ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             )
         )  # fmt: skip
@@ -117,20 +118,19 @@ class FloorLibrary:
 
     @functools.cache  # noqa: B019
     def copy_floor(self, nbytes: int) -> float:
-        """Microseconds of a kernel that reads so many bytes and writes as many."""
+        """Microseconds of a kernel that reads so many bytes and writes as many, launched either way."""
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         calls = max(MIN_CALLS, min(MAX_CALLS, (1 << 30) // max(nbytes, 1)))
         best = float("inf")
-        for blocks_an_sm in (1, 2, 4, 8, 16, 32):
-            for threads in (256, 512, 1024):
-                for unroll in (1, 4, 8):
+        for shape in itertools.product((1, 2, 4, 8, 16, 32), (256, 512, 1024), (1, 4, 8), (False, True)):
 
-                    def run(blocks: int = blocks_an_sm, threads: int = threads, unroll: int = unroll) -> None:
-                        needed = max(1, -(-nbytes // 16 // threads))
-                        for _ in range(calls):
-                            self.copy(nbytes, min(sms * blocks, needed), threads, unroll)
+            def run(shape: tuple[int, int, int, bool] = shape) -> None:
+                blocks_an_sm, threads, unroll, dependent = shape
+                needed = max(1, -(-nbytes // 16 // threads))
+                for _ in range(calls):
+                    self.copy(nbytes, min(sms * blocks_an_sm, needed), threads, unroll, dependent)
 
-                    best = min(best, time_graph(self, run, calls, replays=3))
+            best = min(best, time_graph(self, run, calls, replays=3))
         return best
 
 

@@ -43,8 +43,8 @@ def test_stream_order_holds_for_everything(op):
         assert same(case.snapshot(), after)
 
 
-# Of adapters or tables. The attention kernels wait before they read anything, promise or not, and rms_norm reads nothing
-# that the promise is about.
+# Of adapters or tables. The attention kernels wait before they read anything, promise or not, and rms_norm reads
+# nothing that the promise is about.
 @pytest.mark.parametrize("op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "init_kv", "append_kv"])
 def test_early_reads_reads_early(op):
     if pk.active_cuda_arch() != "sm_90":
