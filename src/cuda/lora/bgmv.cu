@@ -57,16 +57,12 @@ Status launch_bulk_long(const Launcher& launcher, BgmvArgs args) {
   args.rank_bits = 0;
   while ((1 << args.rank_bits) < kBulkRanks && (kBulkSteps << args.rank_bits) < steps) ++args.rank_bits;
   args.steps = static_cast<int>(div_up(steps, 1 << args.rank_bits));
-  // Of a long K few blocks ask for everything at once; many do so together, and leave room for the next kernel's.
-  const int64_t tiles = div_up(args.h_out, kBulkRows), chunks = div_up(args.steps, kBulkSteps);
-  const int max_bits = (args.batch * tiles << args.rank_bits) <= kFewBlocks ? kBulkStageBits : 1;
-  args.stage_bits = 0;
-  while (args.stage_bits < max_bits && (1 << args.stage_bits) < chunks) ++args.stage_bits;
+  const int64_t tiles = div_up(args.h_out, kBulkRows);
   return for_parts(args, tiles, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
     LaunchShape shape;
     shape.grid = dim3(rows << part.rank_bits, tile_count);
     shape.block = dim3(kBulkThreads);
-    shape.shared_bytes = bulk_long_shared_bytes(part.stage_bits);
+    shape.shared_bytes = bulk_long_shared_bytes(div_up(part.steps, kBulkSteps));
     shape.cluster = 1u << part.rank_bits;
     return launcher.launch<bgmv_bulk_long_kernel<Arch::kSm90, T>>(shape, part);
   });
@@ -159,7 +155,8 @@ Status launch(const Launcher& launcher, BgmvArgs args) {
   const int64_t lane_elements = lane_bytes / static_cast<int64_t>(sizeof(T));
   args.vectors = reinterpret_cast<uintptr_t>(args.x) % lane_bytes == 0 && args.x_stride % lane_elements == 0 &&
                  args.h_in % lane_elements == 0;
-  args.wide_y = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.y_stride * sizeof(T) % 16 == 0;
+  args.wide_y = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.y_stride * sizeof(T) % 16 == 0 &&
+                args.h_out * sizeof(T) % 16 == 0;
   if constexpr (sizeof(T) == 4) {
     return launch_float32<kArch>(launcher, args);
   } else if constexpr (kArch == Arch::kSm90) {

@@ -1,7 +1,9 @@
-// What dispatch_bgmv takes from sm_90: the bulk copy engine, barriers that count bytes, clusters.
+// What the kernels of dispatch_bgmv on sm_90 share: which rows a block serves, barriers that count bytes, bulk copies,
+// clusters.
 //
-// Weights come into shared memory by cp.async.bulk: the copies are issued by one warp, take no registers and few
-// instructions, so that blocks are light and those of the next kernel find room beside those of this one.
+// A block has 128 threads, at most 64 registers each, and about 20 KiB of shared memory, so that blocks of two kernels
+// of a chain are resident together. It moves 16 KiB of weights, which take well under a microsecond to come: what it
+// does besides must be few instructions. So one warp finds the rows for all.
 #pragma once
 
 #include "src/cuda/lora/bgmv_common.cuh"
@@ -15,11 +17,62 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- Barriers in shared memory: one arrival, which says how many bytes to wait for --------------------------------
+// ---- Rows that share an adapter: find_group() for one warp
+// -----------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
+struct BulkGroup {
+  int64_t weights;           // address of the adapter
+  int64_t rows[kGroupRows];  // of the columns below count
+  int count;                 // 0: the block has nothing to do
+};
+
+// By the whole of one warp. `meanwhile` is called while the first loads are on their way. On return the warp sees
+// `group`.
+template <class Meanwhile>
+__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, int64_t b, BulkGroup* group,
+                                                   Meanwhile meanwhile) {
+  constexpr int kWords = kScanRows / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t run = b - b % kScanRows;
+  const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
+  const int64_t index = args.indices[b];
+  int64_t mine[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) mine[i] = 32 * i + lane < n ? args.indices[run + 32 * i + lane] : -1;
+  meanwhile();
+  int count = 0;
+  if (index >= 0 && index < args.num_adapters) {
+    const int64_t weights = args.w_ptr[index];
+    const int me = static_cast<int>(b - run);
+    uint32_t votes[kWords];
+    int before = 0, total = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      votes[i] = __ballot_sync(0xffffffffu, mine[i] == index);
+      const uint32_t earlier = me >= 32 * (i + 1) ? 0xffffffffu : me <= 32 * i ? 0u : (1u << (me % 32)) - 1;
+      before += __popc(votes[i] & earlier);
+      total += __popc(votes[i]);
+    }
+    if (before % kGroupRows == 0) {
+      count = min(total - before, kGroupRows);
+      int column = __popc(votes[0] & ((1u << lane) - 1)) - before;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if (mine[i] == index && column >= 0 && column < kGroupRows) group->rows[column] = run + 32 * i + lane;
+        if (i + 1 < kWords) column += __popc(votes[i] >> lane) + __popc(votes[i + 1] & ((1u << lane) - 1));
+      }
+      if (lane == 0) group->weights = weights;
+    }
+  }
+  if (lane == 0) group->count = count;
+  __syncwarp();
+}
+
+// ---- Barriers in shared memory: an arrival says how many bytes to wait for -----------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 #endif
 }
 
@@ -37,17 +90,25 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
 #endif
 }
 
-// Waits for the end of a phase; what arrived in it is seen.
+// Waits for the end of a phase; what arrived in it is seen: from the copy engine, or from the cluster.
+template <bool kCluster>
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   uint32_t done;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    if constexpr (kCluster) {
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+    } else {
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+                   : "=r"(done)
+                   : "r"(shared_address(barrier)), "r"(parity)
+                   : "memory");
+    }
   } while (done == 0);
 #endif
 }
@@ -144,11 +205,24 @@ __device__ __forceinline__ Words<kCount> load_x(const T* from, int count) {
   return r;
 }
 
+__device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
+__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+
+template <class T>
+__device__ __forceinline__ T bits_as(uint16_t bits) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __ushort_as_half(bits);
+  } else {
+    return __ushort_as_bfloat16(bits);
+  }
+}
+
 // ---- Clusters ------------------------------------------------------------------------------------------------------
 
+// Orders nothing but the barriers' initialisation, which has its own fence.
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 

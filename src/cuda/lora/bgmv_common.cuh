@@ -22,11 +22,10 @@ struct BgmvArgs {
   bool early_reads;
   bool vectors;    // x, and W where its address is aligned, can be read by the widest loads of the kernel; short K on
                    // sm_80: and y two elements at a time
-  bool wide_y;     // y can be read 16 bytes at a time
+  bool wide_y;     // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
   int first_tile;  // of h_out, at blockIdx.y = 0
   int rank_bits;   // long K on sm_90: log2 of the blocks of a cluster
   int steps;       // long K: steps of a block (sm_90) or a warp (sm_80)
-  int stage_bits;  // long K on sm_90: log2 of the chunks in flight of a block
   int rounds;      // short K on sm_90: of a block
   int team;        // float32: threads that share a row of W
 };
