@@ -1,9 +1,9 @@
 // What the kernels of dispatch_bgmv on sm_90 share: which rows a block serves, barriers that count bytes, bulk copies,
 // clusters.
 //
-// A block has 128 threads, at most 64 registers each, and about 20 KiB of shared memory, so that blocks of two kernels
-// of a chain are resident together. It moves 16 KiB of weights, which take well under a microsecond to come: what it
-// does besides must be few instructions. So one warp finds the rows for all.
+// A block has 128 threads and about 20 KiB of shared memory, so that blocks of two kernels of a chain are resident
+// together. It moves 16 KiB of weights, which take little time to come: what it does besides must be few instructions.
+// So one warp finds the rows for all.
 #pragma once
 
 #include "src/cuda/lora/bgmv_common.cuh"
@@ -17,8 +17,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- Rows that share an adapter: find_group() for one warp
-// -----------------------------------------------------------
+// ---- Rows that share an adapter: find_group() for one warp ---------------------------------------------------------
 
 struct BulkGroup {
   int64_t weights;           // address of the adapter

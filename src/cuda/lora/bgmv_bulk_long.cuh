@@ -5,7 +5,8 @@
 // a lane will multiply it copies itself, into a place of its own in shared memory: no barrier, no address to compute.
 // x goes from global memory to registers. Every warp sends its partial sums of column c straight to the block c mod
 // ranks, which adds them in the order of ranks and warps and updates y: no barrier of the cluster comes after the
-// products. (Rows of W by the copy engine, 16 copies of 1 KiB a block, were slower: about 85 cycles each to issue.)
+// products. (Rows of W by the copy engine, 16 copies of 1 KiB a block, took as long in large batches and longer in
+// small ones: one warp needs about 85 cycles to issue each.)
 #pragma once
 
 #include "src/cuda/lora/bgmv_bulk.cuh"
@@ -140,10 +141,11 @@ __device__ __forceinline__ void bulk_long_sums(const BgmvArgs& args, const T* w,
 
 // Grid: (rows * ranks, tiles of 16 outputs), clusters of `ranks` blocks, a power of two, along x.
 template <Arch kArch, class T>
-__global__ void __launch_bounds__(kBulkThreads, 8) bgmv_bulk_long_kernel(const BgmvArgs args) {
+__global__ void __launch_bounds__(kBulkThreads, 6) bgmv_bulk_long_kernel(const BgmvArgs args) {
   static_assert(kBulkThreads == 8 * kBulkRows && kBulkRanks <= kGroupRows);
   if constexpr (kCompiled<kArch>) {
-    launch_dependents<kArch>();
+    // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
+    if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkLongShared& shared = *reinterpret_cast<BulkLongShared*>(bulk_shared);
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
@@ -167,6 +169,7 @@ __global__ void __launch_bounds__(kBulkThreads, 8) bgmv_bulk_long_kernel(const B
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) find_group_by_warp(args, b, &shared.group, [] {});
     __syncthreads();
+    if (!args.early_reads) launch_dependents<kArch>();
     const int count = shared.group.count;
     if (count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();

@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
                                                 : kSteps == 2 ? 7
                                                               : 5) bgmv_bulk_short_kernel(const BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
-    launch_dependents<kArch>();
+    // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
+    if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
         if (run.head + run.tail > 0 && lane < 8) run.copy_edges(image, lane);
       }
     }
+    if (!args.early_reads) launch_dependents<kArch>();
     __syncthreads();  // the group, the barrier, what the first warp copied itself
     if (args.early_reads) grid_dependency_wait<kArch>();
     if (shared.group.count == 0) return;
