@@ -152,9 +152,12 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
 #pragma unroll 1
     for (int row = warp * kRoundRows; row < rows; row += kBlockRoundRows) {
       multiply(row);
-#pragma unroll 1
-      for (int i = 0; i < min(y_count - row, 8); ++i) {
-        y[row + i] = from_float<T>(fmaf(args.scale, own_sums[i], to_float(y[row + i])));
+      // A lane an output, neighbouring lanes neighbouring ones.
+      if (row + lane < rows) {
+        for (int column = 0; column < count; ++column) {
+          T* const to = static_cast<T*>(args.y) + shared.group.rows[column] * args.y_stride + m_first + row + lane;
+          *to = from_float<T>(fmaf(args.scale, sums[column * kSumPitch + lane], to_float(*to)));
+        }
       }
     }
   }
