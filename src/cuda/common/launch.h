@@ -108,8 +108,8 @@ class Launcher {
     if (limit < 0 || bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }
