@@ -63,7 +63,7 @@ class Launcher {
   // runs, so every thread of it must call grid_dependency_wait() (device.cuh) before it touches what others write.
   template <auto kKernel, class... Args>
   Status launch(const LaunchShape& shape, const Args&... args) const {
-    if (shape.shared_bytes > kDefaultShared) {
+    if (shape.shared_bytes > 0) {
       if (const cudaError_t error = allow_shared<kKernel>(shape.shared_bytes); error != cudaSuccess) {
         return to_status(op_, error);
       }
@@ -94,10 +94,10 @@ class Launcher {
   }
 
  private:
-  static constexpr size_t kDefaultShared = 48 << 10;
   static constexpr int kMaxShared = 227 << 10;
 
-  // Raises the kernel's limit of dynamic shared memory, once a device.
+  // Raises the kernel's limit of dynamic shared memory, once a device, and asks for the largest carve-out: a
+  // multiprocessor that has to change it for the next kernel must first run empty.
   template <auto kKernel>
   static cudaError_t allow_shared(size_t bytes) {
     static std::atomic<uint64_t> done{0};
@@ -113,6 +113,9 @@ class Launcher {
     limit -= static_cast<int>(attributes.sharedSizeBytes);  // what it has statically counts too
     if (limit < 0 || bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error != cudaSuccess) return error;
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }
