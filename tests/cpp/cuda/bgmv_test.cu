@@ -24,6 +24,7 @@ namespace {
 using punica::DType;
 
 int g_checks = 0, g_failures = 0;
+bool g_small = false;  // small sizes, for compute-sanitizer
 
 void fail(const std::string& what) {
   if (++g_failures <= 60) std::printf("FAILED %s\n", what.c_str());
@@ -299,6 +300,7 @@ void run_all() {
         for (size_t i = 0; i < std::size(batches); ++i) {
           if (cost > 70000 && (i + turn) % 9 != 0) continue;
           if (cost > 10000 && (i + turn) % 3 != 0) continue;
+          if (g_small && (cost * batches[i] > 600000 || (i + turn) % 5 != 0)) continue;
           Case c = {};
           c.batch = batches[i];
           c.h_in = direction == 0 ? h : r;
@@ -321,6 +323,7 @@ void run_all() {
     }
   }
   for (const int64_t batch : {127, 128, 129, 256, 1000, 4100}) {
+    if (g_small && batch != 129) continue;
     for (const bool same : {false, true}) {
       run_case<T>({batch, 64, 16, same ? 1 : 4, 0, 0, 0, !same, same, same}, random);
       run_case<T>({batch, 16, 64, same ? 1 : 150, 0, 0, 0, false, same, !same}, random);
@@ -328,9 +331,11 @@ void run_all() {
     }
   }
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
-  run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
-  run_case<T>({256, 64, 4096, 8, 0, 0, 0, false, false, false}, random);
-  if (sizeof(T) == 2 && kDType<T> == DType::kBFloat16) {
+  if (!g_small) {
+    run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
+    run_case<T>({256, 64, 4096, 8, 0, 0, 0, false, false, false}, random);
+  }
+  if (!g_small && sizeof(T) == 2 && kDType<T> == DType::kBFloat16) {
     run_case<T>({2, 136, 65535 * 16 + 40, 1, 0, 0, 0, false, false, false}, random);
   }
   const std::pair<int64_t, int64_t> aligned[] = {{16, 64},   {8, 100},   {64, 48}, {128, 130}, {17, 33},
@@ -340,7 +345,8 @@ void run_all() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  g_small = argc > 1;  // any argument
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("skipped: no CUDA device\n");
