@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
   if constexpr (kCompiled<kArch>) {
     using D = Deep<kArch, kInOut, kCols>;
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ SgmvScratch scratch;
+    __shared__ SgmvScratch<kSgmvThreads> scratch;
     launch_dependents<kArch>();
 
     const uint32_t rank = blockIdx.x % kCluster;
@@ -165,7 +165,7 @@ template <Arch kArch, class T, bool kInOut, int kCols, int kCluster>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   using D = Deep<kArch, kInOut, kCols>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + kCols - 1) / kCols) * kCluster);
+  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + kCols - 1) / kCols) * kCluster);
   shape.block = kSgmvThreads;
   shape.shared_bytes = D::kRingBytes + (kCluster > 1 ? D::kSumBytes : 0);
   shape.cluster = kCluster;

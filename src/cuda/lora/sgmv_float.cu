@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
   if constexpr (kCompiled<kArch>) {
     using F = Float<kDeep>;
     extern __shared__ __align__(16) float floats[];
-    __shared__ SgmvScratch scratch;
+    __shared__ SgmvScratch<kSgmvThreads> scratch;
     launch_dependents<kArch>();
 
     const uint32_t rank = blockIdx.x % kCluster;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* to = floats + (group * kSgmvRows + first_row + i * 16) * F::kCols + first_column;
-      store(to, Vec<float, 4>{total[i][0], total[i][1], total[i][2], total[i][3]});
+      *reinterpret_cast<float4*>(to) = {total[i][0], total[i][1], total[i][2], total[i][3]};
     }
     __syncthreads();
     y.template add<F::kGroups>(floats, floats + F::kRingFloats);
@@ -176,7 +176,7 @@ template <Arch kArch, bool kInOut, bool kDeep, int kCluster>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   using F = Float<kDeep>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + F::kCols - 1) / F::kCols) * kCluster);
+  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + F::kCols - 1) / F::kCols) * kCluster);
   shape.block = kSgmvThreads;
   shape.shared_bytes = (F::kRingFloats + (kCluster > 1 ? kSgmvRows * F::kCols : 0)) * sizeof(float);
   shape.cluster = kCluster;
