@@ -7,6 +7,9 @@
 #include "src/cuda/backend.h"
 #include "src/cuda/lora/sgmv.h"
 
+#ifndef PUNICA_SGMV_EXPAND
+#define PUNICA_SGMV_EXPAND 16
+#endif
 namespace punica::cuda {
 namespace {
 
@@ -46,11 +49,12 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   if (args.num_segments == 0 || args.rows == 0 || args.d_in == 0 || args.d_out == 0) return {};
   return on_device(op, params.y.device, context, [&](const Launcher& launcher) {
     if (params.y.dtype == DType::kFloat32) return launch_sgmv_float(launcher, params.weights, args);
-    if (is_deep(args.d_in, args.d_out) && params.weights == SgmvWeights::kOutIn && launcher.arch == Arch::kSm90) {
+    if (is_deep(args.d_in, args.d_out) && args.d_out <= 16 && params.weights == SgmvWeights::kOutIn &&
+        launcher.arch == Arch::kSm90) {
       return launch_sgmv_stream(launcher, params.y.dtype, args);
     }
     if (is_deep(args.d_in, args.d_out)) return launch_sgmv_deep(launcher, params.weights, params.y.dtype, args);
-    if (args.d_in <= 64) return launch_sgmv_expand(launcher, params.weights, params.y.dtype, args);
+    if (args.d_in <= PUNICA_SGMV_EXPAND) return launch_sgmv_expand(launcher, params.weights, params.y.dtype, args);
     return launch_sgmv_wide(launcher, params.weights, params.y.dtype, args);
   });
 }

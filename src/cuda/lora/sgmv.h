@@ -46,9 +46,9 @@ inline int64_t max_tiles(const SgmvArgs& args, int tile_rows) {
 // Segments of 16 rows or less on average: tiles of 16 rows serve them better. A choice of tiles, not of arithmetic.
 inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args.num_segments; }
 
-// float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out small: x is what moves.
+// float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// The same for W [d_in, d_out], and for both on sm_80.
+// Otherwise where d_in is large and d_out small.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 where d_in is 64 or less: y is what moves.
 Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);

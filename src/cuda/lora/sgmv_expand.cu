@@ -6,6 +6,8 @@
 // 4t .. 4t + 3, so that its fragment of a row of x is one access of 8 bytes; column c of product j is column 4c + j of
 // the 32, so that a lane's part of W is the columns 4g .. 4g + 3 (8 bytes each of 4 of K, or of 4 columns), and the
 // sums that it gets are those of columns 8t .. 8t + 7: 16 bytes of a row of y.
+#include <algorithm>
+
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -38,6 +40,15 @@ __device__ __forceinline__ uint2 load_four(const void* from, int64_t count) {
     if (count > 3) result.y |= uint32_t{__ldg(elements + 3)} << 16;
   }
   return result;
+}
+
+// Past the first-level cache: y is read once.
+__device__ __forceinline__ uint4 load_y(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
 }
 
 // Two adjacent elements plus a and b, each rounded once.
@@ -116,19 +127,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
 
     // The lane's part of y: rows g + 8i of the tile, 16 bytes.
     uint4 old[2 * kGroups];
-    const auto is_vector = [&] {
+    const auto is_vector = [&](int64_t column) {
       const int64_t first = column + t * 8;
       if constexpr (kFast) return first < args.d_out;
       return args.y_vectors && first >= 0 && first + 8 <= args.d_out;
     };
-    const auto read = [&](int64_t row, int64_t rows) {
-      const T* from = static_cast<const T*>(args.y) + (row + g) * args.y_stride + column + t * 8;
-      const bool vector = is_vector();
-#pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) {
-        if (vector && i * 8 + g < rows) old[i] = *reinterpret_cast<const uint4*>(from);
-        from += 8 * args.y_stride;
-      }
+    const auto read = [&](int m, int64_t row, int64_t rows, int64_t column) {
+      const T* from = static_cast<const T*>(args.y) + (row + m * 16 + g) * args.y_stride + column + t * 8;
+      const bool vector = is_vector(column);
+      if (vector && m * 16 + g < rows) old[m * 2] = load_y(from);
+      if (vector && m * 16 + 8 + g < rows) old[m * 2 + 1] = load_y(from + 8 * args.y_stride);
     };
     // Without early reads y is read, in the time that the tables take, where the tile is if the segments cover all rows
     // in order, as they mostly do.
@@ -136,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
     if (!args.early_reads) {
       prefetch_tables(args);  // asks the L2 cache alone, where all writes of the kernel before end up
       grid_dependency_wait<kArch>();
-      read(guess, args.rows - guess);
+#pragma unroll
+      for (int m = 0; m < kGroups; ++m) read(m, guess, args.rows - guess, column);
     }
     SgmvTile<T> tile;
     if (!find_tile<kRows, kThreads>(args, number, scratch, &tile)) {
@@ -144,24 +153,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
       return;
     }
 
-    bool is_read = !args.early_reads && tile.row == guess;
     const int64_t w_row = kInOut ? args.d_out : args.d_in;
     const bool w_fours = reinterpret_cast<uintptr_t>(tile.w) % 8 == 0 && w_row % 4 == 0 && (!kInOut || shift % 4 == 0);
     const T* const x = static_cast<const T*>(args.x) + (tile.row + g) * args.x_stride + t * 4;
-    bool waited = !args.early_reads;
-#pragma unroll 1
-    for (; column < end; column += kWidth) {
-      uint32_t b[kSlices][4][2];
+    uint32_t b[kSlices][4][2];
+    const auto load_b = [&](int64_t column) {
       if (w_fours) {
         load_weights<T, kInOut, kSlices, true>(b, tile.w, args, column, lane);
       } else {
         load_weights<T, kInOut, kSlices, false>(b, tile.w, args, column, lane);
       }
-      if (!waited) grid_dependency_wait<kArch>();
-      waited = true;
-      if (!is_read) read(tile.row, tile.rows);
-      is_read = false;
-
+    };
+    load_b(column);
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    if (args.early_reads || tile.row != guess) {
+#pragma unroll
+      for (int m = 0; m < kGroups; ++m) read(m, tile.row, tile.rows, column);
+    }
+#pragma unroll 1
+    for (; column < end; column += kWidth) {
       // Fragments of x of all groups, or of one.
       constexpr int kHave = kSlices == 1 ? kGroups : 1;
       uint2 a[kHave][kSlices][2];
@@ -182,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
 #pragma unroll
       for (int m = 0; m < kHave; ++m) load_x(m);
 
-      const bool vector = is_vector();
+      const bool vector = is_vector(column);
       T* y = static_cast<T*>(args.y) + (tile.row + g) * args.y_stride + column + t * 8;
 #pragma unroll
       for (int m = 0; m < kGroups; ++m) {
@@ -223,9 +233,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
           }
           y += 8 * args.y_stride;
         }
+        // The same registers take this part of the next strip.
+        if (column + kWidth < end) read(m, tile.row, tile.rows, column + kWidth);
       }
+      if (column + kWidth < end) load_b(column + kWidth);
     }
-    if (!waited) grid_dependency_wait<kArch>();
   }
 }
 
@@ -234,9 +246,9 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t tiles = max_tiles(args, kGroups * 16);
   const int64_t all = (args.d_out + args.y_shift + kWidth - 1) / kWidth;
   // Tiles of few rows are many, and each has to be found: a block does more of one then, as long as there are blocks
-  // enough.
-  int64_t strips = 1;
-  while (kGroups == 1 && strips * 2 <= all && tiles * ((all + strips * 2 - 1) / (strips * 2)) >= 2048) strips *= 2;
+  // enough to fill an H200 twice. A choice that no bit depends on.
+  const int64_t strips =
+      kGroups == 1 ? std::clamp((tiles * all + 1055) / 1056, int64_t{1}, all) : std::min(all, int64_t{2});
   LaunchShape shape;
   shape.grid = static_cast<unsigned>(tiles * ((all + strips - 1) / strips));
   shape.block = kThreads;
