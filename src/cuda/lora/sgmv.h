@@ -50,7 +50,7 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 // Otherwise where d_in is large and d_out small.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
-// float16 and bfloat16 where d_in is 64 or less: y is what moves.
+// float16 and bfloat16 where d_in is 16 or less: y is what moves.
 Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 otherwise: y is what moves, or nothing is small.
 Status launch_sgmv_wide(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);

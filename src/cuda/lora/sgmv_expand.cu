@@ -1,4 +1,4 @@
-// sgmv for float16 and bfloat16 where d_in is at most 64: y is what moves.
+// sgmv for float16 and bfloat16 where d_in is at most 16: y is what moves.
 //
 // A warp computes 64 rows (16 with short segments) x 32 columns, all from registers: neither shared memory nor barriers
 // of the block are in the way. What makes that possible is that the order of K within a product and of columns among
@@ -18,12 +18,13 @@ constexpr int kWarpWidth = 32;
 constexpr int kThreads = 128;
 constexpr int kWidth = kThreads / 32 * kWarpWidth;
 
+constexpr int kSlices = 1;  // of 16 of K
+
 // As many blocks as the registers of a multiprocessor are enough for: what a lane has of y and W, and a few more.
-template <int kSlices, int kGroups, bool kFast>
-inline constexpr int kMinBlocks = kSlices == 1 ? (kGroups > 1 ? 4
-                                                  : kFast     ? 8
-                                                              : 6)
-                                               : (kGroups > 1 ? 3 : 4);
+template <int kGroups, bool kFast>
+inline constexpr int kMinBlocks = kGroups > 1 ? 4
+                                  : kFast     ? 8
+                                              : 5;
 
 // Four 16-bit elements, of which the first `count` (possibly less than none) are there; zeros elsewhere. kWhole: at a
 // multiple of 8 bytes, and all four or none.
@@ -66,7 +67,7 @@ __device__ __forceinline__ uint32_t add_pair(uint32_t old, float a, float b) {
 }
 
 // W of 32 columns from `column` on: b[slice][product].
-template <class T, bool kInOut, int kSlices, bool kWhole>
+template <class T, bool kInOut, bool kWhole>
 __device__ __forceinline__ void load_weights(uint32_t (&b)[kSlices][4][2], const T* w, const SgmvArgs& args,
                                              int64_t column, int lane) {
   const int64_t c = column + lane / 4 * 4;
@@ -107,12 +108,15 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[kSlices][4][2], const
 }
 
 // kFast: whatever a lane reads or writes of x and y is there as a whole and aligned.
-template <Arch kArch, class T, bool kInOut, int kSlices, int kGroups, bool kFast>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
+template <Arch kArch, class T, bool kInOut, int kGroups, bool kFast>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
     sgmv_expand(const SgmvArgs args, const int strips) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kRows = kGroups * 16;
+    constexpr bool kStaged = !kFast;  // a variant that also knows rows at any multiple of 2 bytes
+    constexpr int kPitch = kWarpWidth + 1;
     __shared__ SgmvScratch<kThreads> scratch;
+    __shared__ float staged[kStaged ? kThreads / 32 * 16 * kPitch : 1];
     launch_dependents<kArch>();
 
     // A block goes over `strips` strips of kWidth columns. They begin where rows of y have multiples of 16 bytes, if
@@ -159,9 +163,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
     uint32_t b[kSlices][4][2];
     const auto load_b = [&](int64_t column) {
       if (w_fours) {
-        load_weights<T, kInOut, kSlices, true>(b, tile.w, args, column, lane);
+        load_weights<T, kInOut, true>(b, tile.w, args, column, lane);
       } else {
-        load_weights<T, kInOut, kSlices, false>(b, tile.w, args, column, lane);
+        load_weights<T, kInOut, false>(b, tile.w, args, column, lane);
       }
     };
     load_b(column);
@@ -192,6 +196,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
 #pragma unroll
       for (int m = 0; m < kHave; ++m) load_x(m);
 
+      // Rows that start anywhere: a column a lane, by way of shared memory, so that a row is one access of the warp.
+      T single[kStaged ? 16 : 1];
+      T* const y_single = static_cast<T*>(args.y) + tile.row * args.y_stride + column + lane;
+      const bool is_single = kStaged && !args.y_vectors;
+      if (is_single) {
+#pragma unroll
+        for (int r = 0; r < 16; ++r) {
+          if (r < tile.rows && column + lane < args.d_out) single[kStaged ? r : 0] = y_single[r * args.y_stride];
+        }
+      }
+
       const bool vector = is_vector(column);
       T* y = static_cast<T*>(args.y) + (tile.row + g) * args.y_stride + column + t * 8;
 #pragma unroll
@@ -205,6 +220,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
           for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], {low.x, high.x, low.y, high.y}, b[s][j]);
         }
         if (kHave < kGroups && m + kHave < kGroups) load_x(m + kHave);
+        if constexpr (kStaged) {
+          if (is_single) {
+            float* const to = staged + (warp * 16 + g) * kPitch + t * 8;
+            __syncwarp();
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+              to[c] = sums[c % 4][c / 4];
+              to[8 * kPitch + c] = sums[c % 4][2 + c / 4];
+            }
+            __syncwarp();
+#pragma unroll
+            for (int r = 0; r < 16; ++r) {
+              if (r < tile.rows && column + lane < args.d_out) {
+                y_single[r * args.y_stride] =
+                    from_float<T>(to_float(single[r]) + staged[(warp * 16 + r) * kPitch + lane]);
+              }
+            }
+            continue;
+          }
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int h = half * 2;
@@ -241,37 +276,34 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kSlices, kGroups, kFast>)
   }
 }
 
-template <Arch kArch, class T, bool kInOut, int kSlices, int kGroups, bool kFast>
+template <Arch kArch, class T, bool kInOut, int kGroups, bool kFast>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t tiles = max_tiles(args, kGroups * 16);
   const int64_t all = (args.d_out + args.y_shift + kWidth - 1) / kWidth;
   // Tiles of few rows are many, and each has to be found: a block does more of one then, as long as there are blocks
   // enough to fill an H200 twice. A choice that no bit depends on.
+  constexpr int64_t kBlocks = kFast ? 1056 : 2112;
   const int64_t strips =
-      kGroups == 1 ? std::clamp((tiles * all + 1055) / 1056, int64_t{1}, all) : std::min(all, int64_t{2});
+      kGroups == 1 ? std::clamp((tiles * all + kBlocks - 1) / kBlocks, int64_t{1}, all) : std::min(all, int64_t{2});
   LaunchShape shape;
   shape.grid = static_cast<unsigned>(tiles * ((all + strips - 1) / strips));
   shape.block = kThreads;
-  return launcher.launch<sgmv_expand<kArch, T, kInOut, kSlices, kGroups, kFast>>(shape, args, static_cast<int>(strips));
+  return launcher.launch<sgmv_expand<kArch, T, kInOut, kGroups, kFast>>(shape, args, static_cast<int>(strips));
 }
 
-template <Arch kArch, class T, bool kInOut, int kSlices>
+template <Arch kArch, class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   if (!args.y_vectors || args.y_shift != 0 || args.d_out % 8 != 0 || !args.x_fours) {
-    return launch<kArch, T, kInOut, kSlices, 1, false>(launcher, args);
+    return launch<kArch, T, kInOut, 1, false>(launcher, args);
   }
-  return short_segments(args) ? launch<kArch, T, kInOut, kSlices, 1, true>(launcher, args)
-                              : launch<kArch, T, kInOut, kSlices, 4, true>(launcher, args);
+  return short_segments(args) ? launch<kArch, T, kInOut, 1, true>(launcher, args)
+                              : launch<kArch, T, kInOut, 4, true>(launcher, args);
 }
 
 template <class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  if (launcher.arch == Arch::kSm80) {
-    return args.d_in <= 16 ? launch<Arch::kSm80, T, kInOut, 1>(launcher, args)
-                           : launch<Arch::kSm80, T, kInOut, 4>(launcher, args);
-  }
-  return args.d_in <= 16 ? launch<Arch::kSm90, T, kInOut, 1>(launcher, args)
-                         : launch<Arch::kSm90, T, kInOut, 4>(launcher, args);
+  if (launcher.arch == Arch::kSm80) return launch<Arch::kSm80, T, kInOut>(launcher, args);
+  return launch<Arch::kSm90, T, kInOut>(launcher, args);
 }
 
 }  // namespace

@@ -1,13 +1,17 @@
 // sgmv_shrink for float16 and bfloat16 on the sm_90 path where d_in is large and d_out at most 16: x is what moves.
 //
-// A block has a tile of rows and, with the three others of its cluster, a quarter of d_in, of which each warp takes 64
-// of every 512. x and W go from memory into registers, as fragments of mma.m16n8k16, without shared memory or barriers
-// in the way: a warp has all its rows in flight, and asks for the next part of a row as soon as it has multiplied the
-// one before. K is permuted within chunks of 32, in x and W alike, so that a lane's part of a chunk is eight adjacent
-// elements: one 16-byte access of either.
+// A block has a tile of rows and, with the other of its cluster, a half of d_in, of which each warp takes 64 of every
+// 1024. A warp copies its part of x, whole lines of 128 bytes, into a ring in shared memory of its own, with cp.async,
+// so that no barrier of the block is in the way; W goes straight into registers, once for all rows of the tile, one
+// step ahead. K is permuted within chunks of 32, in x and W alike, so that a lane's part of a chunk is eight adjacent
+// elements: one 16-byte access of either, and two products of mma.m16n8k16. Rows at other addresses than multiples of
+// 16 bytes go into registers in words of 4 bytes.
 //
 // In the end the warps' sums are added in the order of K, and the blocks' of a cluster, which travel through
 // distributed shared memory to the block that owns the rows, in order of the blocks.
+//
+// Clusters are of two, with one block to a multiprocessor. Of four, with two blocks to a multiprocessor, this took a
+// third more time on an H200.
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
