@@ -23,7 +23,7 @@ constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 constexpr int kChunk = 32;      // of K: two products
 constexpr int kWarpChunks = 2;  // of a warp in a step
-constexpr int kStep = kWarps * kWarpChunks * kChunk;
+[[maybe_unused]] constexpr int kStep = kWarps * kWarpChunks * kChunk;
 constexpr int kCluster = 2;
 // A warp's ring in shared memory: units of 16 rows x 128 bytes.
 constexpr int kUnitBytes = 16 * kWarpChunks * kChunk * 2;
