@@ -45,12 +45,15 @@ setup: $(VENV)/.requirements ## Install the system packages and the Python envir
 build: $(VENV)/.wheel ## Build the wheel (build/dist) and install it into .venv
 
 # ---- The demo ------------------------------------------------------------------------------------------------------
-.PHONY: demo bench-cpu
+.PHONY: demo bench-cpu bench-cuda
 demo: build ## Serve eight prompts through four adapters in one batch, on the CPU
 	@$(BIN)/python examples/demo.py
 
 bench-cpu: build ## Measure the CPU backend beside its rivals (benchmarks/results)
 	@$(BIN)/python benchmarks/bench_cpu.py
+
+bench-cuda: build ## Measure the CUDA backend beside its floors and torch (needs a GPU, and torch built for it)
+	@$(BIN)/python benchmarks/bench_cuda.py
 
 # ---- Tests ---------------------------------------------------------------------------------------------------------
 .PHONY: test test-cpp test-python test-sanitize test-tsan test-aarch64

@@ -37,16 +37,17 @@ OVERHEAD_GOALS = {"rms_norm": 1.5, "dispatch_bgmv": 1.5, "batch_decode": 2.2, "b
 
 
 def overhead_rows(floors: FloorLibrary) -> list[dict[str, Any]]:
-    """Host time of a call, from Python to the launch; the floor is a bare launch of an empty kernel from C."""
+    """Host time of a call, from Python to the launch; the floor is the same launch of an empty kernel from C."""
 
-    def bare() -> float:
+    def bare(dependent: bool) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        floors.launches(overhead.BLOCK)
+        floors.launches(overhead.BLOCK, dependent)
         return (time.perf_counter() - start) / overhead.BLOCK
 
-    bare()
-    launch = statistics.median(bare() for _ in range(40))
+    bare(True)
+    plain, launch = (statistics.median(bare(dependent) for _ in range(40)) for dependent in (False, True))
+    print(f"a bare launch: {plain * 1e6:.2f} us, as a programmatic dependent {launch * 1e6:.2f} us", flush=True)
     rows = []
     calls = overhead.tiny_calls("cuda")
     for busy in (False, True):
@@ -93,7 +94,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="measure only groups whose name contains this")
     parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=None, help="default: results, for whole runs")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of such a file, beside it")
     arguments = parser.parse_args()
     if arguments.plot is not None:
@@ -138,6 +139,11 @@ def main() -> int:
         },
         "rows": rows,
     }
+    if arguments.output is None:
+        if arguments.only:
+            print("not written: only a part was measured (--output FOLDER writes it)")
+            return 0
+        arguments.output = Path(__file__).parent / "results"
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = "cuda_grid" if arguments.grid else "cuda"
     (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -8,6 +8,7 @@ The floor of a work is the time of a kernel in the same kind of graph that only 
 
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import statistics
@@ -45,6 +46,7 @@ class FloorLibrary:
         self.library = ctypes.CDLL(str(library))
         self.pool = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
         self.target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+        self.flushed = torch.empty(512 << 20, dtype=torch.uint8, device="cuda").random_()
         self.out = torch.zeros(16, dtype=torch.uint8, device="cuda")
         self.cursor = 0
 
@@ -71,22 +73,29 @@ class FloorLibrary:
             )
         )  # fmt: skip
 
-    def copy(self, nbytes: int, grid: int, threads: int, unroll: int) -> None:
+    def copy(self, nbytes: int, grid: int, threads: int, unroll: int, dependent: bool) -> None:
         self._check(
             self.library.punica_floor_copy(
                 ctypes.c_void_p(self._place(self.pool, nbytes)), ctypes.c_void_p(self._place(self.target, nbytes)),
-                ctypes.c_int64(nbytes), grid, threads, unroll,
+                ctypes.c_int64(nbytes), grid, threads, unroll, dependent,
                 ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             )
         )  # fmt: skip
 
-    def launches(self, count: int) -> None:
+    def launches(self, count: int, dependent: bool) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(self.library.punica_floor_launches(count, stream))
+        self._check(self.library.punica_floor_launches(count, dependent, stream))
 
     @functools.cache  # noqa: B019  (one instance, for the whole run)
-    def floor(self, parts: tuple[tuple[int, int], ...], mode: int) -> float:
-        """Microseconds of a kernel that reads and updates so many bytes; of several in a chain, their mean."""
+    def floor(self, parts: tuple[tuple[int, int], ...], early: bool) -> float:
+        """Microseconds of a kernel that reads and updates so many bytes; of several in a chain, their mean.
+
+        The best of the launch configurations, and of ordinary and dependent launches; `early`: reading before the wait.
+        """
+        modes = (self.EARLY,) if early else (self.ORDINARY, self.DEPENDENT)
+        return min(self._floor(parts, mode) for mode in modes)
+
+    def _floor(self, parts: tuple[tuple[int, int], ...], mode: int) -> float:
         parts = tuple((_up(read), _up(update)) for read, update in parts)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         total = sum(read + update for read, update in parts)
@@ -109,20 +118,19 @@ class FloorLibrary:
 
     @functools.cache  # noqa: B019
     def copy_floor(self, nbytes: int) -> float:
-        """Microseconds of a kernel that reads so many bytes and writes as many."""
+        """Microseconds of a kernel that reads so many bytes and writes as many, launched either way."""
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         calls = max(MIN_CALLS, min(MAX_CALLS, (1 << 30) // max(nbytes, 1)))
         best = float("inf")
-        for blocks_an_sm in (1, 2, 4, 8, 16, 32):
-            for threads in (256, 512, 1024):
-                for unroll in (1, 4, 8):
+        for shape in itertools.product((1, 2, 4, 8, 16, 32), (256, 512, 1024), (1, 4, 8), (False, True)):
 
-                    def run(blocks: int = blocks_an_sm, threads: int = threads, unroll: int = unroll) -> None:
-                        needed = max(1, -(-nbytes // 16 // threads))
-                        for _ in range(calls):
-                            self.copy(nbytes, min(sms * blocks, needed), threads, unroll)
+            def run(shape: tuple[int, int, int, bool] = shape) -> None:
+                blocks_an_sm, threads, unroll, dependent = shape
+                needed = max(1, -(-nbytes // 16 // threads))
+                for _ in range(calls):
+                    self.copy(nbytes, min(sms * blocks_an_sm, needed), threads, unroll, dependent)
 
-                    best = min(best, time_graph(self, run, calls, replays=3))
+            best = min(best, time_graph(self, run, calls, replays=3))
         return best
 
 
@@ -163,7 +171,7 @@ def flush(floors: FloorLibrary) -> None:
     """Fills the second-level cache with what nobody asks for."""
     floors._check(
         floors.library.punica_floor_move(
-            ctypes.c_void_p(floors.pool.data_ptr() + (1 << 30)), ctypes.c_int64(512 << 20),
+            ctypes.c_void_p(floors.flushed.data_ptr()), ctypes.c_int64(floors.flushed.nbytes),
             ctypes.c_void_p(0), ctypes.c_int64(0), ctypes.c_void_p(floors.out.data_ptr()), 528, 512, 8, 0,
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
         )

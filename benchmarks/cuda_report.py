@@ -9,7 +9,12 @@ def number(value: float | None) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    return "" if row["goal"] is None else "met" if row["met"] else "missed"
+    if row["goal"] is None:
+        return ""
+    if not row["met"]:
+        return "missed"
+    given = row.get("given_goal")
+    return "met" if given is None or row["ours"] <= given else f"met; given {number(given)}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -72,7 +77,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     axes.axvline(100, color="#2a9d4a", linewidth=2)
     axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['work']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 130)
+    axes.set_xlim(0, 150)
     axes.set_xlabel("% of the rate of a kernel that only moves the same bytes")
     axes.set_title(f"{result['device']}: share of the practical floor (longer is better)", loc="left")
     axes.legend(loc="lower right", fontsize=8)

@@ -22,7 +22,8 @@ class Row:
     ours: float
     again: float
     floor: float
-    goal: float | None = None
+    goal: float | None = None  # the given one, or 1.15 floors where that is more
+    given_goal: float | None = None
     bytes: int = 0
     flop: int = 0
     rivals: dict[str, float] = field(default_factory=dict)
@@ -107,7 +108,7 @@ def bgmv_rows(floors: FloorLibrary) -> Iterator[Row]:
         indices = popularity("distinct" if adapters > 1 else "identical", rows)
         pair = (Bgmv(h, r, indices, adapters), Bgmv(r, h, indices, adapters))
         for label, work in zip(("shrink", "expand"), pair, strict=True):
-            floor = floors.floor(((work.read, work.update),), FloorLibrary.ORDINARY)
+            floor = floors.floor(((work.read, work.update),), early=False)
             rivals = {"torch: index_select + bmm": time_graph(floors, work.gather_bmm(), work.calls)}
             if adapters == 1:
                 rivals["torch: matmul (one adapter)"] = time_graph(floors, work.matmul(), work.calls)
@@ -129,7 +130,7 @@ def chain_row(floors: FloorLibrary, name: str, pair: tuple["Bgmv", "Bgmv"], goal
             pk.dispatch_bgmv(expand.y[i], shrink.y[i], expand.w_ptr, expand.indices, i, 1.0)
 
     parts = tuple((work.read, work.update) for work in pair)
-    floor = floors.floor(parts, FloorLibrary.EARLY)
+    floor = floors.floor(parts, early=True)
     default = time_graph(floors, run, 2 * calls)
     return measured(floors, "BGMV chained", f"shrink and expand, mean, {name}", early(run), 2 * calls, floor, goal,
                     bytes=sum(read + 2 * update for read, update in parts) // 2,
@@ -140,9 +141,8 @@ def measured(floors: FloorLibrary, group: str, name: str, run: Callable[[], None
              goal: float | None, rivals: dict[str, float], bytes: int = 0, flop: int = 0) -> Row:  # fmt: skip
     ours, again = (time_graph(floors, run, calls) for _ in range(2))
     # Where the floor of the same bytes leaves no room for the goal, 1.15 times that floor is the goal.
-    if goal is not None:
-        goal = max(goal, 1.15 * floor)
-    return Row(group, name, ours, again, floor, goal, bytes, flop, rivals)
+    allowed = None if goal is None else max(goal, 1.15 * floor)
+    return Row(group, name, ours, again, floor, allowed, goal, bytes, flop, rivals)
 
 
 class Sgmv:
@@ -212,7 +212,7 @@ def sgmv_rows(floors: FloorLibrary) -> Iterator[Row]:
     for segments, length, h, r, shrink_goal, expand_goal in cases:
         for shrink, goal in ((True, shrink_goal), (False, expand_goal)):
             work = Sgmv(h if shrink else r, r if shrink else h, segments, length, shrink)
-            floor = floors.floor(((work.read, work.update),), FloorLibrary.ORDINARY)
+            floor = floors.floor(((work.read, work.update),), early=False)
             name = f"{'shrink' if shrink else 'expand'} {segments} x {length}, h={h}, r={r}"
             yield measured(floors, "SGMV", name, work.run, work.calls, floor, goal, sgmv_rivals(floors, work),
                            bytes=work.read + 2 * work.update, flop=2 * work.rows * h * r)  # fmt: skip
@@ -241,6 +241,6 @@ def norm_rows(floors: FloorLibrary) -> Iterator[Row]:
             row.goal = floor / 0.985
         yield row
         if chained is not None:
-            one = floors.floor(((columns * ITEM, nbytes),), FloorLibrary.EARLY)
+            one = floors.floor(((columns * ITEM, nbytes),), early=True)
             yield measured(floors, "RMS norm", f"{rows} x {columns}, chained", early(run), calls, one, chained, {},
                            bytes=2 * nbytes)  # fmt: skip

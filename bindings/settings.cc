@@ -73,6 +73,7 @@ void warn_checks_skipped() {
 
 // The setters return the value before.
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_checks, set_checks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(checks, [] { return checks(); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_early_reads, set_early_reads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(early_reads, early_reads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_on_checks_skipped, set_on_checks_skipped);

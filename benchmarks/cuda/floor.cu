@@ -99,15 +99,34 @@ extern "C" int punica_floor_move(const void* read, int64_t read_bytes, void* upd
 }
 
 extern "C" int punica_floor_copy(const void* from, void* to, int64_t bytes, int grid, int threads, int unroll,
-                                 void* stream) {
+                                 bool dependent, void* stream) {
   const auto kernel = unroll == 1 ? copy_bytes<1> : unroll == 4 ? copy_bytes<4> : copy_bytes<8>;
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const uint4*>(from),
-                                                                  static_cast<uint4*>(to), bytes / 16);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<const uint4*>(from), static_cast<uint4*>(to), bytes / 16);
 }
 
-// Launches an empty kernel `count` times: what a launch costs its thread, without Python.
-extern "C" int punica_floor_launches(int count, void* stream) {
-  for (int i = 0; i < count; ++i) do_nothing<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>();
-  return cudaGetLastError();
+// Launches an empty kernel `count` times, as a programmatic dependent or plainly: what a launch costs its thread,
+// without Python.
+extern "C" int punica_floor_launches(int count, bool dependent, void* stream) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = 1;
+  config.blockDim = 32;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  for (int i = 0; i < count; ++i) {
+    if (const cudaError_t error = cudaLaunchKernelEx(&config, do_nothing); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }

@@ -37,10 +37,22 @@ def function(name: str, *, release_gil: bool = False) -> Any:
 
 
 class Kernel:
-    """One operation of the library, both ways."""
+    """One operation of the library, both ways: `held` for calls that are short."""
 
-    __slots__ = ("held", "released")
+    __slots__ = ("_holding", "held", "released")
 
     def __init__(self, name: str) -> None:
-        self.held = function(name)
+        self._holding = function(name)
         self.released = function(name, release_gil=True)
+        self.held = self.released if _checks() else self._holding
+        _kernels.append(self)
+
+
+_checks = function("checks")
+_kernels: list[Kernel] = []
+
+
+def let_calls_wait(on: bool) -> None:
+    """Whether CUDA calls wait for the device, as checks of contents do: then no call is short."""
+    for kernel in _kernels:
+        kernel.held = kernel.released if on else kernel._holding

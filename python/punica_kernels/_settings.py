@@ -1,12 +1,13 @@
 """What a caller sets for many calls, and what the library says about itself."""
 
+import sys
 import warnings
 from types import TracebackType
 
 import torch
 from torch.compiler import is_compiling
 
-from ._library import function
+from ._library import function, let_calls_wait
 
 _set_checks = function("set_checks")
 _set_early_reads = function("set_early_reads")
@@ -15,12 +16,14 @@ _active_cuda_arch, _last_cuda_arch = function("active_cuda_arch"), function("las
 
 
 def _warn_checks_skipped() -> None:
-    warnings.warn(
+    text = (
         "punica_kernels: the contents of index and pointer tensors are not checked while a CUDA graph is captured, "
-        "though checks are on",
-        RuntimeWarning,
-        stacklevel=2,
+        "though checks are on"
     )
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors here, but the operation has run: it must not look as if it had not
+        print(text, file=sys.stderr)
 
 
 function("set_on_checks_skipped")(_warn_checks_skipped)
@@ -32,6 +35,7 @@ def set_checks(on: bool) -> bool:
     For the process; the environment variable PUNICA_CHECK=1 sets it at the start. CPU calls always check them. While a
     CUDA graph is captured they are not checked, which is said in one warning.
     """
+    let_calls_wait(bool(on))
     return bool(_set_checks(bool(on)))
 
 

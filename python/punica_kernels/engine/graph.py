@@ -34,9 +34,14 @@ class DecodeGraphs:
         self.num_pages, self.page_size = num_pages, page_size
         self.captured: dict[int, Captured] = {}
         self.num_adapters = len(adapters.names)
+        with torch.cuda.device(model.device):
+            # One of this device: torch's own stream for captures belongs to the device of the first capture.
+            self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            # Replays follow one another, so all graphs may use the same memory.
+            self.pool = torch.cuda.graph_pool_handle()
 
     def forward(self, batch: Batch, adapter_ids: Sequence[int]) -> Tensor:
-        """What `model.forward(batch)` returns, for a batch of one token a sequence."""
+        """What `model.forward(batch)` returns, for a batch of one token a sequence. The next call overwrites it."""
         if self.num_adapters != len(self.adapters.names):  # the tables that the graphs hold are those of before
             self.captured.clear()
             self.num_adapters = len(self.adapters.names)
@@ -72,12 +77,11 @@ class DecodeGraphs:
         # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
         # tables are written before a replay, in stream order, and adapters never.
         with pk.early_reads():
-            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self.stream):
                 self.model.forward(batch)  # libraries initialise themselves in the first call
-            torch.cuda.current_stream(device).wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 logits = self.model.forward(batch)
         return Captured(batch, lora, graph, logits)

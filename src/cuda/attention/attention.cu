@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <string>
 
 #include "src/cuda/attention/args.cuh"
 #include "src/cuda/attention/general.cuh"
@@ -14,7 +15,7 @@
 namespace punica::cuda {
 namespace {
 
-// Partial results take this much at most; batches that would need more have enough whole sequences to fill a device.
+// Partial results take this much at most. Where the sequences have more splits than fit, every block takes whole ones.
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
 constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
@@ -114,7 +115,13 @@ Status run(const Launcher& launcher, const AttentionParams& p, const AttentionAr
   constexpr int64_t kHeadsABlock = kMergeThreads / 32;
   const int64_t head_blocks = std::min<int64_t>((args.num_heads() + kHeadsABlock - 1) / kHeadsABlock, 8);
   LaunchShape shape;
-  shape.grid.x = static_cast<unsigned>(args.num_sequences * head_blocks);
+  const int64_t merge_blocks = args.num_sequences * head_blocks;
+  if (merge_blocks > INT32_MAX) {
+    return {StatusCode::kUnsupported, std::string(launcher.op()) + ": at most " +
+                                          std::to_string(INT32_MAX / head_blocks) + " sequences a call, got " +
+                                          std::to_string(args.num_sequences)};
+  }
+  shape.grid.x = static_cast<unsigned>(merge_blocks);
   shape.block.x = kMergeThreads;
   return launcher.launch<merge_kernel<kArch, T>>(shape, args, static_cast<int>(head_blocks));
 }

@@ -275,7 +275,7 @@ struct GeneralAttention {
                                              State (&state)[kWarpRows]) const {
     constexpr bool kApart = sizeof(T) == 4;
     float apart[kApart ? kRows : 1][2][kColumns] = {};
-    const auto add = [&](int r, int parity, float weight, const float(&value)[kColumns]) {
+    const auto add = [&](int r, int parity, float weight, const float (&value)[kColumns]) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         float& sum = kApart ? apart[kApart ? r : 0][parity][c] : state[r].sums[c];

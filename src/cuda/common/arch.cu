@@ -39,22 +39,29 @@ const Forced& forced() {
   return value;
 }
 
-Status find_arch(int device, Arch* arch) {
+#ifdef PUNICA_CUDA_SM90
+constexpr bool kBuiltSm90 = true;
+#else
+constexpr bool kBuiltSm90 = false;
+#endif
+
+Status find_arch(const char* op, int device, Arch* arch) {
   int major = 0, minor = 0;
-  PUNICA_RETURN_IF_ERROR(
-      to_status("active_arch", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
-  PUNICA_RETURN_IF_ERROR(
-      to_status("active_arch", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
+  PUNICA_RETURN_IF_ERROR(to_status(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  PUNICA_RETURN_IF_ERROR(to_status(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
   const std::string have = "cuda:" + std::to_string(device) + " has compute capability " + std::to_string(major) + "." +
                            std::to_string(minor);
-  if (major < 8) return {StatusCode::kUnsupported, have + ", but the CUDA kernels need 8.0 or later"};
+  if (major < 8) {
+    return {StatusCode::kUnsupported, std::string(op) + ": " + have + ", but the CUDA kernels need 8.0 or later"};
+  }
   // sm_90a code runs on 9.0 alone.
-  const bool hopper = major == 9 && minor == 0;
+  const bool hopper = kBuiltSm90 && major == 9 && minor == 0;
   *arch = hopper ? Arch::kSm90 : Arch::kSm80;
   if (!forced().any) return {};
   if (!forced().known || (forced().arch == Arch::kSm90 && !hopper)) {
-    return Status::invalid_argument("the environment variable PUNICA_CUDA_ARCH must be one of " +
-                                    std::string(hopper ? "sm_80, sm_90" : "sm_80") + " (" + have + "), got " +
+    return Status::invalid_argument(std::string(op) + ": the environment variable PUNICA_CUDA_ARCH must be one of " +
+                                    (hopper ? "sm_80, sm_90" : "sm_80") + " (" + have +
+                                    (kBuiltSm90 ? "" : ", and this build has no sm_90a code") + "), got " +
                                     forced().name);
   }
   *arch = forced().arch;
@@ -65,7 +72,7 @@ Status find_arch(int device, Arch* arch) {
 
 const char* arch_name(Arch arch) { return arch == Arch::kSm90 ? "sm_90" : "sm_80"; }
 
-Status active_arch(int device, Arch* arch) {
+Status active_arch(const char* op, int device, Arch* arch) {
   // 0: not asked yet, else 1 + arch. Errors are found anew each time.
   static std::atomic<uint8_t> known[kMaxDevices];
   const bool cached = device >= 0 && device < kMaxDevices;
@@ -75,10 +82,12 @@ Status active_arch(int device, Arch* arch) {
       return {};
     }
   }
-  PUNICA_RETURN_IF_ERROR(find_arch(device, arch));
+  PUNICA_RETURN_IF_ERROR(find_arch(op, device, arch));
   if (cached) known[device].store(static_cast<uint8_t>(*arch) + 1, std::memory_order_relaxed);
   return {};
 }
+
+Status active_arch(int device, Arch* arch) { return active_arch("active_cuda_arch", device, arch); }
 
 const char* last_arch() { return t_last_arch; }
 

@@ -110,6 +110,13 @@ __device__ __forceinline__ void store(T* to, const Vec<T, kCount>& value) {
   }
 }
 
+// Brings a line into the second-level cache. Allowed before grid_dependency_wait(), whoever writes there: that cache is
+// where all writes meet, so this reads nothing, and a load after the wait finds the newest bytes in it.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+inline constexpr int kLineBytes = 128;
+
 // The sum over the warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

@@ -16,6 +16,8 @@ namespace punica::cuda {
 
 Status to_status(const char* op, cudaError_t error);
 void set_last_arch(Arch arch);
+// The path of `device`; errors are those of `op`.
+Status active_arch(const char* op, int device, Arch* arch);
 
 // Makes a device the current one of this thread, and the one before again when it goes.
 class DeviceGuard {
@@ -61,7 +63,7 @@ class Launcher {
   // runs, so every thread of it must call grid_dependency_wait() (device.cuh) before it touches what others write.
   template <auto kKernel, class... Args>
   Status launch(const LaunchShape& shape, const Args&... args) const {
-    if (shape.shared_bytes > kDefaultShared) {
+    if (shape.shared_bytes > 0) {
       if (const cudaError_t error = allow_shared<kKernel>(shape.shared_bytes); error != cudaSuccess) {
         return to_status(op_, error);
       }
@@ -83,15 +85,19 @@ class Launcher {
         attributes[config.numAttrs++].val.clusterDim.z = 1;
       }
     }
-    set_last_arch(arch);
-    return to_status(op_, cudaLaunchKernelEx(&config, kKernel, args...));
+    const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args...);
+    if (error == cudaSuccess) [[likely]] {
+      set_last_arch(arch);
+      return {};
+    }
+    return to_status(op_, error);
   }
 
  private:
-  static constexpr size_t kDefaultShared = 48 << 10;
   static constexpr int kMaxShared = 227 << 10;
 
-  // Raises the kernel's limit of dynamic shared memory, once a device.
+  // Raises the kernel's limit of dynamic shared memory, once a device, and asks for the largest carve-out: a
+  // multiprocessor that has to change it for the next kernel must first run empty.
   template <auto kKernel>
   static cudaError_t allow_shared(size_t bytes) {
     static std::atomic<uint64_t> done{0};
@@ -107,6 +113,9 @@ class Launcher {
     limit -= static_cast<int>(attributes.sharedSizeBytes);  // what it has statically counts too
     if (limit < 0 || bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error != cudaSuccess) return error;
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }
@@ -119,7 +128,7 @@ class Launcher {
 template <class Body>
 Status on_device(const char* op, Device device, const Context& context, Body body) {
   Arch arch;
-  PUNICA_RETURN_IF_ERROR(active_arch(device.index, &arch));
+  PUNICA_RETURN_IF_ERROR(active_arch(op, device.index, &arch));
   const DeviceGuard guard(device.index);
   if (guard.error() != cudaSuccess) return to_status(op, guard.error());
   return body(Launcher(op, arch, context));

@@ -6,6 +6,7 @@
 // before its first store. The copy knows no data type, only the widest access that every row allows.
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/device.cuh"
@@ -128,7 +129,12 @@ Status launch_write(const Launcher& launcher, KvWriteArgs args) {
   shape.block.x = static_cast<unsigned>(std::min<int64_t>((args.row_vectors + kWarp - 1) / kWarp * kWarp, kThreads));
   shape.block.y = kThreads / shape.block.x;
   const int64_t tokens = kTokens * static_cast<int64_t>(shape.block.y);
-  shape.grid.x = static_cast<unsigned>((args.num_rows + tokens - 1) / tokens);
+  const int64_t blocks = (args.num_rows + tokens - 1) / tokens;
+  if (blocks > INT32_MAX) {
+    return {StatusCode::kUnsupported, std::string(launcher.op()) + ": at most " + std::to_string(INT32_MAX * tokens) +
+                                          " rows a call, got " + std::to_string(args.num_rows)};
+  }
+  shape.grid.x = static_cast<unsigned>(blocks);
   static_assert(kTokens * kThreads / kWarp <= kMaxBlockTokens);
   if (launcher.arch == Arch::kSm90) return launcher.launch<kv_write_kernel<Arch::kSm90, V, kTokens>>(shape, args);
   return launcher.launch<kv_write_kernel<Arch::kSm80, V, kTokens>>(shape, args);

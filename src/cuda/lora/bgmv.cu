@@ -3,13 +3,15 @@
 // A block, or a cluster of blocks, starts for every row and every range of outputs. It finds the rows that share the
 // adapter of its own in the table of indices; the first of every eight of them serves all eight, the others end. So
 // there is no plan on the host, weights are read once for eight rows, and a batch of different adapters needs no more
-// than the bytes of its weights. Three kernels: long K, short K, float32. Which one, and how K is split, follows from
-// h_in and the data type.
+// than the bytes of its weights. Three kernels: long K, short K, float32, the first two in one form for sm_90 and
+// another for sm_80. Which one, and how K is split, follows from h_in, the data type and the code path.
 #include <algorithm>
 #include <cstdint>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
+#include "src/cuda/lora/bgmv_bulk_long.cuh"
+#include "src/cuda/lora/bgmv_bulk_short.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
@@ -44,28 +46,70 @@ Status for_parts(BgmvArgs args, int64_t tiles, Launch launch) {
   return {};
 }
 
-template <Arch kArch, class T>
-Status launch_long(const Launcher& launcher, BgmvArgs args) {
-  const int64_t steps = div_up(args.h_in, kLongStep);
-  // Four warps keep the register file full of loads; a very long K gives more of them to a row.
-  int warps = kLongThreads / 32;
+// Blocks below which there is room to spare: two of them a multiprocessor. Nothing that depends on it changes bits.
+constexpr int64_t kFewBlocks = 264;
+
+// ---- sm_90 ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+Status launch_bulk_long(const Launcher& launcher, BgmvArgs args) {
+  const int64_t steps = div_up(args.h_in, kBulkStep);
   args.rank_bits = 0;
-  if constexpr (kArch == Arch::kSm90) {
-    warps = steps > 2 * kLongRanks * 4 * kLongStages ? 8 : 4;
-    while ((1 << args.rank_bits) < kLongRanks && (warps * kLongStages << args.rank_bits) < steps) ++args.rank_bits;
-  }
-  args.steps = static_cast<int>(div_up(steps, warps << args.rank_bits));
-  return for_parts(args, div_up(args.h_out, kLongRows), [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+  while ((1 << args.rank_bits) < kBulkRanks && (kBulkSteps << args.rank_bits) < steps) ++args.rank_bits;
+  args.steps = static_cast<int>(div_up(steps, 1 << args.rank_bits));
+  const int64_t tiles = div_up(args.h_out, kBulkRows);
+  return for_parts(args, tiles, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
     LaunchShape shape;
-    shape.grid = dim3(rows << part.rank_bits, tiles);
-    shape.block = dim3(32 * warps);
-    shape.shared_bytes = long_shared_bytes(32 * warps);
+    shape.grid = dim3(rows << part.rank_bits, tile_count);
+    shape.block = dim3(kBulkThreads);
+    shape.shared_bytes = bulk_long_shared_bytes(div_up(part.steps, kBulkSteps));
     shape.cluster = 1u << part.rank_bits;
-    return launcher.launch<bgmv_long_kernel<kArch, T>>(shape, part);
+    return launcher.launch<bgmv_bulk_long_kernel<Arch::kSm90, T>>(shape, part);
   });
 }
 
-template <Arch kArch, class T, int kCount>
+template <class T, int kSteps>
+Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
+  // As many outputs a block as make 16 KiB of weights; fewer where the batch is small.
+  args.rounds = kBulkRounds<kSteps>;
+  while (args.rounds > 1 && (args.rounds * kBlockRoundRows * args.h_in > 8192 ||
+                             args.batch * div_up(args.h_out, args.rounds * kBlockRoundRows) < kFewBlocks)) {
+    args.rounds /= 2;
+  }
+  return for_parts(args, div_up(args.h_out, args.rounds * kBlockRoundRows),
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+                     LaunchShape shape;
+                     shape.grid = dim3(rows, tiles);
+                     shape.block = dim3(kBulkThreads);
+                     shape.shared_bytes = bulk_short_shared_bytes(part.h_in, part.rounds);
+                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps>>(shape, part);
+                   });
+}
+
+template <class T>
+Status launch_sm90(const Launcher& launcher, const BgmvArgs& args) {
+  if (args.h_in > kShortMax) return launch_bulk_long<T>(launcher, args);
+  return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
+         : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)
+                           : launch_bulk_short<T, 4>(launcher, args);
+}
+
+// ---- sm_80 ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+Status launch_long(const Launcher& launcher, BgmvArgs args) {
+  constexpr int kWarps = kLongThreads / 32;
+  args.steps = static_cast<int>(div_up(div_up(args.h_in, kLongStep), kWarps));
+  return for_parts(args, div_up(args.h_out, kLongRows), [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+    LaunchShape shape;
+    shape.grid = dim3(rows, tiles);
+    shape.block = dim3(kLongThreads);
+    shape.shared_bytes = long_shared_bytes(kLongThreads);
+    return launcher.launch<bgmv_long_kernel<Arch::kSm80, T>>(shape, part);
+  });
+}
+
+template <class T, int kCount>
 Status launch_short(const Launcher& launcher, const BgmvArgs& args) {
   // Where there are more blocks than run at once, each takes twice as many outputs: both halves are in flight from the
   // start, and what finding its rows takes is paid once for them. Changes no bits: no output depends on its block.
@@ -77,9 +121,19 @@ Status launch_short(const Launcher& launcher, const BgmvArgs& args) {
     LaunchShape shape;
     shape.grid = dim3(rows, tiles);
     shape.block = dim3(32 * kShortWarps);
-    return launcher.launch<bgmv_short_kernel<kArch, T, kCount>>(shape, part);
+    return launcher.launch<bgmv_short_kernel<Arch::kSm80, T, kCount>>(shape, part);
   });
 }
+
+template <class T>
+Status launch_sm80(const Launcher& launcher, BgmvArgs args) {
+  if (args.h_in > kShortMax) return launch_long<T>(launcher, args);
+  args.vectors = args.vectors && reinterpret_cast<uintptr_t>(args.y) % (2 * sizeof(T)) == 0 && args.y_stride % 2 == 0 &&
+                 args.h_out % 2 == 0;
+  return args.h_in <= 16 ? launch_short<T, 2>(launcher, args) : launch_short<T, 4>(launcher, args);
+}
+
+// ---- Both ----------------------------------------------------------------------------------------------------------
 
 template <Arch kArch>
 Status launch_float32(const Launcher& launcher, BgmvArgs args) {
@@ -97,20 +151,18 @@ Status launch_float32(const Launcher& launcher, BgmvArgs args) {
 
 template <Arch kArch, class T>
 Status launch(const Launcher& launcher, BgmvArgs args) {
-  const bool is_short = sizeof(T) == 2 && args.h_in <= kShortMax;
-  const int64_t lane_bytes = is_short && args.h_in <= 16 ? 8 : 16;
+  const int64_t lane_bytes = sizeof(T) == 2 && args.h_in <= 16 ? 8 : 16;
   const int64_t lane_elements = lane_bytes / static_cast<int64_t>(sizeof(T));
   args.vectors = reinterpret_cast<uintptr_t>(args.x) % lane_bytes == 0 && args.x_stride % lane_elements == 0 &&
                  args.h_in % lane_elements == 0;
-  if (is_short) {
-    args.vectors = args.vectors && reinterpret_cast<uintptr_t>(args.y) % (2 * sizeof(T)) == 0 &&
-                   args.y_stride % 2 == 0 && args.h_out % 2 == 0;
-  }
+  args.wide_y = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.y_stride * sizeof(T) % 16 == 0 &&
+                args.h_out * sizeof(T) % 16 == 0;
   if constexpr (sizeof(T) == 4) {
     return launch_float32<kArch>(launcher, args);
+  } else if constexpr (kArch == Arch::kSm90) {
+    return launch_sm90<T>(launcher, args);
   } else {
-    if (!is_short) return launch_long<kArch, T>(launcher, args);
-    return lane_bytes == 8 ? launch_short<kArch, T, 2>(launcher, args) : launch_short<kArch, T, 4>(launcher, args);
+    return launch_sm80<T>(launcher, args);
   }
 }
 

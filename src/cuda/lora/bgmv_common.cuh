@@ -20,11 +20,13 @@ struct BgmvArgs {
   int h_in, h_out;
   float scale;
   bool early_reads;
-  bool vectors;    // x, and W where its address is aligned, can be read by the widest loads of the kernel; short K:
-                   // and y two elements at a time
+  bool vectors;    // x, and W where its address is aligned, can be read by the widest loads of the kernel; short K on
+                   // sm_80: and y two elements at a time
+  bool wide_y;     // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
   int first_tile;  // of h_out, at blockIdx.y = 0
-  int rank_bits;   // long K: log2 of the blocks of a cluster
-  int steps;       // long K: steps of a warp
+  int rank_bits;   // long K on sm_90: log2 of the blocks of a cluster
+  int steps;       // long K: steps of a block (sm_90) or a warp (sm_80)
+  int rounds;      // short K on sm_90: of a block
   int team;        // float32: threads that share a row of W
 };
 

@@ -1,43 +1,19 @@
-// dispatch_bgmv of float16 and bfloat16 where h_in is long (shrink).
+// dispatch_bgmv of float16 and bfloat16 where h_in is long (shrink), on sm_80.
 //
-// A thread-block cluster serves the rows of a group and 16 outputs: K is split over its blocks and their warps, each
-// warp multiplies its part on tensor cores, and the partial sums [8 columns][16 outputs] are added in the order of the
-// warps, then in that of the blocks (distributed shared memory). All of it is fixed by h_in. What limits the kernel is
-// how many bytes of W are in flight: kLongStages steps a warp, all asked for before the first is used.
-// Without clusters (sm_80) one block takes all of K, in the order that follows from its own number of warps.
+// A block serves the rows of a group and 16 outputs: K is split over its warps, each warp multiplies its part on tensor
+// cores, and the partial sums [8 columns][16 outputs] are added in the order of the warps. All of it is fixed by h_in.
+// What limits the kernel is how many bytes of W are in flight: kLongStages steps a warp, all asked for before the first
+// is used.
 #pragma once
 
 #include "src/cuda/lora/bgmv_common.cuh"
 
 namespace punica::cuda::bgmv {
 
-inline constexpr int kLongStep = 32;      // elements of K of a step
-inline constexpr int kLongStages = 4;     // steps in flight of a warp
-inline constexpr int kLongRows = 16;      // outputs of a cluster
-inline constexpr int kLongThreads = 256;  // at most
-inline constexpr int kLongRanks = 8;      // blocks of a cluster, at most
-
-__device__ __forceinline__ void cluster_arrive() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Stores to the same variable of the first block of the cluster.
-__device__ __forceinline__ void store_to_first(float* variable, float value) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  uint32_t remote;
-  const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(variable));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(local));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-#endif
-}
+inline constexpr int kLongStep = 32;   // elements of K of a step
+inline constexpr int kLongStages = 4;  // steps in flight of a warp
+inline constexpr int kLongRows = 16;   // outputs of a block
+inline constexpr int kLongThreads = 256;
 
 // A column of a warp's partial sums starts kLongPitch floats after the one before: lanes (g, t), at 2t * kLongPitch +
 // g, are in different banks.
@@ -46,18 +22,16 @@ inline constexpr int kLongPitch = 20;
 // Shared memory of a block: [stage][row g of W, row g + 8, x][thread] for what is in flight, then the partial sums.
 constexpr size_t long_shared_bytes(int num_threads) {
   return size_t{3} * kLongStages * num_threads * sizeof(Words<4>) +
-         (num_threads / 32 * kLongPitch * kGroupRows + kLongRanks * kGroupRows * kLongRows) * sizeof(float);
+         num_threads / 32 * kLongPitch * kGroupRows * sizeof(float);
 }
 
 template <Arch kArch, class T, bool kVectors>
 __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& group, const T* w, Words<4>* shared) {
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int num_warps = blockDim.x / 32;
-  const int ranks = 1 << args.rank_bits;
-  const int rank = blockIdx.x & (ranks - 1);
   const int m0 = (args.first_tile + blockIdx.y) * kLongRows;
   const int h_in = args.h_in;
-  const int first = (rank * num_warps + warp) * args.steps * kLongStep + 8 * t;  // K of the first step of this lane
+  const int first = warp * args.steps * kLongStep + 8 * t;  // K of the first step of this lane
 
   const T* upper = w + static_cast<int64_t>(m0 + g) * h_in;
   const T* lower = upper + int64_t{8} * h_in;
@@ -94,7 +68,7 @@ __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& gro
   // Thread tid adds up and stores output m of column n.
   const int n = tid / kLongRows, m = tid % kLongRows;
   const bool adds = n < group.count;
-  const bool stores = adds && rank == 0 && m0 + m < args.h_out;
+  const bool stores = adds && m0 + m < args.h_out;
   T* y = static_cast<T*>(args.y) + __shfl_sync(0xffffffffu, group.row, 4 * (n % kGroupRows)) * args.y_stride + m0 + m;
   const T y_before = stores ? *y : from_float<T>(0.0f);
 
@@ -119,7 +93,6 @@ __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& gro
   }
 
   float* of_warp = reinterpret_cast<float*>(shared + 3 * kLongStages * blockDim.x);
-  float* of_rank = of_warp + num_warps * kLongPitch * kGroupRows;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     if (2 * t + e < group.count) {
@@ -134,30 +107,18 @@ __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& gro
     total = of_warp[n * kLongPitch + m];
     for (int i = 1; i < num_warps; ++i) total += of_warp[(i * kGroupRows + n) * kLongPitch + m];
   }
-  if (kArch == Arch::kSm90 && ranks > 1) {
-    cluster_wait();  // every block has started: its shared memory is there
-    if (adds) store_to_first(&of_rank[rank * kGroupRows * kLongRows + tid], total);
-    cluster_arrive();
-    if (rank != 0) return;
-    cluster_wait();
-    if (adds) {
-      total = of_rank[tid];
-      for (int i = 1; i < ranks; ++i) total += of_rank[i * kGroupRows * kLongRows + tid];
-    }
-  }
   if (stores) *y = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
 }
 
-// Grid: (rows * ranks, tiles of 16 outputs), clusters of `ranks` blocks, a power of two, along x.
+// Grid: (rows, tiles of 16 outputs).
 template <Arch kArch, class T>
 __global__ void __launch_bounds__(kLongThreads, 3) bgmv_long_kernel(const BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     launch_dependents<kArch>();
-    if (kArch == Arch::kSm90 && args.rank_bits > 0) cluster_arrive();
     if (!args.early_reads) grid_dependency_wait<kArch>();
     extern __shared__ Words<4> shared[];
     Group group;
-    if (!find_group(args, args.first_row + (blockIdx.x >> args.rank_bits), &group)) {
+    if (!find_group(args, args.first_row + blockIdx.x, &group)) {
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;
     }

@@ -1,4 +1,4 @@
-// dispatch_bgmv of float16 and bfloat16 where h_in is short (expand).
+// dispatch_bgmv of float16 and bfloat16 where h_in is short (expand), on sm_80.
 //
 // A warp takes the whole of K for 64 outputs at a time and up to 8 rows that share the adapter: nothing is split, so
 // nothing is added up between warps. The weights of its next 64 outputs are asked for as soon as those before are used.

@@ -21,7 +21,6 @@ struct Args {
   int64_t rows;
   int64_t columns;
   float epsilon;
-  bool early_reads;
 };
 
 // Rows of one warp have a block of several such rows.
@@ -227,10 +226,23 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
         weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
       }
     };
-    if (!kStreaming && args.early_reads) load_weight();
+    int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+    if constexpr (!kStreaming) {
+      if (thread % (kLineBytes / 16) == 0 && row < args.rows) {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          if (!has(i)) break;
+          const int64_t element = (thread + i * kThreads) * kSize;
+          prefetch_line(static_cast<const T*>(args.input) + row * args.input_stride + element);
+          if (args.residual != nullptr) {
+            prefetch_line(static_cast<const T*>(args.residual) + row * args.residual_stride + element);
+          }
+          prefetch_line(static_cast<const T*>(args.weight) + element);
+        }
+      }
+    }
     grid_dependency_wait<kArch>();
 
-    int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
     bool again = false;
     // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's threads
     // where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
       for (int i = 0; i < kChunks; ++i) {
         x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
       }
-      if (!kStreaming && !args.early_reads) load_weight();
+      if constexpr (!kStreaming) load_weight();
       if (args.residual != nullptr) {
         T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
 #pragma unroll

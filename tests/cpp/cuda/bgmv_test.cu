@@ -29,9 +29,11 @@ void fail(const std::string& what) {
   if (++g_failures <= 60) std::printf("FAILED %s\n", what.c_str());
 }
 
+std::string g_case;
+
 void must(cudaError_t error) {
   if (error == cudaSuccess) return;
-  std::printf("FAILED: CUDA: %s\n", cudaGetErrorString(error));
+  std::printf("FAILED %s: CUDA: %s\n", g_case.c_str(), cudaGetErrorString(error));
   std::exit(1);
 }
 
@@ -104,7 +106,7 @@ punica::TensorView view(void* data, DType dtype, std::vector<int64_t> shape, int
 
 template <class T>
 void run_case(const Case& c, Random& random) {
-  const std::string label = name(kDType<T>, c);
+  const std::string label = g_case = name(kDType<T>, c);
   constexpr int64_t kLayers = 2, kLayer = 1;
   const int64_t elements = c.h_out * c.h_in;
   // Weights: layer 0 and the elements around are NaN; one adapter that no row uses is all NaN.
@@ -246,6 +248,7 @@ template <class T>
 void alignment_case(int64_t h_in, int64_t h_out) {
   constexpr int64_t kBatch = 11;
   Random random{99};
+  g_case = "alignment " + std::to_string(h_in) + "->" + std::to_string(h_out);
   std::vector<T> w(h_in * h_out), x(kBatch * h_in), y(kBatch * h_out), first;
   for (T& v : w) v = from<T>(random.value());
   for (T& v : x) v = from<T>(random.value());
