@@ -8,10 +8,11 @@
 
 namespace punica::cuda {
 
-// Rows of a tile. A tile lies inside one segment, so a segment leaves at most one tile partly empty.
+// Rows of a tile, where nothing else is said. A tile lies inside one segment, so a segment leaves at most one tile
+// partly empty.
 inline constexpr int kSgmvRows = 64;
 
-// Threads of a block, in every kernel of sgmv.
+// Threads of a block, where nothing else is said.
 inline constexpr int kSgmvThreads = 256;
 
 struct SgmvArgs {
@@ -30,16 +31,27 @@ struct SgmvArgs {
   bool y_aligned;  // every row starts at a multiple of 16 bytes
   bool x_aligned;
   bool early_reads;
+  // Of sgmv_expand.cu alone.
+  int y_shift;     // elements from the last multiple of 16 bytes to a row of y, if y_vectors
+  bool y_vectors;  // that is the same for all rows
+  bool x_fours;    // all rows of x are made of four elements at multiples of 8 bytes
 };
 
-// Enough tiles for any segments that do not overlap: a segment of n rows has (n + 63) / 64 of them, and at most n.
-inline int64_t max_tiles(const SgmvArgs& args) {
-  const int64_t tiles = (args.rows + (kSgmvRows - 1) * args.num_segments) / kSgmvRows;
+// Enough tiles of n rows for any segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most m.
+inline int64_t max_tiles(const SgmvArgs& args, int tile_rows) {
+  const int64_t tiles = (args.rows + (tile_rows - 1) * args.num_segments) / tile_rows;
   return tiles < args.rows ? tiles : args.rows;
 }
 
-// float16 and bfloat16 where d_in is large and d_out small: x is what moves.
+// Segments of 16 rows or less on average: tiles of 16 rows serve them better. A choice of tiles, not of arithmetic.
+inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args.num_segments; }
+
+// float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
+Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+// Otherwise where d_in is large and d_out small.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
+// float16 and bfloat16 where d_in is 16 or less: y is what moves.
+Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 otherwise: y is what moves, or nothing is small.
 Status launch_sgmv_wide(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float32.

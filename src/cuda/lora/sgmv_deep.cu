@@ -1,11 +1,11 @@
 // sgmv for float16 and bfloat16 where d_in is large and d_out small (shrinks).
 //
 // x is read once from memory, and its rows are long: a tile of 64 rows alone would leave most of the device idle. So
-// the sum is cut in three ways, all of them functions of d_in and d_out: a cluster of four blocks shares d_in in
-// contiguous parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128 through a
-// ring of shared memory that cp.async fills, and in each step every warp (or pair of warps) takes some of the eight K
-// slices of 16. The warps' sums are added in order of the warps, the blocks' sums, which travel through distributed
-// shared memory, in order of the blocks.
+// the sum is cut in three ways, all of them functions of d_in and d_out: a cluster of two or four blocks shares d_in
+// in contiguous parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128
+// through a ring of shared memory that cp.async fills, and in each step every warp (or pair of warps) takes some of the
+// eight K slices of 16. The warps' sums are added in order of the warps, the blocks' sums, which travel through
+// distributed shared memory, in order of the blocks.
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_sum.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
@@ -16,15 +16,16 @@ namespace {
 constexpr int kStep = 128;
 constexpr int kSlices = kStep / 16;
 constexpr int64_t kClusterIn = 1024;
+constexpr int64_t kClusterOut = 128;  // beyond, blocks are many: four to a cluster and two to a multiprocessor
 
-template <Arch kArch, bool kInOut, int kCols>
+template <int kCluster, bool kInOut, int kCols>
 struct Deep {
   // Warps along the rows; the others share the slices of a step.
   static constexpr int kWarpsM = kCols == 16 ? 1 : 2;
   static constexpr int kWarpsK = kSgmvThreads / 32 / kWarpsM;
   [[maybe_unused]] static constexpr int kTilesM = kSgmvRows / 16 / kWarpsM;
   [[maybe_unused]] static constexpr int kTilesN = kCols / 8;
-  static constexpr int kStages = kCols == 16 ? (kArch == Arch::kSm90 ? 5 : 4) : 3;
+  static constexpr int kStages = kCluster == 2 ? (kCols == 16 ? 10 : 6) : kCols == 16 ? 4 : 3;
   using X = SharedTile<kSgmvRows, kStep>;
   using W = SharedTile<kInOut ? kStep : kCols, kInOut ? kCols : kStep>;
   static constexpr int kStageBytes = X::kBytes + W::kBytes;
@@ -35,11 +36,11 @@ struct Deep {
 };
 
 template <Arch kArch, class T, bool kInOut, int kCols, int kCluster>
-__global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args) {
+__global__ void __launch_bounds__(kSgmvThreads, kCluster == 2 ? 1 : 2) sgmv_deep(const SgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
-    using D = Deep<kArch, kInOut, kCols>;
+    using D = Deep<kCluster, kInOut, kCols>;
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ SgmvScratch scratch;
+    __shared__ SgmvScratch<kSgmvThreads> scratch;
     launch_dependents<kArch>();
 
     const uint32_t rank = blockIdx.x % kCluster;
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;  // the other blocks of the cluster find the same
     }
-    if constexpr (kCluster > 1) cluster_arrive();  // waited for before the first write to another block
+    if constexpr (kCluster > 1) cluster_arrive_begun();  // waited for before the first write to another block
 
     const bool w_aligned = reinterpret_cast<uintptr_t>(tile.w) % 16 == 0 && (kInOut ? args.d_out : args.d_in) % 8 == 0;
     const uint32_t ring = shared_address(memory);
@@ -163,9 +164,9 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_deep(const SgmvArgs args
 
 template <Arch kArch, class T, bool kInOut, int kCols, int kCluster>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  using D = Deep<kArch, kInOut, kCols>;
+  using D = Deep<kCluster, kInOut, kCols>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + kCols - 1) / kCols) * kCluster);
+  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + kCols - 1) / kCols) * kCluster);
   shape.block = kSgmvThreads;
   shape.shared_bytes = D::kRingBytes + (kCluster > 1 ? D::kSumBytes : 0);
   shape.cluster = kCluster;
@@ -176,7 +177,10 @@ template <class T, bool kInOut, int kCols>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   if (launcher.arch == Arch::kSm80) return launch<Arch::kSm80, T, kInOut, kCols, 1>(launcher, args);
   if (args.d_in < kClusterIn) return launch<Arch::kSm90, T, kInOut, kCols, 1>(launcher, args);
-  return launch<Arch::kSm90, T, kInOut, kCols, 4>(launcher, args);
+  if constexpr (kCols == 64) {
+    if (args.d_out > kClusterOut) return launch<Arch::kSm90, T, kInOut, kCols, 4>(launcher, args);
+  }
+  return launch<Arch::kSm90, T, kInOut, kCols, 2>(launcher, args);
 }
 
 template <class T, bool kInOut>

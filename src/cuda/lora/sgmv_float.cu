@@ -1,9 +1,9 @@
 // sgmv for float32: fused multiply-adds, in the order of K.
 //
 // A block computes 64 rows x 64 columns, or x 16 columns where the sum is long and d_out small; then four groups of 64
-// threads share each step of K, and on sm_90 a cluster of four blocks shares d_in, as in sgmv_deep.cu. Each thread has
-// 4 x 4 outputs. The sum of a step (32 of K, or 16 for each group) is finished before it is added to the total, which
-// keeps the rounding error of long sums small.
+// threads share each step of K, and on sm_90 a cluster of four blocks (two with more than 16 columns) shares d_in, as
+// in sgmv_deep.cu. Each thread has 4 x 4 outputs. The sum of a step (32 of K, or 16 for each group) is finished before
+// it is added to the total, which keeps the rounding error of long sums small.
 #include "src/cuda/lora/sgmv_sum.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
   if constexpr (kCompiled<kArch>) {
     using F = Float<kDeep>;
     extern __shared__ __align__(16) float floats[];
-    __shared__ SgmvScratch scratch;
+    __shared__ SgmvScratch<kSgmvThreads> scratch;
     launch_dependents<kArch>();
 
     const uint32_t rank = blockIdx.x % kCluster;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;  // the other blocks of the cluster find the same
     }
-    if constexpr (kCluster > 1) cluster_arrive();  // waited for before the first write to another block
+    if constexpr (kCluster > 1) cluster_arrive_begun();  // waited for before the first write to another block
 
     const bool w_aligned = reinterpret_cast<uintptr_t>(tile.w) % 16 == 0 && (kInOut ? args.d_out : args.d_in) % 4 == 0;
     const auto fill_w = [&](int step, int stage) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_float(const SgmvArgs arg
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* to = floats + (group * kSgmvRows + first_row + i * 16) * F::kCols + first_column;
-      store(to, Vec<float, 4>{total[i][0], total[i][1], total[i][2], total[i][3]});
+      *reinterpret_cast<float4*>(to) = {total[i][0], total[i][1], total[i][2], total[i][3]};
     }
     __syncthreads();
     y.template add<F::kGroups>(floats, floats + F::kRingFloats);
@@ -176,7 +176,7 @@ template <Arch kArch, bool kInOut, bool kDeep, int kCluster>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   using F = Float<kDeep>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + F::kCols - 1) / F::kCols) * kCluster);
+  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + F::kCols - 1) / F::kCols) * kCluster);
   shape.block = kSgmvThreads;
   shape.shared_bytes = (F::kRingFloats + (kCluster > 1 ? kSgmvRows * F::kCols : 0)) * sizeof(float);
   shape.cluster = kCluster;
@@ -190,8 +190,9 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
     return deep ? launch<Arch::kSm80, kInOut, true, 1>(launcher, args)
                 : launch<Arch::kSm80, kInOut, false, 1>(launcher, args);
   }
-  return deep ? launch<Arch::kSm90, kInOut, true, 4>(launcher, args)
-              : launch<Arch::kSm90, kInOut, false, 1>(launcher, args);
+  if (!deep) return launch<Arch::kSm90, kInOut, false, 1>(launcher, args);
+  return args.d_out <= 16 ? launch<Arch::kSm90, kInOut, true, 4>(launcher, args)
+                          : launch<Arch::kSm90, kInOut, true, 2>(launcher, args);
 }
 
 }  // namespace

@@ -12,6 +12,10 @@ namespace punica::cuda {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// Tells no more than that this block has begun, so that its shared memory is there.
+__device__ __forceinline__ void cluster_arrive_begun() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Writes to the place in block `rank` of the cluster that has the address `address` in this one.
@@ -22,6 +26,7 @@ __device__ __forceinline__ void store_remote(uint32_t address, uint32_t rank, fl
 }
 #else
 __device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_arrive_begun() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void store_remote(uint32_t, uint32_t, float) {}
 #endif

@@ -12,12 +12,13 @@ namespace punica::cuda {
 template <class T>
 struct SgmvTile {
   int64_t row;  // the first row in x and y
-  int rows;     // 1..64
+  int rows;     // 1..64, or what else a tile has
   const T* w;   // the layer's weights of the segment
 };
 
+template <int kThreads>
 struct SgmvScratch {
-  uint32_t warp_tiles[kSgmvThreads / 32];
+  uint32_t warp_tiles[kThreads / 32];
   int64_t segment, row, end;
   int found;
 };
@@ -28,14 +29,15 @@ struct SgmvSegment {
   uint32_t tiles;
 };
 
-// Segment i cut to the rows there are; one that is empty, backward or behind the table has no tiles.
+// Segment i cut to the rows there are; one that is empty, backward or behind the table has no tiles of kRows rows.
+template <int kRows>
 __device__ __forceinline__ SgmvSegment load_segment(const SgmvArgs& args, int64_t i) {
   SgmvSegment segment = {0, 0, 0};
   if (i < args.num_segments) {
     segment.start = max(int64_t{args.s_start[i]}, int64_t{0});
     segment.end = min(int64_t{args.s_end[i]}, args.rows);
     if (segment.end > segment.start) {
-      segment.tiles = static_cast<uint32_t>((segment.end - segment.start + kSgmvRows - 1) / kSgmvRows);
+      segment.tiles = static_cast<uint32_t>((segment.end - segment.start + kRows - 1) / kRows);
     }
   }
   return segment;
@@ -52,21 +54,21 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane)
 
 // Finds tile number `tile` in the order of the segments; false if there are fewer. The same answer in all threads of
 // the block, all of which call it. Whatever the tables hold, the rows found are rows of x and y.
-template <class T>
-__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch& scratch,
+template <int kRows = kSgmvRows, int kThreads = kSgmvThreads, class T>
+__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch<kThreads>& scratch,
                                           SgmvTile<T>* found) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t row, end;
   int64_t address;
   if (args.num_segments <= 32) {
     // Each warp for itself, without a barrier.
-    const SgmvSegment segment = load_segment(args, lane);
+    const SgmvSegment segment = load_segment<kRows>(args, lane);
     address = lane < args.num_segments ? args.w_ptr[lane] : 0;
     const uint32_t before = warp_inclusive_sum(segment.tiles, lane) - segment.tiles;
     const unsigned owner = __ballot_sync(0xffffffffu, tile - before < segment.tiles);
     if (owner == 0) return false;
     const int from = __ffs(owner) - 1;
-    row = __shfl_sync(0xffffffffu, segment.start + int64_t{tile - before} * kSgmvRows, from);
+    row = __shfl_sync(0xffffffffu, segment.start + int64_t{tile - before} * kRows, from);
     end = __shfl_sync(0xffffffffu, segment.end, from);
     address = __shfl_sync(0xffffffffu, address, from);
   } else {
@@ -74,12 +76,12 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     if (threadIdx.x == 0) scratch.found = 0;
     uint32_t rest = tile;  // tiles from the first one of this round on
     bool done = false;
-    for (int64_t base = 0; base < args.num_segments && !done; base += kEach * kSgmvThreads) {
+    for (int64_t base = 0; base < args.num_segments && !done; base += kEach * kThreads) {
       SgmvSegment segments[kEach];
       uint32_t tiles = 0;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        segments[i] = load_segment(args, base + int64_t{threadIdx.x} * kEach + i);
+        segments[i] = load_segment<kRows>(args, base + int64_t{threadIdx.x} * kEach + i);
         tiles += segments[i].tiles;
       }
       const uint32_t sum = warp_inclusive_sum(tiles, lane);
@@ -87,7 +89,7 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
       __syncthreads();
       uint32_t before = sum - tiles, all = 0;
 #pragma unroll
-      for (int i = 0; i < kSgmvThreads / 32; ++i) {
+      for (int i = 0; i < kThreads / 32; ++i) {
         if (i < warp) before += scratch.warp_tiles[i];
         all += scratch.warp_tiles[i];
       }
@@ -97,7 +99,7 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
         for (int i = 0; i < kEach; ++i) {
           if (rest - before < segments[i].tiles) {
             scratch.segment = base + int64_t{threadIdx.x} * kEach + i;
-            scratch.row = segments[i].start + int64_t{rest - before} * kSgmvRows;
+            scratch.row = segments[i].start + int64_t{rest - before} * kRows;
             scratch.end = segments[i].end;
             scratch.found = 1;
           }
@@ -114,7 +116,7 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     address = args.w_ptr[scratch.segment];
   }
   found->row = row;
-  found->rows = static_cast<int>(min(end - row, int64_t{kSgmvRows}));
+  found->rows = static_cast<int>(min(end - row, int64_t{kRows}));
   found->w = reinterpret_cast<const T*>(address) + args.w_offset;
   return true;
 }
@@ -122,6 +124,13 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
 // Asks for the cache line of an address, without waiting for it.
 __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Asks for the first lines of the tables: enough for 32 segments.
+__device__ __forceinline__ void prefetch_tables(const SgmvArgs& args) {
+  if (threadIdx.x == 0) prefetch_l2(args.s_start);
+  if (threadIdx.x == 32) prefetch_l2(args.s_end);
+  if (threadIdx.x == 64) prefetch_l2(args.w_ptr);
 }
 
 // Starts the reads of the tile that number `tile` would be if the segments covered all rows in order, as they mostly
@@ -196,6 +205,21 @@ __device__ __forceinline__ uint4 load_eight(const uint16_t* from, int count) {
     result = {words[0], words[1], words[2], words[3]};
   }
   return result;
+}
+
+// The same from whole words of 4 bytes, which at both ends may hold an element that is not asked for.
+__device__ __forceinline__ uint4 load_eight_words(const uint16_t* from, int count) {
+  const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(from) / 2 % 2);
+  const uint32_t* const first = reinterpret_cast<const uint32_t*>(from - odd);
+  uint32_t words[5];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = i * 2 < count + odd && count > 0 && i < 4 + odd ? __ldg(first + i) : 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = __funnelshift_r(words[i], words[i + 1], odd * 16);
+    if (count < i * 2 + 2) words[i] = count == i * 2 + 1 ? words[i] & 0xffffu : 0;
+  }
+  return {words[0], words[1], words[2], words[3]};
 }
 
 // The chunks of a thread in a tile (SharedTile), kRowStep rows apart, `have_rows` rows with `count` elements each. Not

@@ -1,9 +1,7 @@
-// sgmv for float16 and bfloat16 where sgmv_deep.cu does not serve: d_out large (expands), or nothing large.
+// sgmv for float16 and bfloat16 where neither sgmv_stream.cu, sgmv_deep.cu nor sgmv_expand.cu serves: nothing is small.
 //
-// A block computes 64 rows x 256 columns, a warp 32 of the columns. With d_in <= 64 all of x and W that a block needs
-// is in shared memory at once, the warp's part of W then in registers, and what takes time is y: each lane asks for its
-// part of it, 16 bytes a row, before it waits for x and W. Longer sums go through two buffers of 64 in shared memory,
-// and y is read at their end.
+// A block computes 64 rows x 256 columns, a warp 32 of the columns. The sum goes through two buffers of 64 of K in
+// shared memory, and y is read at its end.
 //
 // A lane of mma.m16n8k16 gets two adjacent columns of each 8 of a product. Four products give it eight adjacent columns
 // if product j has as its column c the column 8 (c / 2) + 2 j + c % 2 of the 32: then lane t of a row's four holds
@@ -15,13 +13,14 @@
 namespace punica::cuda {
 namespace {
 
+constexpr int kDepth = 64;  // of K, of a step
 constexpr int kWidth = 256;
 constexpr int kWarpWidth = 32;
 
-template <bool kInOut, int kDepth, bool kLoop>
+template <bool kInOut>
 struct Wide {
   static constexpr int kSlices = kDepth / 16;
-  static constexpr int kStages = kLoop ? 2 : 1;
+  static constexpr int kStages = 2;
   using X = SharedTile<kSgmvRows, kDepth>;
   using W = SharedTile<kInOut ? kDepth : kWidth, kInOut ? kWidth : kDepth, !kInOut>;
   static constexpr int kStageBytes = X::kBytes + W::kBytes;
@@ -137,13 +136,13 @@ struct LaneOfY {
   }
 };
 
-template <Arch kArch, class T, bool kInOut, int kDepth, bool kLoop>
-__global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(const SgmvArgs args) {
+template <Arch kArch, class T, bool kInOut>
+__global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_wide(const SgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
-    using W = Wide<kInOut, kDepth, kLoop>;
+    using W = Wide<kInOut>;
     constexpr int kTilesM = kSgmvRows / 16;
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ SgmvScratch scratch;
+    __shared__ SgmvScratch<kSgmvThreads> scratch;
     launch_dependents<kArch>();
 
     const uint32_t blocks_n = static_cast<uint32_t>((args.d_out + kWidth - 1) / kWidth);
@@ -186,88 +185,53 @@ __global__ void __launch_bounds__(kSgmvThreads, kDepth == 16 ? 3 : 2) sgmv_wide(
     const int64_t warp_column = column + warp * kWarpWidth;
     const bool idle = warp_column >= args.d_out;
 
-    if constexpr (!kLoop) {
-      LaneOfY<T> mine(args, tile, warp_column, lane);
-      Vec<T, 8> old[2 * kTilesM];
-      mine.read(old);
+    const int steps = static_cast<int>((args.d_in + kDepth - 1) / kDepth);
+    float sums[kTilesM][4][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
       copy_wait<0>();
       __syncthreads();
-      if (idle) return;
-      uint32_t b[W::kSlices][4][2];
+      if (step + 1 < steps) {
+        fill_w(step + 1, (step + 1) % 2);
+        fill_x(step + 1, (step + 1) % 2);
+        copy_commit();
+      }
+      if (idle) continue;
+      const uint32_t xs = shared + step % 2 * W::kStageBytes;
 #pragma unroll
       for (int s = 0; s < W::kSlices; ++s) {
-        load_weights<kInOut, typename W::W>(b[s], shared + W::X::kBytes, w_offset, s, lane);
-      }
+        uint32_t b[4][2];
+        load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, w_offset, s, lane);
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        if (m * 16 >= tile.rows) break;
-        float sums[4][4] = {};
+        for (int m = 0; m < kTilesM; ++m) {
+          if (m * 16 < tile.rows) {
+            uint32_t a[4];
+            load_matrices(a, xs + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
 #pragma unroll
-        for (int s = 0; s < W::kSlices; ++s) {
-          uint32_t a[4];
-          load_matrices(a, shared + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
-#pragma unroll
-          for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], a, b[s][j]);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) mine.add(old[m * 2 + half], sums, half);
-      }
-    } else {
-      const int steps = static_cast<int>((args.d_in + kDepth - 1) / kDepth);
-      float sums[kTilesM][4][4] = {};
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        copy_wait<0>();
-        __syncthreads();
-        if (step + 1 < steps) {
-          fill_w(step + 1, (step + 1) % 2);
-          fill_x(step + 1, (step + 1) % 2);
-          copy_commit();
-        }
-        if (idle) continue;
-        const uint32_t xs = shared + step % 2 * W::kStageBytes;
-#pragma unroll
-        for (int s = 0; s < W::kSlices; ++s) {
-          uint32_t b[4][2];
-          load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, w_offset, s, lane);
-#pragma unroll
-          for (int m = 0; m < kTilesM; ++m) {
-            if (m * 16 < tile.rows) {
-              uint32_t a[4];
-              load_matrices(a, xs + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
-#pragma unroll
-              for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[m][j], a, b[j]);
-            }
+            for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[m][j], a, b[j]);
           }
         }
       }
-      LaneOfY<T> mine(args, tile, warp_column, lane);
+    }
+    LaneOfY<T> mine(args, tile, warp_column, lane);
 #pragma unroll
-      for (int first = 0; first < 2 * kTilesM; first += kTilesM) {
-        Vec<T, 8> old[kTilesM];
-        mine.read(old);
+    for (int first = 0; first < 2 * kTilesM; first += kTilesM) {
+      Vec<T, 8> old[kTilesM];
+      mine.read(old);
 #pragma unroll
-        for (int i = 0; i < kTilesM; ++i) mine.add(old[i], sums[(first + i) / 2], i % 2);
-      }
+      for (int i = 0; i < kTilesM; ++i) mine.add(old[i], sums[(first + i) / 2], i % 2);
     }
   }
 }
 
-template <Arch kArch, class T, bool kInOut, int kDepth, bool kLoop>
-Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  using W = Wide<kInOut, kDepth, kLoop>;
-  LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args) * ((args.d_out + kWidth - 1) / kWidth));
-  shape.block = kSgmvThreads;
-  shape.shared_bytes = W::kStages * W::kStageBytes;
-  return launcher.launch<sgmv_wide<kArch, T, kInOut, kDepth, kLoop>>(shape, args);
-}
-
 template <Arch kArch, class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  if (args.d_in <= 16) return launch<kArch, T, kInOut, 16, false>(launcher, args);
-  if (args.d_in <= 64) return launch<kArch, T, kInOut, 64, false>(launcher, args);
-  return launch<kArch, T, kInOut, 64, true>(launcher, args);
+  using W = Wide<kInOut>;
+  LaunchShape shape;
+  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + kWidth - 1) / kWidth));
+  shape.block = kSgmvThreads;
+  shape.shared_bytes = W::kStages * W::kStageBytes;
+  return launcher.launch<sgmv_wide<kArch, T, kInOut>>(shape, args);
 }
 
 template <class T, bool kInOut>
