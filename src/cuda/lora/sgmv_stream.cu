@@ -90,10 +90,10 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 #endif
 
 // kGroups: groups of 16 rows of a tile. kFast: rows of x start at multiples of 16 bytes, and d_in is a multiple of 8.
-template <class T, int kGroups, bool kFast>
+template <Arch kArch, class T, int kGroups, bool kFast>
 __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) {
+  static_assert(kArch == Arch::kSm90, "made for clusters; the path is in the name, as in all kernels");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr Arch kArch = Arch::kSm90;
   using S = Stream<kGroups>;
   constexpr int kRows = S::kRows, kElements = S::kElements;
   extern __shared__ __align__(128) unsigned char memory[];
@@ -320,7 +320,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   shape.block = kThreads;
   shape.shared_bytes = Stream<kGroups>::kRingBytes + Stream<kGroups>::kReceivedBytes;
   shape.cluster = kCluster;
-  return launcher.launch<sgmv_stream<T, kGroups, kFast>>(shape, args);
+  return launcher.launch<sgmv_stream<Arch::kSm90, T, kGroups, kFast>>(shape, args);
 }
 
 template <class T, int kGroups>
