@@ -89,6 +89,12 @@ def row_of(row: cuda_works.Row) -> dict[str, Any]:
     return result
 
 
+def options(arguments: argparse.Namespace) -> list[str]:
+    """Those that change what is measured."""
+    words = ["--only", arguments.only] if arguments.only else []
+    return words + (["--grid", "--seconds", f"{arguments.seconds:g}"] if arguments.grid else [])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="measure only groups whose name contains this")
@@ -126,7 +132,7 @@ def main() -> int:
                 print(cuda_report.line(result), flush=True)
 
     result = {
-        "command": " ".join(["python", "benchmarks/bench_cuda.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/bench_cuda.py", *options(arguments)]),
         "device": torch.cuda.get_device_name(),
         "arch": pk.last_cuda_arch(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
