@@ -62,7 +62,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
         share = 100 * row["floor"] / row["ours"]
         axes.barh(y, share, height=0.66, color="#0b6e99", label=None if "ours" in seen else "punica_kernels")
         seen.add("ours")
-        axes.text(share + 1, y, f"{share:.0f}%  {number(row['ours'])} µs", va="center", fontsize=8)
+        axes.text(max(share, 100) + 1.5, y, f"{share:.0f}%  {number(row['ours'])} µs", va="center", fontsize=8)
         for name, value in row["rivals"].items():
             if name not in colors:
                 continue
@@ -76,11 +76,12 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
             seen.add("goal")
     axes.axvline(100, color="#2a9d4a", linewidth=2)
     axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['work']}" for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 150)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 118)
+    axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the rate of a kernel that only moves the same bytes")
     axes.set_title(f"{result['device']}: share of the practical floor (longer is better)", loc="left")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.045), ncols=4, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     for path in paths:
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
