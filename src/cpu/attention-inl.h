@@ -127,7 +127,7 @@ struct RowsAhead {
 // `ahead` if there is one.
 template <class KT, bool kNative, int kRows>
 HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* keys, int64_t padded_dim, int64_t begin,
-                              int64_t end, const RowsAhead<KT>& ahead, float* scores) {
+                              int64_t end, RowsAhead<KT> ahead, float* scores) {
   alignas(64) float partial[kRows][kLanes / 4][kLanes];
   for (int64_t group = begin / kLanes * kLanes; group < end; group += kLanes) {
     HWY_UNROLL(1)
@@ -234,7 +234,7 @@ HWY_INLINE VF finite_or_zero(VF max) { return hn::IfThenZeroElse(hn::Eq(max, bro
 // nothing. Only its own keys decide a row's bits.
 template <int kRows, class T>
 HWY_NOINLINE void softmax_block(float* scores, const KeyRange* seen, const ScoreMap& map, SoftmaxRow* row, float* decay,
-                                const RowsAhead<T>& ahead, int64_t dim) {
+                                RowsAhead<T> ahead, int64_t dim) {
   int64_t asked = ahead ? 0 : kAheadInSoftmax;
   const F32 d;
   const VF minus_infinity = hn::Set(d, kMinusInfinity);
@@ -309,8 +309,7 @@ HWY_INLINE void scale_sum(float factor, int64_t padded_dim, float* sum) {
 // keys.
 template <class T, int kRows, int kPairs>
 HWY_INLINE void add_values_slab(const float* decay, const float* weights, const T* const* values, int64_t d,
-                                int64_t begin, int64_t end, const RowsAhead<T>& ahead, float* sums,
-                                int64_t sum_stride) {
+                                int64_t begin, int64_t end, RowsAhead<T> ahead, float* sums, int64_t sum_stride) {
   VF sum[kRows][2 * kPairs];
   for (int m = 0; m < kRows; ++m) {
     const VF factor = broadcast(decay[m]);
@@ -339,7 +338,7 @@ HWY_INLINE void add_values_slab(const float* decay, const float* weights, const 
 // registers. Asks for kBlockTokens rows of `ahead` over a whole block.
 template <class T, int kRows>
 HWY_NOINLINE void add_values(const float* decay, const float* weights, const T* const* values, int64_t padded_dim,
-                             int64_t begin, int64_t end, const RowsAhead<T>& ahead, float* sums, int64_t sum_stride) {
+                             int64_t begin, int64_t end, RowsAhead<T> ahead, float* sums, int64_t sum_stride) {
   if (begin >= end) return;
   constexpr int kPairs = kRows == 1 ? 4 : 2;
   int64_t d = 0;

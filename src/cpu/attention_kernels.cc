@@ -90,7 +90,8 @@ class TileAttention {
     key_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kKey, rows.kv_head);
     value_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kValue, rows.kv_head) - key_offset_;
     head_stride_ = shape.head_offset(0, KvPart::kKey, 1);
-    far_ = std::clamp<int64_t>(kBytesAhead / (head_dim_ * int64_t{sizeof(T)}), 2, kMaxRowsAhead);
+    const int64_t bytes_ahead = rows.rows_per_kv_head > 2 * kRowTile ? kBytesAhead / 3 : kBytesAhead;
+    far_ = std::clamp<int64_t>(bytes_ahead / (head_dim_ * int64_t{sizeof(T)}), 2, kMaxRowsAhead);
     load_queries();
     if (head_dim_ != padded_dim_) {
       if (rope == nullptr) std::memset(key_scratch_, 0, static_cast<size_t>(kBlockTokens * padded_dim_) * sizeof(KT));
