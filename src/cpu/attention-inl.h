@@ -86,8 +86,9 @@ HWY_INLINE VF sum_across_blocks(const float* v) {
 // which is the keys of a block of one head, its values, then the next head's, after the last head the next block's. A
 // core drops a prefetch when too many of its loads wait for memory already (measured on Zen 5: of 64 cache lines asked
 // for in a row none arrived, of 8 all). Hence they are spread over the steps of a block by the time that each takes,
-// and every row is asked for twice: kBytesAhead before its use, and again half as far before it, for what was dropped.
+// and every row is asked for three times, first kBytesAhead before its use, for what was dropped.
 inline constexpr int64_t kBytesAhead = 24 << 10;
+inline constexpr int64_t kTimesAsked = 3;
 inline constexpr int64_t kMaxRowsAhead = 2 * kBlockTokens;
 // Rows asked for while a block's keys are read; the softmax asks for the others of kBlockTokens, the values for as
 // many.
@@ -95,14 +96,14 @@ inline constexpr int64_t kAheadInScores = 48;
 inline constexpr int64_t kAheadInSoftmax = kBlockTokens - kAheadInScores;
 inline constexpr int64_t kLineBytes = 64;
 
-// Two lists of rows, to be asked for the first and the second time; null if there is nothing to ask for.
+// Rows in use; those to ask for are kTimesAsked multiples of `step` behind them. Null if there is nothing to ask for.
 template <class T>
 struct RowsAhead {
-  const T* const* far = nullptr;
-  const T* const* near = nullptr;
+  const T* const* rows = nullptr;
+  int64_t step = 0;
 
-  explicit operator bool() const { return far != nullptr; }
-  // Asks for all `dim` elements of row i of both lists.
+  explicit operator bool() const { return rows != nullptr; }
+  // Asks for all `dim` elements of what comes after row i.
   HWY_INLINE void ask(int64_t i, int64_t dim) const {
     for (int64_t d = 0; d < dim; d += kLine) ask_for_line(i, d);
   }
@@ -116,8 +117,7 @@ struct RowsAhead {
  private:
   static constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
   HWY_INLINE void ask_for_line(int64_t i, int64_t d) const {
-    __builtin_prefetch(far[i] + d, 0, 3);
-    __builtin_prefetch(near[i] + d, 0, 3);
+    for (int64_t k = kTimesAsked; k > 0; --k) __builtin_prefetch(rows[i + k * step] + d, 0, 3);
   }
 };
 

@@ -91,7 +91,8 @@ class TileAttention {
     value_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kValue, rows.kv_head) - key_offset_;
     head_stride_ = shape.head_offset(0, KvPart::kKey, 1);
     const int64_t bytes_ahead = rows.rows_per_kv_head > 2 * kRowTile ? kBytesAhead / 3 : kBytesAhead;
-    far_ = std::clamp<int64_t>(bytes_ahead / (head_dim_ * int64_t{sizeof(T)}), 2, kMaxRowsAhead);
+    step_ =
+        std::clamp<int64_t>(bytes_ahead / (head_dim_ * int64_t{sizeof(T)}), kTimesAsked, kMaxRowsAhead) / kTimesAsked;
     load_queries();
     if (head_dim_ != padded_dim_) {
       if (rope == nullptr) std::memset(key_scratch_, 0, static_cast<size_t>(kBlockTokens * padded_dim_) * sizeof(KT));
@@ -104,7 +105,7 @@ class TileAttention {
     const int64_t first = std::max(begin * kSplitTokens, rows_.keys.begin / kBlockTokens * kBlockTokens);
     const int64_t last = std::min(end * kSplitTokens, rows_.keys.end);
     find_block(first, next_rows());
-    for (int64_t j = 0; j < far_ / 2; ++j) RowsAhead<T>{next_rows(), next_rows() + far_ / 2}.ask(j, head_dim_);
+    for (int64_t j = 0; j < step_; ++j) RowsAhead<T>{next_rows() - step_, step_}.ask(j, head_dim_);
     start_split(total_, total_sums_);
     for (int64_t block = first; block < last; block += kBlockTokens) {
       const bool in_total = block / kSplitTokens == begin;
@@ -228,7 +229,7 @@ class TileAttention {
     fill_unseen(seen, rows + kBlockTokens);
   }
   // What to ask for while these rows, of block_rows_, are in use.
-  RowsAhead<T> ahead_of(const T* const* rows) const { return {rows + far_, rows + far_ / 2}; }
+  RowsAhead<T> ahead_of(const T* const* rows) const { return {rows, step_}; }
   const T** next_rows() { return block_rows_ + 2 * kBlockTokens; }
 
   template <class Row>
@@ -380,7 +381,7 @@ class TileAttention {
   ScoreMap map_;
   int64_t key_offset_, value_offset_;  // elements: from a page to the keys of the first head, from these to the values
   int64_t head_stride_;                // elements: from a head to the next
-  int64_t far_;                        // rows
+  int64_t step_;                       // rows, see RowsAhead
   // The keys and values of a block of one head in the order of their use; behind them those that come next.
   const T* block_rows_[4 * kBlockTokens];
 
