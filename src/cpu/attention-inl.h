@@ -82,33 +82,44 @@ HWY_INLINE VF sum_across_blocks(const float* v) {
 #endif
 }
 
-// Pages lie anywhere, so the hardware cannot know which row comes next: rows are asked for kAhead places ahead in the
-// order of their use, which is the keys of a block, its values, the keys of the next block. What counts is that enough
-// requests are under way at every moment, so they are spread over the steps of a block by the time that each takes.
-// The first rows of a page are asked for kStartAhead places earlier still: they are what makes the hardware's own
-// prefetchers follow a page, and those can have more requests under way than a core's loads.
-inline constexpr int64_t kAhead = 32;
-inline constexpr int64_t kStartAhead = 30;
-inline constexpr int64_t kStartRows = 2;
-inline constexpr int64_t kAheadInScores = 48;  // rows asked for while a block's keys are read
+// Pages lie anywhere, so the hardware cannot know which row comes next: rows are asked for in the order of their use,
+// which is the keys of a block of one head, its values, then the next head's, after the last head the next block's. A
+// core drops a prefetch when too many of its loads wait for memory already (measured on Zen 5: of 64 cache lines asked
+// for in a row none arrived, of 8 all). Hence they are spread over the steps of a block by the time that each takes,
+// and every row is asked for three times, first kBytesAhead before its use, for what was dropped.
+inline constexpr int64_t kBytesAhead = 24 << 10;
+inline constexpr int64_t kTimesAsked = 3;
+inline constexpr int64_t kMaxRowsAhead = 2 * kBlockTokens;
+// Rows asked for while a block's keys are read; the softmax asks for the others of kBlockTokens, the values for as
+// many.
+inline constexpr int64_t kAheadInScores = 48;
 inline constexpr int64_t kAheadInSoftmax = kBlockTokens - kAheadInScores;
-// Places behind the rows of a block that are looked at.
-inline constexpr int64_t kTail = kAhead + kStartAhead + kStartRows;
-static_assert(kTail <= kBlockTokens);
+inline constexpr int64_t kLineBytes = 64;
 
-HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 3);
-}
-
-// Asks for a row of `dim` elements, kAhead places before its use, and for the start of a page further ahead.
+// Rows in use; those to ask for are kTimesAsked multiples of `step` behind them. Null if there is nothing to ask for.
 template <class T>
-HWY_INLINE void ask_for(const T* const* row, int64_t dim) {
-  const int64_t bytes = dim * int64_t{sizeof(T)};
-  prefetch_row(row[0], bytes);
-  const T* const* later = row + kStartAhead;
-  const bool starts = later[0] != later[-1] + dim && later[1] == later[0] + dim;
-  if (starts) prefetch_row(later[0], kStartRows * bytes);
-}
+struct RowsAhead {
+  const T* const* rows = nullptr;
+  int64_t step = 0;
+
+  explicit operator bool() const { return rows != nullptr; }
+  // Asks for all `dim` elements of what comes after row i.
+  HWY_INLINE void ask(int64_t i, int64_t dim) const {
+    for (int64_t d = 0; d < dim; d += kLine) ask_for_line(i, d);
+  }
+  // Asks for kCount elements from element d on. Where that is less than a cache line, the step that begins one asks.
+  template <int64_t kCount>
+  HWY_INLINE void ask_part(int64_t i, int64_t d) const {
+    if (kCount < kLine && d % kLine != 0) return;
+    for (int64_t e = 0; e < kCount; e += kLine) ask_for_line(i, d + e);
+  }
+
+ private:
+  static constexpr int64_t kLine = kLineBytes / int64_t{sizeof(T)};
+  HWY_INLINE void ask_for_line(int64_t i, int64_t d) const {
+    for (int64_t k = kTimesAsked; k > 0; --k) __builtin_prefetch(rows[i + k * step] + d, 0, 3);
+  }
+};
 
 // scores[m * kBlockTokens + j] = q[m] . keys[j] for kRows rows of q (q_stride apart) and the keys [begin, end) of the
 // block, widened to whole vectors of keys. Rows are padded to a multiple of kPair with zeros. KT is the type of the
@@ -116,22 +127,21 @@ HWY_INLINE void ask_for(const T* const* row, int64_t dim) {
 // `ahead` if there is one.
 template <class KT, bool kNative, int kRows>
 HWY_NOINLINE void score_block(const void* q, int64_t q_stride, const KT* const* keys, int64_t padded_dim, int64_t begin,
-                              int64_t end, const KT* const* ahead, float* scores) {
+                              int64_t end, RowsAhead<KT> ahead, float* scores) {
   alignas(64) float partial[kRows][kLanes / 4][kLanes];
   for (int64_t group = begin / kLanes * kLanes; group < end; group += kLanes) {
     HWY_UNROLL(1)
     for (int64_t j = 0; j < kLanes / 4; ++j) {
       const KT* const* k = keys + group + 4 * j;
       const KT *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
-      if (ahead != nullptr) {
-        constexpr int64_t kShare = kAheadInScores / (kBlockTokens / 4);
-        const KT* const* rows = ahead + (group / 4 + j) * kShare;
-        for (int64_t i = 0; i < kShare; ++i) ask_for(rows + i, padded_dim);
-      }
       VF sum[kRows][4];
       for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = sum[m][2] = sum[m][3] = zero();
       HWY_UNROLL(1)
       for (int64_t d = 0; d < padded_dim; d += kPair) {
+        if (ahead) {
+          constexpr int64_t kShare = kAheadInScores / (kBlockTokens / 4);
+          for (int64_t i = 0; i < kShare; ++i) ahead.template ask_part<kPair>((group / 4 + j) * kShare + i, d);
+        }
         if constexpr (kNative) {
 #if HWY_TARGET == HWY_AVX3
           const auto x0 = load_bf16(k0 + d), x1 = load_bf16(k1 + d), x2 = load_bf16(k2 + d), x3 = load_bf16(k3 + d);
@@ -222,9 +232,10 @@ HWY_INLINE VF finite_or_zero(VF max) { return hn::IfThenZeroElse(hn::Eq(max, bro
 // by. The rows are taken through every step together, because each step alone waits for its latency; nothing depends on
 // a branch, because whether a maximum moves cannot be predicted. A row that sees nothing gets a decay that changes
 // nothing. Only its own keys decide a row's bits.
-template <int kRows>
-HWY_NOINLINE void softmax_block(float* scores, const KeyRange* seen, const ScoreMap& map, SoftmaxRow* row,
-                                float* decay) {
+template <int kRows, class T>
+HWY_NOINLINE void softmax_block(float* scores, const KeyRange* seen, const ScoreMap& map, SoftmaxRow* row, float* decay,
+                                RowsAhead<T> ahead, int64_t dim) {
+  int64_t asked = ahead ? 0 : kAheadInSoftmax;
   const F32 d;
   const VF minus_infinity = hn::Set(d, kMinusInfinity);
   VF max[kRows], old_max[kRows], total[kRows];
@@ -251,6 +262,9 @@ HWY_NOINLINE void softmax_block(float* scores, const KeyRange* seen, const Score
   for (int m = 0; m < kRows; ++m) {
     total[m] = zero();
     for (int64_t j = seen[m].begin / kLanes * kLanes; j < seen[m].end; j += kLanes) {
+      constexpr int64_t kVectors = kRows * kBlockTokens / kLanes;
+      constexpr int64_t kShare = (kAheadInSoftmax + kVectors - 1) / kVectors;
+      for (int64_t i = 0; i < kShare && asked < kAheadInSoftmax; ++i) ahead.ask(asked++, dim);
       float* at = scores + m * kBlockTokens + j;
       const VF p = exp2_negative(hn::Sub(load(at), max[m]));
       store(p, at);
@@ -295,20 +309,15 @@ HWY_INLINE void scale_sum(float factor, int64_t padded_dim, float* sum) {
 // keys.
 template <class T, int kRows, int kPairs>
 HWY_INLINE void add_values_slab(const float* decay, const float* weights, const T* const* values, int64_t d,
-                                int64_t begin, int64_t end, const T* const*& ahead, const T* const* ahead_end,
-                                int64_t period, int64_t row_dim, float* sums, int64_t sum_stride) {
+                                int64_t begin, int64_t end, RowsAhead<T> ahead, float* sums, int64_t sum_stride) {
   VF sum[kRows][2 * kPairs];
   for (int m = 0; m < kRows; ++m) {
     const VF factor = broadcast(decay[m]);
     for (int i = 0; i < 2 * kPairs; ++i) sum[m][i] = hn::Mul(load(sums + m * sum_stride + d + i * kLanes), factor);
   }
-  int64_t until_next = 0;
   for (int64_t j = begin; j < end; ++j) {
     const T* v = values[j] + d;
-    if (until_next-- == 0 && ahead != ahead_end) {
-      until_next = period - 1;
-      ask_for(ahead++, row_dim);
-    }
+    if (ahead) ahead.template ask_part<kPairs * kPair>(j, d);
     VF w[kRows];
     for (int m = 0; m < kRows; ++m) w[m] = broadcast(weights[m * kBlockTokens + j]);
     for (int i = 0; i < kPairs; ++i) {
@@ -329,24 +338,19 @@ HWY_INLINE void add_values_slab(const float* decay, const float* weights, const 
 // registers. Asks for kBlockTokens rows of `ahead` over a whole block.
 template <class T, int kRows>
 HWY_NOINLINE void add_values(const float* decay, const float* weights, const T* const* values, int64_t padded_dim,
-                             int64_t begin, int64_t end, const T* const* ahead, float* sums, int64_t sum_stride) {
+                             int64_t begin, int64_t end, RowsAhead<T> ahead, float* sums, int64_t sum_stride) {
   if (begin >= end) return;
   constexpr int kPairs = kRows == 1 ? 4 : 2;
-  const int64_t period = (padded_dim + kPairs * kPair - 1) / (kPairs * kPair);
-  const T* const* ahead_end = ahead == nullptr ? nullptr : ahead + kBlockTokens;
   int64_t d = 0;
   for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair) {
-    add_values_slab<T, kRows, kPairs>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
-                                      sum_stride);
+    add_values_slab<T, kRows, kPairs>(decay, weights, values, d, begin, end, ahead, sums, sum_stride);
   }
   if (kRows == 1 && d + 2 * kPair <= padded_dim) {
-    add_values_slab<T, kRows, 2>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
-                                 sum_stride);
+    add_values_slab<T, kRows, 2>(decay, weights, values, d, begin, end, ahead, sums, sum_stride);
     d += 2 * kPair;
   }
   if (d < padded_dim) {
-    add_values_slab<T, kRows, 1>(decay, weights, values, d, begin, end, ahead, ahead_end, period, padded_dim, sums,
-                                 sum_stride);
+    add_values_slab<T, kRows, 1>(decay, weights, values, d, begin, end, ahead, sums, sum_stride);
   }
 }
 

@@ -24,8 +24,7 @@ int64_t task_table_bytes(int64_t num_sequences) {
 }
 
 int64_t pending_bytes(const AttentionPlan& plan) {
-  return align(plan.params->kv.num_sequences() * plan.num_kv_heads() * plan.tiles(1) *
-               static_cast<int64_t>(sizeof(int32_t)));
+  return align(plan.params->kv.num_sequences() * plan.tiles(1) * static_cast<int64_t>(sizeof(int32_t)));
 }
 
 // Of the partial results of one split of one sequence.
@@ -116,7 +115,7 @@ Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   first_task[0] = 0;
   for (int64_t i = 0; i < num_sequences; ++i) {
     const int64_t q_len = plan.num_queries(i);
-    first_task[i + 1] = first_task[i] + plan.num_kv_heads() * plan.tiles(q_len);
+    first_task[i + 1] = first_task[i] + plan.tiles(q_len);
     const KeyRange keys = plan.keys_of(params.kv.sequence(i).kv_len - (q_len + 1) / 2);
     pairs += static_cast<double>(q_len) * static_cast<double>(std::max<int64_t>(1, keys.end - keys.begin));
   }
@@ -139,10 +138,16 @@ Status batch_decode(const BatchDecodeParams& params, const Context& context) {
     longest = std::max(longest, count);
   }
   const int num_threads = choose_num_threads(context, nanoseconds(plan, pairs));
+  // All heads in one task, as far as that leaves tasks for all threads: it then reads whole pages.
+  constexpr int64_t kTasksPerThread = 4;
+  plan.kv_heads_per_tile = std::clamp<int64_t>(kTileRows / plan.group_size(), 1, plan.num_kv_heads());
+  while (plan.kv_heads_per_tile > 1 && num_splits * plan.tiles(1) < kTasksPerThread * num_threads) {
+    plan.kv_heads_per_tile = (plan.kv_heads_per_tile + 1) / 2;
+  }
   // Splits become tasks only where whole rows would not spread over the threads evenly. The last condition is also what
   // keeps a table that lies about its lengths within the workspace.
   constexpr int64_t kEven = 16;  // tasks a thread for which an uneven end costs little
-  const bool uneven = longest * kEven * num_threads > num_splits * plan.num_kv_heads() * plan.tiles(1);
+  const bool uneven = longest * kEven * num_threads > num_splits * plan.tiles(1);
   const int64_t partial_bytes = static_cast<double>(num_splits) * static_cast<double>(split_bytes(plan)) > 1e15
                                     ? kMaxPartialBytes + 1
                                     : num_splits * split_bytes(plan);
@@ -159,13 +164,13 @@ Status batch_decode(const BatchDecodeParams& params, const Context& context) {
     plan.pending = workspace.take<int32_t>(pending_bytes(plan));
     plan.partials = workspace.take<float>(partial_bytes);
   }
-  const int64_t pairs_of_heads = plan.num_kv_heads() * plan.tiles(1);
+  const int64_t tiles = plan.tiles(1);
   first_task[0] = 0;
   for (int64_t i = 0; i < num_sequences; ++i) {
     const KeyRange splits = plan.splits_of(params.kv.sequence(i).kv_len - 1);
     const int64_t count = split ? std::max<int64_t>(1, splits.end - splits.begin) : 1;
-    first_task[i + 1] = first_task[i] + pairs_of_heads * count;
-    if (split) std::fill_n(plan.pending + i * pairs_of_heads, pairs_of_heads, static_cast<int32_t>(count));
+    first_task[i + 1] = first_task[i] + tiles * count;
+    if (split) std::fill_n(plan.pending + i * tiles, tiles, static_cast<int32_t>(count));
   }
   return run("batch_decode", plan, num_threads);
 }

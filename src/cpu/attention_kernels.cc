@@ -28,10 +28,12 @@ namespace punica::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
-// Rows of q that one task computes: pairs (query, head of the group) of one KV head, in that order.
+// Rows of q that one task computes: pairs (query, head of the group) of a run of KV heads, in that order within each.
 struct TileRows {
   int64_t sequence;
-  int64_t kv_head;
+  int64_t kv_head;  // the first
+  int64_t num_kv_heads;
+  int64_t rows_per_kv_head;
   int64_t count;
   KeyRange keys;                 // of all rows together
   KeyRange row_keys[kTileRows];  // what each sees
@@ -40,18 +42,22 @@ struct TileRows {
   int64_t position[kTileRows];   // of the query in its sequence
 };
 
-TileRows tile_rows(const AttentionPlan& plan, int64_t sequence, int64_t kv_head, int64_t tile) {
+TileRows tile_rows(const AttentionPlan& plan, int64_t sequence, int64_t run, int64_t tile) {
   const int64_t q_len = plan.num_queries(sequence), group_size = plan.group_size();
   const int64_t kv_len = plan.params->kv.sequence(sequence).kv_len;
   TileRows rows;
   rows.sequence = sequence;
-  rows.kv_head = kv_head;
-  rows.count = std::min(kTileRows, q_len * group_size - tile * kTileRows);
+  rows.kv_head = run * plan.kv_heads_per_tile;
+  rows.num_kv_heads = std::min(plan.kv_heads_per_tile, plan.num_kv_heads() - rows.kv_head);
+  rows.rows_per_kv_head = std::min(kTileRows, q_len * group_size - tile * kTileRows);
+  rows.count = rows.num_kv_heads * rows.rows_per_kv_head;
   rows.keys = {0, 0};
   for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t query = (tile * kTileRows + r) / group_size;
+    const int64_t kv_head = rows.kv_head + r / rows.rows_per_kv_head;
+    const int64_t pair = tile * kTileRows + r % rows.rows_per_kv_head;
+    const int64_t query = pair / group_size;
     rows.query[r] = plan.row_begin(sequence) + query;
-    rows.head[r] = kv_head * group_size + (tile * kTileRows + r) % group_size;
+    rows.head[r] = kv_head * group_size + pair % group_size;
     rows.position[r] = kv_len - q_len + query;
     const KeyRange keys = plan.keys_of(rows.position[r]);
     rows.row_keys[r] = keys;
@@ -83,6 +89,10 @@ class TileAttention {
     const PageShape shape = params_.kv.page_shape(head_dim_);
     key_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kKey, rows.kv_head);
     value_offset_ = shape.head_offset(params_.kv.layer_idx, KvPart::kValue, rows.kv_head) - key_offset_;
+    head_stride_ = shape.head_offset(0, KvPart::kKey, 1);
+    const int64_t bytes_ahead = rows.rows_per_kv_head > 2 * kRowTile ? kBytesAhead / 3 : kBytesAhead;
+    step_ =
+        std::clamp<int64_t>(bytes_ahead / (head_dim_ * int64_t{sizeof(T)}), kTimesAsked, kMaxRowsAhead) / kTimesAsked;
     load_queries();
     if (head_dim_ != padded_dim_) {
       if (rope == nullptr) std::memset(key_scratch_, 0, static_cast<size_t>(kBlockTokens * padded_dim_) * sizeof(KT));
@@ -94,22 +104,23 @@ class TileAttention {
   void attend(int64_t begin, int64_t end) {
     const int64_t first = std::max(begin * kSplitTokens, rows_.keys.begin / kBlockTokens * kBlockTokens);
     const int64_t last = std::min(end * kSplitTokens, rows_.keys.end);
+    find_block(first, next_rows());
+    for (int64_t j = 0; j < step_; ++j) RowsAhead<T>{next_rows() - step_, step_}.ask(j, head_dim_);
     start_split(total_, total_sums_);
-    BlockRows blocks[2];
-    find_block(first, blocks[0]);
-    for (int64_t j = 0; j < kAhead; ++j) prefetch_row(blocks[0].keys()[j], head_dim_ * int64_t{sizeof(T)});
-    for (int64_t block = first, current = 0; block < last; block += kBlockTokens, current ^= 1) {
-      BlockRows &rows = blocks[current], &next = blocks[current ^ 1];
-      const bool has_next = block + kBlockTokens < last;
-      if (has_next) find_block(block + kBlockTokens, next);
-      std::copy_n(has_next ? next.keys() : rows.values(), kTail, rows.next_keys());
-      if (block / kSplitTokens == begin) {
-        attend_block(block, rows, total_, total_sums_);
-        continue;
+    for (int64_t block = first; block < last; block += kBlockTokens) {
+      const bool in_total = block / kSplitTokens == begin;
+      if (!in_total && block % kSplitTokens == 0) start_split(part_, part_sums_);
+      for (int64_t i = 0; i < rows_.num_kv_heads; ++i) {
+        std::copy_n(next_rows(), 2 * kBlockTokens, block_rows_);
+        if (i + 1 < rows_.num_kv_heads) {
+          for (int64_t j = 0; j < 2 * kBlockTokens; ++j) next_rows()[j] = block_rows_[j] + head_stride_;
+        } else if (block + kBlockTokens < last) {
+          find_block(block + kBlockTokens, next_rows());
+        }
+        attend_block(block, i * rows_.rows_per_kv_head, in_total ? total_ : part_, in_total ? total_sums_ : part_sums_);
       }
-      if (block % kSplitTokens == 0) start_split(part_, part_sums_);
-      attend_block(block, rows, part_, part_sums_);
-      if (has_next && (block + kBlockTokens) % kSplitTokens != 0) continue;
+      const bool ends = block + kBlockTokens >= last || (block + kBlockTokens) % kSplitTokens == 0;
+      if (in_total || !ends) continue;
       for (int64_t r = 0; r < rows_.count; ++r) merge_rows(total_[r], part_[r], padded_dim_);
     }
   }
@@ -194,35 +205,32 @@ class TileAttention {
   }
   bfloat16_t* native_queries() { return reinterpret_cast<bfloat16_t*>(queries_); }
 
-  // Where the keys and values of a block lie, of those that the tile sees. The places of all others repeat one that is
-  // seen: score_block takes whole vectors of keys. Behind them, for the prefetch, the first keys of the next block.
-  struct BlockRows {
-    const T* rows[2 * kBlockTokens + kTail];
-    KeyRange seen;  // in the block
+  // Of the keys of the block from token `block` on, those that the tile sees.
+  KeyRange seen_in(int64_t block) const {
+    return {std::max<int64_t>(rows_.keys.begin - block, 0), std::min(rows_.keys.end - block, kBlockTokens)};
+  }
 
-    const T** keys() { return rows; }
-    const T** values() { return rows + kBlockTokens; }
-    const T** next_keys() { return rows + 2 * kBlockTokens; }
-  };
-
-  void find_block(int64_t block, BlockRows& rows) const {
-    const int64_t begin = std::max(block, rows_.keys.begin);
-    const int64_t end = std::min(block + kBlockTokens, rows_.keys.end);
-    rows.seen = {begin - block, end - block};
+  // Where the keys and then the values of a block lie, of the first head and of those that the tile sees. The places of
+  // all others repeat one that is seen: score_block takes whole vectors of keys.
+  void find_block(int64_t block, const T** rows) const {
+    const KeyRange seen = seen_in(block);
     const int64_t* kv_ptrs = params_.kv.kv_ptrs.template as<const int64_t>() + sequence_.first_page;
-    TokenPlace place = token_place(begin, params_.kv.page_size);
-    for (int64_t j = rows.seen.begin; j < rows.seen.end;) {
+    TokenPlace place = token_place(block + seen.begin, params_.kv.page_size);
+    for (int64_t j = seen.begin; j < seen.end;) {
       const T* key = reinterpret_cast<const T*>(kv_ptrs[place.page]) + key_offset_ + place.slot * head_dim_;
-      const int64_t run_end = std::min(rows.seen.end, j + params_.kv.page_size - place.slot);
+      const int64_t run_end = std::min(seen.end, j + params_.kv.page_size - place.slot);
       for (; j < run_end; ++j, key += head_dim_) {
-        rows.keys()[j] = key;
-        rows.values()[j] = key + value_offset_;
+        rows[j] = key;
+        rows[kBlockTokens + j] = key + value_offset_;
       }
       place = {place.page + 1, 0};
     }
-    fill_unseen(rows.seen, rows.keys());
-    fill_unseen(rows.seen, rows.values());
+    fill_unseen(seen, rows);
+    fill_unseen(seen, rows + kBlockTokens);
   }
+  // What to ask for while these rows, of block_rows_, are in use.
+  RowsAhead<T> ahead_of(const T* const* rows) const { return {rows, step_}; }
+  const T** next_rows() { return block_rows_ + 2 * kBlockTokens; }
 
   template <class Row>
   static void fill_unseen(KeyRange seen, Row* rows) {
@@ -235,30 +243,32 @@ class TileAttention {
     std::memset(sums, 0, static_cast<size_t>(rows_.count * padded_dim_) * sizeof(float));
   }
 
-  void attend_block(int64_t block, BlockRows& source, SoftmaxRow* row, float* sums) {
+  // The rows of one KV head, from row `first` on.
+  void attend_block(int64_t block, int64_t first, SoftmaxRow* row, float* sums) {
+    const KeyRange seen = seen_in(block);
     const KT* packed_keys[kBlockTokens];
     const T* packed_values[kBlockTokens];
     const KT* const* keys = packed_keys;
-    const T* const* values = source.values();
-    const KT* const* keys_ahead = nullptr;
-    const T* const* values_ahead = source.values() + kAhead;
+    const T* const* values = block_rows_ + kBlockTokens;
+    RowsAhead<KT> keys_ahead;
+    RowsAhead<T> values_ahead = ahead_of(values);
     if (rope_ != nullptr) {
-      rotate_keys(block, source, packed_keys);
+      rotate_keys(block, seen, packed_keys);
     } else if constexpr (std::is_same_v<T, KT>) {
       if (head_dim_ == padded_dim_) {
-        keys = source.keys();
-        keys_ahead = source.keys() + kAhead;
+        keys = block_rows_;
+        keys_ahead = ahead_of(keys);
       } else {
-        pack(source.keys(), source.seen, key_scratch_, packed_keys);
+        pack(block_rows_, seen, key_scratch_, packed_keys);
       }
     }
     if (head_dim_ != padded_dim_) {
-      pack(source.values(), source.seen, value_scratch_, packed_values);
+      pack(values, seen, value_scratch_, packed_values);
       values = packed_values;
-      values_ahead = nullptr;
+      values_ahead = {};
     }
-    for (int64_t r = 0; r < rows_.count;) {
-      const int64_t left = rows_.count - r;
+    for (int64_t r = first; r < first + rows_.rows_per_kv_head;) {
+      const int64_t left = first + rows_.rows_per_kv_head - r;
       const auto run = [&](auto count) {
         attend_rows<decltype(count)::value>(block, r, keys, values, keys_ahead, values_ahead, row, sums);
         r += decltype(count)::value;
@@ -272,15 +282,15 @@ class TileAttention {
       } else {
         run(std::integral_constant<int, 1>());
       }
-      keys_ahead = nullptr;
-      values_ahead = nullptr;
+      keys_ahead = {};
+      values_ahead = {};
     }
   }
 
   // kRows rows from r on, which may see different parts of the block.
   template <int kRows>
-  void attend_rows(int64_t block, int64_t r, const KT* const* keys, const T* const* values, const KT* const* keys_ahead,
-                   const T* const* values_ahead, SoftmaxRow* row, float* sums) {
+  void attend_rows(int64_t block, int64_t r, const KT* const* keys, const T* const* values,
+                   const RowsAhead<KT>& keys_ahead, const RowsAhead<T>& values_ahead, SoftmaxRow* row, float* sums) {
     alignas(64) float scores[kRows * kBlockTokens];
     KeyRange seen[kRows];
     KeyRange some = {kBlockTokens, 0}, all = {0, kBlockTokens};
@@ -299,10 +309,9 @@ class TileAttention {
                                     keys_ahead, scores);
     }
     float decay[kRows];
-    for (int64_t j = 0; values_ahead != nullptr && j < kAheadInSoftmax; ++j) {
-      ask_for(values_ahead + j - kAheadInSoftmax, padded_dim_);
-    }
-    softmax_block<kRows>(scores, seen, map_, row + r, decay);
+    RowsAhead<T> last_keys;
+    if (values_ahead) last_keys = ahead_of(block_rows_ + kAheadInScores);
+    softmax_block<kRows>(scores, seen, map_, row + r, decay, last_keys, head_dim_);
     float* sum = sums + r * padded_dim_;
     if (all.begin == some.begin && all.end == some.end) {
       add_values<T, kRows>(decay, scores, values, padded_dim_, all.begin, all.end, values_ahead, sum, padded_dim_);
@@ -312,8 +321,8 @@ class TileAttention {
     // that the others do not see. Every row adds its keys in ascending order either way.
     if (all.empty()) all = {kBlockTokens, kBlockTokens};
     const auto add_alone = [&](int m, int64_t begin, int64_t end) {
-      add_values<T, 1>(decay + m, scores + m * kBlockTokens, values, padded_dim_, begin, end, nullptr,
-                       sum + m * padded_dim_, padded_dim_);
+      add_values<T, 1>(decay + m, scores + m * kBlockTokens, values, padded_dim_, begin, end, {}, sum + m * padded_dim_,
+                       padded_dim_);
     };
     for (int m = 0; m < kRows; ++m) {
       scale_sum(decay[m], padded_dim_, sum + m * padded_dim_);
@@ -329,7 +338,7 @@ class TileAttention {
     const int64_t row_bytes = head_dim_ * int64_t{sizeof(T)};
     for (int64_t j = seen.begin; j < seen.end; ++j) {
       T* to = scratch + j * padded_dim_;
-      prefetch_row(source[j + kAhead], row_bytes);
+      ahead_of(source).ask(j, head_dim_);
       copy_bytes(reinterpret_cast<const uint8_t*>(source[j]), row_bytes, reinterpret_cast<uint8_t*>(to));
       rows[j] = to;
     }
@@ -348,17 +357,17 @@ class TileAttention {
     hn::StoreU(hn::LoadU(d, from + count - kStep), d, to + count - kStep);
   }
 
-  void rotate_keys(int64_t block, BlockRows& source, const KT** rows) {
+  void rotate_keys(int64_t block, KeyRange seen, const KT** rows) {
     if constexpr (std::is_same_v<KT, float>) {
-      for (int64_t j = source.seen.begin; j < source.seen.end; ++j) {
+      for (int64_t j = seen.begin; j < seen.end; ++j) {
         float* to = key_scratch_ + j * padded_dim_;
-        prefetch_row(source.keys()[j + kAhead], head_dim_ * int64_t{sizeof(T)});
+        ahead_of(block_rows_).ask(j, head_dim_);
         rope_->move_to(block + j, place_);
-        rope_->rotate(source.keys()[j], block + j, place_, to);
+        rope_->rotate(block_rows_[j], block + j, place_, to);
         std::fill(to + head_dim_, to + padded_dim_, 0.0f);
         rows[j] = to;
       }
-      fill_unseen(source.seen, rows);
+      fill_unseen(seen, rows);
     }
   }
 
@@ -370,7 +379,11 @@ class TileAttention {
   const int64_t padded_dim_;  // whole pairs of vectors
   const SequencePages sequence_;
   ScoreMap map_;
-  int64_t key_offset_, value_offset_;  // elements: from a page to the keys of the head, from these to the values
+  int64_t key_offset_, value_offset_;  // elements: from a page to the keys of the first head, from these to the values
+  int64_t head_stride_;                // elements: from a head to the next
+  int64_t step_;                       // rows, see RowsAhead
+  // The keys and values of a block of one head in the order of their use; behind them those that come next.
+  const T* block_rows_[4 * kBlockTokens];
 
   Rope::Place place_;
   SoftmaxRow total_[kTileRows], part_[kTileRows];
@@ -386,11 +399,11 @@ void run_task(const AttentionPlan& plan, const Rope* rope, int64_t task) {
   const int64_t num_sequences = plan.params->kv.num_sequences();
   const int64_t sequence =
       std::upper_bound(plan.first_task, plan.first_task + num_sequences + 1, task) - plan.first_task - 1;
-  const int64_t q_len = plan.num_queries(sequence), tiles = plan.tiles(q_len);
+  const int64_t tiles_per_run = plan.tiles_per_run(plan.num_queries(sequence));
   const int64_t local = task - plan.first_task[sequence];
   if (plan.partials == nullptr) {
     // Late tiles see the most keys: they start first.
-    const TileRows rows = tile_rows(plan, sequence, local / tiles, tiles - 1 - local % tiles);
+    const TileRows rows = tile_rows(plan, sequence, local / tiles_per_run, tiles_per_run - 1 - local % tiles_per_run);
     TileAttention<T, KT, kNative> attention(plan, rope, rows);
     if (!rows.keys.empty()) {
       attention.attend(rows.keys.begin / kSplitTokens, (rows.keys.end + kSplitTokens - 1) / kSplitTokens);
@@ -398,18 +411,19 @@ void run_task(const AttentionPlan& plan, const Rope* rope, int64_t task) {
     attention.finish();
     return;
   }
-  // Decode: the tasks of a sequence are [N, tiles, splits]; a sequence without keys has one "split" that is empty.
+  // Decode: the tasks of a sequence are [tiles, splits]; a sequence without keys has one "split" that is empty.
   const KeyRange splits = plan.splits_of(plan.params->kv.sequence(sequence).kv_len - 1);
   const int64_t count = std::max<int64_t>(1, splits.end - splits.begin);
-  const int64_t split = local % count, tile = local / count % tiles, kv_head = local / count / tiles;
-  const TileRows rows = tile_rows(plan, sequence, kv_head, tile);
+  const int64_t split = local % count, tile = local / count;
+  const TileRows rows = tile_rows(plan, sequence, tile / tiles_per_run, tile % tiles_per_run);
   TileAttention<T, KT, kNative> attention(plan, rope, rows);
   if (!splits.empty()) attention.attend(splits.begin + split, splits.begin + split + 1);
   if (count > 1) {
+    const int64_t tiles = plan.tiles(1);
     const int64_t split_stride = plan.num_heads() * partial_stride(plan.head_dim());
-    float* partials = plan.partials + plan.first_task[sequence] / (plan.num_kv_heads() * tiles) * split_stride;
+    float* partials = plan.partials + plan.first_task[sequence] / tiles * split_stride;
     attention.save(partials + split * split_stride);
-    int32_t& pending = plan.pending[(sequence * plan.num_kv_heads() + kv_head) * tiles + tile];
+    int32_t& pending = plan.pending[sequence * tiles + tile];
     if (std::atomic_ref<int32_t>(pending).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     attention.restore(partials, split_stride, count);
   }

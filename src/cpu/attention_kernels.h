@@ -33,15 +33,23 @@ struct AttentionPlan {
   const int32_t* qo_indptr;   // null in decode: row i is the one query of sequence i
   const int64_t* first_task;  // [B + 1]
 
+  // Adjacent KV heads of one task, whose keys lie side by side in a page. More than one only if their rows of any
+  // sequence fit into a tile.
+  int64_t kv_heads_per_tile = 1;
+
   // Decode whose splits are tasks of their own; null where one task takes all splits of its rows in turn.
   float* partials = nullptr;   // [splits of all sequences, H, partial_stride]
-  int32_t* pending = nullptr;  // [B, N, tiles], splits that have not ended; the task that ends the last one merges
+  int32_t* pending = nullptr;  // [B, tiles(1)], splits that have not ended; the task that ends the last one merges
 
   int64_t num_heads() const { return params->q.shape[1]; }
   int64_t head_dim() const { return params->q.shape[2]; }
   int64_t num_kv_heads() const { return params->kv.num_kv_heads; }
   int64_t group_size() const { return num_heads() / num_kv_heads(); }
-  int64_t tiles(int64_t q_len) const { return (q_len * group_size() + kTileRows - 1) / kTileRows; }
+  // Tiles of a sequence: [runs of KV heads, tiles_per_run].
+  int64_t tiles_per_run(int64_t q_len) const { return (q_len * group_size() + kTileRows - 1) / kTileRows; }
+  int64_t tiles(int64_t q_len) const {
+    return (num_kv_heads() + kv_heads_per_tile - 1) / kv_heads_per_tile * tiles_per_run(q_len);
+  }
 
   // The rows of q of sequence i, within q whatever the table holds.
   int64_t row_begin(int64_t i) const { return qo_indptr == nullptr ? i : clamp_row(qo_indptr[i]); }

@@ -282,6 +282,37 @@ TEST(BatchDecode, RowIsIndependentOfBatch) {
   }
 }
 
+// The number of threads decides how many KV heads a task takes, here 5, 3 and 2, 2 and 2 and 1, or 1, and whether
+// splits are tasks.
+TEST(BatchDecode, RowIsIndependentOfThreads) {
+  std::mt19937 random(16);
+  for (const DType dtype : kFloatTypes) {
+    Cache cache(dtype, 2, 5, 16, 64, {1501, 40, 700});
+    cache.randomize(random);
+    const Tables tables(cache);
+    Tensor q(dtype, {3, 15, 64});
+    q.randomize(random, 2.0);
+    const Tensor expected(dtype, {3, 15, 64}), o(dtype, {3, 15, 64});
+    BatchDecodeParams p;
+    set_common(p, cache, tables, 1, expected, q, {});
+    Context context;
+    context.num_threads = 1;
+    ASSERT_TRUE(succeeded(batch_decode(p, context)));
+    for (int64_t i = 0; i < 3; ++i) {
+      const ExactAttention exact = attention_row(cache, i, 1, cache.kv_len[i] - 1, q.row(i), {});
+      EXPECT_TRUE(close(expected.row(i), exact.o, dtype)) << dtype_name(dtype) << " sequence " << i;
+    }
+    p.o = o.view();
+    for (const int threads : {2, 3, 5, 16}) {
+      context.num_threads = threads;
+      ASSERT_TRUE(succeeded(batch_decode(p, context)));
+      for (int64_t i = 0; i < 3; ++i) {
+        EXPECT_TRUE(o.same_bits(i, expected, i)) << dtype_name(dtype) << " sequence " << i << " threads " << threads;
+      }
+    }
+  }
+}
+
 TEST(BatchDecode, LongSequence) {
   std::mt19937 random(15);
   for (const DType dtype : kFloatTypes) {
