@@ -2,7 +2,9 @@
 
 A work is one call of one operation with everything that it needs. In every round the machine's floors, our call and
 each rival are measured one after another, so that all of them see the same conditions. A call's figure is the median
-over the rounds of the median within a round; the floor's is that of the best round. Inputs rotate over several times
+over the rounds of the median within a round. Its share of the floor is the median over the rounds of the share within a
+round, for the machine's bandwidth may double from one round to the next; the floor given is that share of our time.
+Inputs rotate over several times
 the last-level cache: nothing is found in a cache that a server with one layer after another would not find there.
 """
 
@@ -210,10 +212,11 @@ def measure(work: Work, floor: FloorProcess, rounds: int = ROUNDS, max_rounds: i
     chosen = results[:rounds]
 
     medians = {name: statistics.median(times[name] for *_, times in chosen) for name in variants}
+    share = statistics.median(machine.seconds(work) / times["ours"] for _, machine, times in chosen)
     return Measured(
         ours=medians["ours"],
         again=medians["again"],
-        floor=min(machine.seconds(work) for _, machine, _ in chosen),
+        floor=share * medians["ours"],
         rivals={name: medians[name] for name in work.rivals},
         quiet_rounds=sum(load <= MAX_FOREIGN_LOAD for load, *_ in results),
         rounds=len(results),
