@@ -4,8 +4,8 @@ A work is one call of one operation with everything that it needs. In every roun
 each rival are measured one after another, so that all of them see the same conditions. A call's figure is the median
 over the rounds of the median within a round. Its share of the floor is the median over the rounds of the share within a
 round, for the machine's bandwidth may double from one round to the next; the floor given is that share of our time.
-Inputs rotate over several times
-the last-level cache: nothing is found in a cache that a server with one layer after another would not find there.
+Inputs rotate over several times the last-level cache: nothing is found in a cache that a server with one layer after
+another would not find there.
 """
 
 import json
