@@ -256,6 +256,11 @@ void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::v
 }  // namespace
 
 int main(int argc, char**) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return 77;
+  }
   const bool small = argc > 1;  // any argument: small sizes, for compute-sanitizer
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   std::vector<Case> cases;
