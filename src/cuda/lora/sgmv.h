@@ -37,7 +37,8 @@ struct SgmvArgs {
   bool x_fours;    // all rows of x are made of four elements at multiples of 8 bytes
 };
 
-// Enough tiles of n rows for any segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most m.
+// Enough tiles of n rows for any segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most
+// m.
 inline int64_t max_tiles(const SgmvArgs& args, int tile_rows) {
   const int64_t tiles = (args.rows + (tile_rows - 1) * args.num_segments) / tile_rows;
   return tiles < args.rows ? tiles : args.rows;
