@@ -63,28 +63,6 @@ struct alignas(sizeof(T) * kCount) Vec {
   T values[kCount];
 };
 
-// Reads memory that no kernel in flight writes, past the first-level cache: for what is read once.
-template <class T, int kCount>
-__device__ __forceinline__ Vec<T, kCount> load_once(const T* from) {
-  Vec<T, kCount> result;
-  constexpr int kBytes = sizeof(T) * kCount;
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {
-    uint4 raw;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                 : "l"(from));
-    result = *reinterpret_cast<Vec<T, kCount>*>(&raw);
-  } else if constexpr (kBytes == 8) {
-    uint2 raw;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(from));
-    result = *reinterpret_cast<Vec<T, kCount>*>(&raw);
-  } else {
-    result = *reinterpret_cast<const Vec<T, kCount>*>(from);
-  }
-  return result;
-}
-
 template <class T, int kCount>
 __device__ __forceinline__ Vec<T, kCount> load(const T* from) {
   return *reinterpret_cast<const Vec<T, kCount>*>(from);
@@ -116,6 +94,19 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 inline constexpr int kLineBytes = 128;
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Closes the group of this thread's asynchronous copies (cp.async) since the last call.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are on their way.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // The sum over the warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float value) {

@@ -13,10 +13,6 @@ namespace punica::cuda::bgmv {
 inline constexpr int kBulkThreads = 128;
 inline constexpr int kBulkWarps = kBulkThreads / 32;
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // ---- Rows that share an adapter: find_group() for one warp ---------------------------------------------------------
 
 struct BulkGroup {
@@ -121,14 +117,6 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
-#endif
-}
-
-// Brings a line into L2. That is where all SMs meet, so a load after griddepcontrol.wait sees the newest bytes even
-// though this came before: it is no read in the sense of the memory order. Hence x and y, too, may be prefetched early.
-__device__ __forceinline__ void prefetch_line(const void* address) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 

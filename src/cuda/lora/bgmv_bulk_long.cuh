@@ -71,9 +71,9 @@ __device__ __forceinline__ void bulk_long_sums(const BgmvArgs& args, const T* w,
       }
     };
     start_chunk(0);
-    end_copy_group();
+    copy_commit();
     if (chunks > 1) start_chunk(1);
-    end_copy_group();
+    copy_commit();
     wait();
     x = static_cast<const T*>(args.x) + shared.group.rows[g < count ? g : 0] * args.x_stride + k_first + k_lane;
     const int x_count = g < count ? k_count : 0;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void bulk_long_sums(const BgmvArgs& args, const T* w,
     for (int i = 0; i < kBulkWarpSteps; ++i) xs[i] = load_step(i * kBulkStep);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      wait_copies<kBulkStages - 1>();
+      copy_wait<kBulkStages - 1>();
 #pragma unroll
       for (int i = 0; i < kBulkWarpSteps; ++i) {
         const Words<4> a = read_copy(place(chunk, i, 0)), b = read_copy(place(chunk, i, 1));
@@ -91,7 +91,7 @@ __device__ __forceinline__ void bulk_long_sums(const BgmvArgs& args, const T* w,
         xs[i] = load_step((chunk + 1) * kChunk + i * kBulkStep);
       }
       if (chunk + kBulkStages < chunks) start_chunk(chunk + kBulkStages);
-      end_copy_group();
+      copy_commit();
     }
   } else {
     const auto start_chunk = [&](int chunk) {

@@ -139,14 +139,6 @@ __device__ __forceinline__ void start_copy(Words<kCount>* to, const void* from, 
   }
 }
 
-__device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for all groups of copies but the last kPending.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Reads a thread's own place. The order of these among each other and the copies stays as written.
 template <int kCount>
 __device__ __forceinline__ Words<kCount> read_copy(const Words<kCount>* from) {

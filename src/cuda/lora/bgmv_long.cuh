@@ -61,7 +61,7 @@ __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& gro
 #pragma unroll
     for (int i = 0; i < kLongStages; ++i) {
       start_x(i);
-      end_copy_group();
+      copy_commit();
     }
   }
 
@@ -75,12 +75,12 @@ __device__ __forceinline__ void bgmv_long(const BgmvArgs& args, const Group& gro
   float sum[2][4] = {};
   for (int s = 0; s < args.steps; ++s) {
     if constexpr (kVectors) {
-      wait_copies<kLongStages - 1>();
+      copy_wait<kLongStages - 1>();
       const Words<4> a = read_copy(place(s, 0)), b = read_copy(place(s, 1)), c = read_copy(place(s, 2));
       step_product<T>(sum, a, b, c);
       start_w(s + kLongStages);
       start_x(s + kLongStages);
-      end_copy_group();
+      copy_commit();
     } else {
       const int k = first + s * kLongStep;
       const T* w_end = w + static_cast<int64_t>(args.h_out) * h_in;

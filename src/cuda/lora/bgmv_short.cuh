@@ -44,7 +44,7 @@ __device__ __forceinline__ void bgmv_short(const BgmvArgs& args, const Group& gr
       const int row = i / 2 * 16 + i % 2;
       start_copy<kCount>(&shared[copy_stage][i][threadIdx.x], base + row * h_in, row < rows);
     }
-    end_copy_group();
+    copy_commit();
     copy_stage ^= 1;
     if (++copy_step == steps) {
       copy_step = 0;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void bgmv_short(const BgmvArgs& args, const Group& gr
     for (int s = 0; s < steps; ++s) {
       if constexpr (kVectors) {
         const Words<kCount> next = steps == 1 ? xs : load_x(s + 1 == steps ? 0 : s + 1);
-        wait_copies<kShortStages - 1>();
+        copy_wait<kShortStages - 1>();
 #pragma unroll
         for (int j = 0; j < kShortTiles; ++j) {
           const Words<kCount> a = read_copy(&shared[stage][2 * j][threadIdx.x]);

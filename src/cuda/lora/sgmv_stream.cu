@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const int64_t row = guess + group * 16 + lane / 2, k = warp_k + lane % 2 * kStep;
-      if (row < args.rows && k < part_end) prefetch_l2(static_cast<const T*>(args.x) + row * args.x_stride + k);
+      if (row < args.rows && k < part_end) prefetch_line(static_cast<const T*>(args.x) + row * args.x_stride + k);
     }
     grid_dependency_wait<kArch>();
     if (kFast && guess < args.rows) start(guess, args.rows - guess, groups_of(args.rows - guess));

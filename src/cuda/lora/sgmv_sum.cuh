@@ -62,7 +62,7 @@ struct TileOfY {
       if constexpr (kEarly) {
         old[i] = *element(i);
       } else {
-        prefetch_l2(element(i));
+        prefetch_line(element(i));
       }
     }
   }

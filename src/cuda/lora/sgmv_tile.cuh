@@ -121,16 +121,11 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
   return true;
 }
 
-// Asks for the cache line of an address, without waiting for it.
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // Asks for the first lines of the tables: enough for 32 segments.
 __device__ __forceinline__ void prefetch_tables(const SgmvArgs& args) {
-  if (threadIdx.x == 0) prefetch_l2(args.s_start);
-  if (threadIdx.x == 32) prefetch_l2(args.s_end);
-  if (threadIdx.x == 64) prefetch_l2(args.w_ptr);
+  if (threadIdx.x == 0) prefetch_line(args.s_start);
+  if (threadIdx.x == 32) prefetch_line(args.s_end);
+  if (threadIdx.x == 64) prefetch_line(args.w_ptr);
 }
 
 // Starts the reads of the tile that number `tile` would be if the segments covered all rows in order, as they mostly
@@ -139,17 +134,11 @@ __device__ __forceinline__ void prefetch_tables(const SgmvArgs& args) {
 template <class T>
 __device__ __forceinline__ void prefetch_rows(const void* base, int64_t stride, const SgmvArgs& args, int64_t tile,
                                               int64_t column, int64_t columns) {
-#ifndef PUNICA_SGMV_NO_PREFETCH
-  constexpr int kLine = 128 / static_cast<int>(sizeof(T));
+  constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));
   static_assert(kSgmvThreads == 4 * kSgmvRows);
   const int64_t row = tile * kSgmvRows + threadIdx.x / 4;
   column += threadIdx.x % 4 * kLine;
-  if (row < args.rows && column < columns) prefetch_l2(static_cast<const T*>(base) + row * stride + column);
-#endif
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  if (row < args.rows && column < columns) prefetch_line(static_cast<const T*>(base) + row * stride + column);
 }
 
 // Copies `bytes` (0..16) bytes, which start at a multiple of 16, and zeros behind them.
@@ -159,14 +148,6 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int
 
 __device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most kPending of this thread's groups are on their way.
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
