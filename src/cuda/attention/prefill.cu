@@ -60,6 +60,8 @@ constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
 bool serves_shape(const BatchPrefillParams& params) {
   const int64_t head_dim = params.q.shape[2];
+  // Rows of an item, and up to a group before them, times the group's size: below 2^32 (Consumer::split_row).
+  if (params.q.shape[1] / params.kv.num_kv_heads > 32768) return false;
   return params.q.dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128) && !params.rope_theta.has_value() &&
          !(params.sm_scale.has_value() && *params.sm_scale <= 0);
 }

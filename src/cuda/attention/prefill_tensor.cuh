@@ -26,17 +26,18 @@ namespace punica::cuda {
 inline constexpr int kPrefillRows = 128, kPrefillKeys = 128, kPrefillStages = 2;
 inline constexpr int kPrefillSplitTokens = 2048;
 inline constexpr int kPrefillThreads = 384;  // a warpgroup that copies, two that multiply
+inline constexpr int kCopyWarps = 4;
 // Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
 inline constexpr int kAddressBits = 31;
 
 // What a block works on.
 struct PrefillItem {
   int64_t first_page, kv_len;
-  int64_t first_query;     // row of q and o of the sequence's first query
+  int64_t first_query;     // row of q and o of the item's first query
   int64_t first_position;  // of that query; may be negative
-  int64_t first_row;       // of the item among the rows of the sequence
   int64_t first_tile;      // of keys, counted from position 0
-  int64_t first_slot;      // of partial results: that of the sequence's first query and the item's split
+  int64_t first_slot;      // of partial results: that of the item's first query and its split
+  int first_head;          // of that query, in the group: the item begins with it
   int rows, tiles;
   int splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
   int kv_head;  // -1: there are no more items
@@ -122,16 +123,17 @@ class ItemFinder {
       const int64_t tile = count - 1 - part / splits;
       item->kv_head = static_cast<int>(local % args_.num_kv_heads);
       item->splits = splits > 1 ? static_cast<int>(splits) : 0;
-      item->first_slot = slots_before_ + slots_end_ - q_len * splits + split;
+      const int64_t first_slot = slots_before_ + slots_end_ - q_len * splits + split;
       item->first_page = pages.first_page;
       item->kv_len = pages.kv_len;
-      item->first_query = args_.row_begin(sequence);
-      item->first_position = pages.kv_len - q_len;
-      item->first_row = tile * kPrefillRows;
-      const int64_t rows = min(q_len * args_.group_size - item->first_row, int64_t{kPrefillRows});
+      const int64_t first_row = tile * kPrefillRows, query = first_row / args_.group_size;
+      item->first_query = args_.row_begin(sequence) + query;
+      item->first_slot = first_slot + query * splits;
+      item->first_position = pages.kv_len - q_len + query;
+      item->first_head = static_cast<int>(first_row - query * args_.group_size);
+      const int64_t rows = min(q_len * args_.group_size - first_row, int64_t{kPrefillRows});
       item->rows = static_cast<int>(rows);
-      const int64_t last = item->first_position + (item->first_row + rows - 1) / args_.group_size;
-      const int64_t first = item->first_position + item->first_row / args_.group_size;
+      const int64_t first = item->first_position, last = first + (item->first_head + rows - 1) / args_.group_size;
       int64_t first_tile = args_.first_key(max(first, int64_t{0})) / kPrefillKeys;
       int64_t end_tile = pages.kv_len > 0 && last >= 0 ? last / kPrefillKeys + 1 : 0;
       if (splits > 1) {
@@ -170,59 +172,52 @@ class ItemFinder {
   int64_t first_sequence_ = 0, before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
 };
 
+// By four warps: a box takes a warp some 65 cycles to ask for. The first of them finds the items.
 template <int kDim>
 __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUtensorMap* map, int box_rows,
                                            PrefillShared<kDim>& shared) {
   constexpr int kColumns = kDim / 64, kColumnBytes = kPrefillKeys * 128;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int boxes = kPrefillKeys / box_rows, box_bytes = box_rows * 128;
-  ItemFinder finder(args);
-  uint32_t number = 0;  // of tiles so far
-#pragma unroll 1
-  for (uint32_t n = 0;; ++n) {
-    PrefillItem& item = shared.items[n % 2];
-    barrier_wait(shared_address(&shared.item_empty[n % 2]), (n / 2 & 1) ^ 1);
-    finder.find(blockIdx.x + static_cast<int64_t>(n) * gridDim.x, &item);
-    if (lane == 0) barrier_arrive(shared_address(&shared.item_full[n % 2]));
-    __syncwarp();
-    if (item.kv_head < 0) return;
+  const int box = lane * kCopyWarps + warp;  // of each tile, this lane's
+  uint32_t number = 0;                       // of tiles so far
+  const auto copy_item = [&](const PrefillItem& item) {
     const int64_t* const page_table = args.kv_ptrs + item.first_page;
     const int64_t head_offset = args.key_bytes + item.kv_head * args.head_bytes;
-    const int64_t kv_len = item.kv_len, first_tile = item.first_tile;
+    const int64_t kv_len = item.kv_len;
     const int tiles = item.tiles;
-    // Where box b of a tile lies, 0 behind the sequence.
-    const auto find_box = [&](int64_t tile, int b) -> int64_t {
-      const int64_t position = tile * kPrefillKeys + b * box_rows;
-      if (b >= boxes || position >= kv_len) return 0;
+    int64_t position = item.first_tile * kPrefillKeys;
+    // Where the lane's box of the tile at `first` lies, 0 behind the sequence.
+    const auto find_box = [&](int64_t first) -> int64_t {
+      const int64_t at = first + box * box_rows;
+      if (box >= boxes || at >= kv_len) return 0;
       int64_t page, slot;
-      if (((position | args.page_size) >> 32) == 0) {
-        page = static_cast<uint32_t>(position) / static_cast<uint32_t>(args.page_size);
-        slot = position - page * args.page_size;
+      if (((at | args.page_size) >> 32) == 0) {
+        page = static_cast<uint32_t>(at) / static_cast<uint32_t>(args.page_size);
+        slot = at - page * args.page_size;
       } else {
-        page = position / args.page_size;
-        slot = position % args.page_size;
+        page = at / args.page_size;
+        slot = at % args.page_size;
       }
       return page_table[page] + head_offset + slot * (kDim * 2);
     };
-    int64_t address = find_box(first_tile, lane);
+    int64_t address = tiles > 0 ? find_box(position) : 0;
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i, ++number) {
-      const int64_t tile = first_tile + i;
+    for (int i = 0; i < tiles; ++i, ++number, position += kPrefillKeys) {
       const uint32_t stage = number % kPrefillStages, parity = (number / kPrefillStages & 1) ^ 1;
-      const int64_t left = kv_len - tile * kPrefillKeys;
-      const int bytes = (left < kPrefillKeys ? (static_cast<int>(left) + box_rows - 1) / box_rows : boxes) * box_bytes;
-      const int64_t next = i + 1 < tiles ? find_box(tile + 1, lane) : 0;
+      const int64_t next = i + 1 < tiles ? find_box(position + kPrefillKeys) : 0;
       const auto copy = [&](unsigned char* to, uint64_t* full, uint64_t* empty, int64_t offset) {
         barrier_wait(shared_address(empty), parity);
-        if (lane == 0) barrier_expect(shared_address(full), bytes * kColumns);
-        __syncwarp();
-        for (int b = lane; b < boxes; b += 32) {
-          const int64_t from = b < 32 ? address : find_box(tile, b);
-          if (from == 0) break;
-          const uint64_t at = static_cast<uint64_t>(from + offset) >> 4;
+        if (box == 0) {
+          const int64_t left = kv_len - position;
+          const int valid = left < kPrefillKeys ? (static_cast<int>(left) + box_rows - 1) / box_rows : boxes;
+          barrier_expect(shared_address(full), valid * box_bytes * kColumns);
+        }
+        if (address != 0) {
+          const uint64_t at = static_cast<uint64_t>(address + offset) >> 4;
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
-            copy_box(shared_address(to) + c * kColumnBytes + b * box_bytes, map, c * 64, 0,
+            copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, map, c * 64, 0,
                      static_cast<int>(at & ((uint64_t{1} << kAddressBits) - 1)), static_cast<int>(at >> kAddressBits),
                      shared_address(full));
           }
@@ -232,6 +227,29 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
       copy(shared.keys[stage], &shared.key_full[stage], &shared.key_empty[stage], 0);
       copy(shared.values[stage], &shared.value_full[stage], &shared.value_empty[stage], args.value_bytes);
       address = next;
+    }
+  };
+  if (warp == 0) {
+    ItemFinder finder(args);
+#pragma unroll 1
+    for (uint32_t n = 0;; ++n) {
+      PrefillItem& item = shared.items[n % 2];
+      barrier_wait(shared_address(&shared.item_empty[n % 2]), (n / 2 & 1) ^ 1);
+      finder.find(blockIdx.x + static_cast<int64_t>(n) * gridDim.x, &item);
+      if (lane == 0) barrier_arrive(shared_address(&shared.item_full[n % 2]));
+      __syncwarp();
+      if (item.kv_head < 0) return;
+      copy_item(item);
+    }
+  } else if (warp < boxes) {
+#pragma unroll 1
+    for (uint32_t n = 0;; ++n) {
+      const PrefillItem& item = shared.items[n % 2];
+      barrier_wait(shared_address(&shared.item_full[n % 2]), n / 2 & 1);
+      if (item.kv_head < 0) return;
+      copy_item(item);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared_address(&shared.item_empty[n % 2]));
     }
   }
 }
@@ -285,23 +303,34 @@ class Consumer {
     barrier_wait(shared_address(&shared_.item_full[0]), 0);
     load_queries(shared_.items[0]);
     uint32_t number = 0;
+    float scores[64];
+    start(shared_.items[0], number, scores);
 #pragma unroll 1
     for (uint32_t n = 0;; ++n) {
       const PrefillItem& item = shared_.items[n % 2];
+      products_wait<0>();
+      pin(scores);
       if (item.kv_head < 0) return;
-      copy_wait<0>();
-      fence_async_proxy();
-      named_barrier_sync(kQueries + group_, 128);
-      attend(item, number, n);
+      attend(item, number, n, scores);
       number += item.tiles;
       barrier_arrive(shared_address(&shared_.item_empty[n % 2]));
     }
   }
 
  private:
+  // Row `row` of the item: query and head in the group.
+  struct Row {
+    int query, head;
+  };
+  __device__ __forceinline__ Row split_row(const PrefillItem& item, int row) const {
+    const uint32_t at = item.first_head + row;
+    const uint32_t query = args_.group_size == 1 ? at : __umulhi(at, group_inverse_);
+    return {static_cast<int>(query), static_cast<int>(at - query * args_.group_size)};
+  }
+
   __device__ __forceinline__ int64_t row_end(const PrefillItem& item, int row) const {
     if (row >= item.rows) return 0;
-    return max(item.first_position + (item.first_row + row) / args_.group_size + 1, int64_t{0});
+    return max(item.first_position + split_row(item, row).query + 1, int64_t{0});
   }
 
   // The group's 64 rows, into rows of 128 bytes.
@@ -313,11 +342,10 @@ class Consumer {
     for (int i = thread_; i < 64 * kPieces; i += 128) {
       const int row = i / kPieces, piece = i % kPieces, tile_row = group_ * 64 + row;
       const bool valid = tile_row < item.rows;
-      const int64_t packed = item.first_row + (valid ? tile_row : 0);
-      const int64_t query = packed / args_.group_size;
-      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + (packed - query * args_.group_size);
+      const Row place = split_row(item, valid ? tile_row : 0);
+      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
       const T* const from =
-          static_cast<const T*>(args_.q) + (item.first_query + query) * args_.q_stride + head * kDim + piece * 8;
+          static_cast<const T*>(args_.q) + (item.first_query + place.query) * args_.q_stride + head * kDim + piece * 8;
       unsigned char* const at = to + piece / 8 * (64 * 128) + row * 128 + ((piece ^ row) % 8) * 16;
       if (wide_q_) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(at)), "l"(from),
@@ -334,21 +362,21 @@ class Consumer {
   }
 
   __device__ __forceinline__ void multiply_keys(uint32_t stage, float (&scores)[64]) const {
-    const uint32_t queries = shared_address(shared_.queries) + group_ * (64 * kDim * 2);
-    const uint32_t keys = shared_address(shared_.keys[stage]);
+    const Descriptor queries = descriptor_rows(shared_address(shared_.queries) + group_ * (64 * kDim * 2));
+    const Descriptor keys = descriptor_rows(shared_address(shared_.keys[stage]));
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      product<T>(scores, descriptor_rows(queries + k / 4 * (64 * 128) + k % 4 * 32),
-                 descriptor_rows(keys + k / 4 * (kPrefillKeys * 128) + k % 4 * 32), k > 0);
+      product<T>(scores, queries.behind(k / 4 * (64 * 128) + k % 4 * 32),
+                 keys.behind(k / 4 * (kPrefillKeys * 128) + k % 4 * 32), k > 0);
     }
   }
 
   __device__ __forceinline__ void multiply_values(uint32_t stage, const uint32_t (&weights)[8][4], float (&sums)[kSums],
                                                   bool add) const {
-    const uint32_t values = shared_address(shared_.values[stage]);
+    const Descriptor values = descriptor_columns(shared_address(shared_.values[stage]), kPrefillKeys * 128);
 #pragma unroll
     for (int k = 0; k < kPrefillKeys / 16; ++k) {
-      product<T>(sums, weights[k], descriptor_columns(values + k * (16 * 128), kPrefillKeys * 128), add || k > 0);
+      product<T>(sums, weights[k], values.behind(k * (16 * 128)), add || k > 0);
     }
   }
 
@@ -473,14 +501,30 @@ class Consumer {
     named_barrier_sync(kTail, 256);
   }
 
-  // While the products of the last tile run: the queries of the next item, over those that are no longer needed.
+  // The scores of an item's first tile, on their way when this returns. Its queries have been asked for.
+  __device__ __forceinline__ void start(const PrefillItem& item, uint32_t number, float (&scores)[64]) const {
+    copy_wait<0>();
+    fence_async_proxy();
+    named_barrier_sync(kQueries + group_, 128);
+    // Without keys too, of whatever there is: products in flight may not depend on a condition.
+    const uint32_t stage = number % kPrefillStages;
+    if (item.kv_head >= 0 && item.tiles > 0) {
+      barrier_wait(shared_address(&shared_.key_full[stage]), number / kPrefillStages & 1);
+    }
+    pin(scores);
+    products_fence();
+    multiply_keys(stage, scores);
+    products_commit();
+  }
+
+  // As soon as the queries of this item are no longer needed: those of the next.
   __device__ __forceinline__ void load_next_queries(uint32_t n) {
     named_barrier_sync(kQueries + group_, 128);
     barrier_wait(shared_address(&shared_.item_full[(n + 1) % 2]), (n + 1) / 2 & 1);
     load_queries(shared_.items[(n + 1) % 2]);
   }
 
-  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n) {
+  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n, float (&scores)[64]) {
     const int row = group_ * 64 + warp_ * 16 + lane_ / 4;
     const int64_t ends[2] = {row_end(item, row), row_end(item, row + 8)};
     const int tiles = item.tiles;
@@ -505,17 +549,10 @@ class Consumer {
       const auto stage_of = [&](int i) { return (number + i) % kPrefillStages; };
       const auto parity_of = [&](int i) { return (number + i) / kPrefillStages & 1; };
 
-      float scores[64];
       uint32_t weights[8][4];
       float decay[2];
-      barrier_wait(shared_address(&shared_.key_full[stage_of(0)]), parity_of(0));
-      pin(scores);
-      products_fence();
-      multiply_keys(stage_of(0), scores);
-      products_commit();
-      products_wait<0>();
-      pin(scores);
       release(&shared_.key_empty[stage_of(0)]);
+      if (tiles == 1) load_next_queries(n);
       soften(item, first_tile, ends, masked(first_tile), scores, state, decay);
       pack_weights(scores, weights);
 
@@ -536,11 +573,15 @@ class Consumer {
         products_wait<1>();
         pin(scores);
         release(&shared_.key_empty[stage_of(i)]);
+        if (i + 1 == tiles) load_next_queries(n);
         const int64_t tile = first_tile + i;
         const bool fresh = tile % (kPrefillSplitTokens / kPrefillKeys) == 0;
         RowPair split = state;
         if (fresh) state = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}};
         soften(item, tile, ends, masked(tile), scores, state, decay);
+        // The weights are to be computed beside the products, not behind them: never true, but the assembler, which
+        // moves the wait up to where a block of code begins, cannot know.
+        if (state.weight[0] + state.weight[1] < 0.0f) __trap();
         products_wait<0>();
         pin(sums);
         release(&shared_.value_empty[stage_of(i - 1)]);
@@ -563,11 +604,11 @@ class Consumer {
       products_fence();
       multiply_values(last, weights, sums, add);
       products_commit();
-      load_next_queries(n);
       products_wait<0>();
       pin(sums);
       release(&shared_.value_empty[last]);
     }
+    start(shared_.items[(n + 1) % 2], number + tiles, scores);
     merge<true>(saved, any_saved, state, sums);
     if (item.splits == 0) {
       store(item, row, ends, saved, sums);
@@ -582,9 +623,9 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row + 8 * r >= item.rows) continue;
-      const int64_t packed = item.first_row + row + 8 * r, query = packed / args_.group_size;
-      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + (packed - query * args_.group_size);
-      const int64_t index = (item.first_slot + query * item.splits) * args_.num_heads() + head;
+      const Row place = split_row(item, row + 8 * r);
+      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
+      const int64_t index = (item.first_slot + int64_t{place.query} * item.splits) * args_.num_heads() + head;
       float2* const to = reinterpret_cast<float2*>(args_.partial_sums + index * kDim) + t_;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) to[4 * j] = make_float2(sums[4 * j + 2 * r], sums[4 * j + 2 * r + 1]);
@@ -598,10 +639,10 @@ class Consumer {
     for (int r = 0; r < 2; ++r) {
       const int tile_row = row + 8 * r;
       const bool valid = tile_row < item.rows;
-      const int64_t packed = item.first_row + (valid ? tile_row : 0);
-      const int64_t query = packed / args_.group_size;
-      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + (packed - query * args_.group_size);
-      T* const to = static_cast<T*>(args_.o) + (item.first_query + query) * args_.o_stride + head * kDim;
+      const Row place = split_row(item, valid ? tile_row : 0);
+      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
+      const int64_t query = item.first_query + place.query;
+      T* const to = static_cast<T*>(args_.o) + query * args_.o_stride + head * kDim;
       // No key seen: zeros. + 0: tiles of zero weights turn -0 into 0, wherever they are.
       const bool empty = ends[r] == 0;
       const float inverse = empty ? 0.0f : __fdiv_rn(1.0f, state.weight[r]);
@@ -641,7 +682,7 @@ class Consumer {
         }
       }
       if (args_.lse != nullptr && valid && t_ == 0) {
-        args_.lse[(item.first_query + query) * args_.num_heads() + head] =
+        args_.lse[query * args_.num_heads() + head] =
             empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
       }
     }
@@ -650,6 +691,8 @@ class Consumer {
   const AttentionArgs& args_;
   PrefillShared<kDim>& shared_;
   const bool wide_q_, wide_o_;
+  // 2^32 / group_size, rounded up: quotients by multiplication are exact for what is asked (serves_prefill).
+  const uint32_t group_inverse_ = 0xffffffffu / args_.group_size + 1;
   const int thread_ = threadIdx.x % 128, lane_ = threadIdx.x % 32, warp_ = thread_ / 32, t_ = lane_ % 4;
   const int group_ = threadIdx.x / 128 - 1;
 };
@@ -669,6 +712,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   PrefillShared<kDim>& shared = *reinterpret_cast<PrefillShared<kDim>*>(prefill_shared);
   launch_dependents<kArch>();
   if (threadIdx.x == 0) {
+    const int copy_warps = min(kCopyWarps, kPrefillKeys / box_rows);
     for (int i = 0; i < kPrefillStages; ++i) {
       hopper::barrier_init(shared_address(&shared.key_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
@@ -677,7 +721,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 256);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 256 + copy_warps - 1);
     }
     hopper::barrier_init_fence();
   }
@@ -685,10 +729,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<40>();
-    if (threadIdx.x < 32) prefill::copy_items<kDim>(args, &map, box_rows, shared);
+    hopper::lower_registers<24>();
+    prefill::copy_items<kDim>(args, &map, box_rows, shared);
   } else {
-    hopper::raise_registers<232>();
+    hopper::raise_registers<240>();
     prefill::Consumer<T, kDim>(args, wide_q, wide_o, shared).run();
   }
 #endif

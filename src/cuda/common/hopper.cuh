@@ -80,19 +80,30 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 // Operands in shared memory lie in rows of 128 bytes, eight of which, at a multiple of 1024 bytes, are an atom: piece i
 // of 16 bytes of row r lies at place i ^ r % 8 (swizzle of 128 bytes, as tensor copies write it).
 
-constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+// Where an operand begins and how it goes on. Kept in two halves: behind a multiple of 16 bytes is an addition.
+struct Descriptor {
+  uint32_t low, high;
+
+  __device__ __forceinline__ Descriptor behind(int bytes) const { return {low + (bytes >> 4), high}; }
+  __device__ __forceinline__ uint64_t bits() const { return static_cast<uint64_t>(high) << 32 | low; }
+};
+
+// 8 rows of 128 bytes to the next atom, and the swizzle.
+constexpr uint32_t kDescriptorHigh = uint32_t{1} << 30 | 1024 >> 4;
+
+// The same in all threads of a warp, and known to be.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
 
 // Rows along M or N, K within a row (64 elements). `address` may point to any 32 bytes (16 elements of K) of the first
 // row.
-__device__ __forceinline__ uint64_t descriptor_rows(uint32_t address) {
-  return kSwizzle128 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+__device__ __forceinline__ Descriptor descriptor_rows(uint32_t address) {
+  return {uniform(uint32_t{1} << 16 | (address & 0x3ffff) >> 4), kDescriptorHigh};
 }
 
 // Rows along K, N within a row; further 64 columns of N lie `column_bytes` behind. `address` is that of a row that is a
 // multiple of 8.
-__device__ __forceinline__ uint64_t descriptor_columns(uint32_t address, uint32_t column_bytes) {
-  return kSwizzle128 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(column_bytes >> 4) << 16 |
-         (address & 0x3ffff) >> 4;
+__device__ __forceinline__ Descriptor descriptor_columns(uint32_t address, uint32_t column_bytes) {
+  return {uniform((column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4), kDescriptorHigh};
 }
 
 // Between writes to registers of sums or operands and the products that take them.
@@ -139,26 +150,26 @@ __device__ __forceinline__ void pin(float (&values)[kCount]) {
 
 // d (+)= a @ b^T: a [64, 16] and b [128, 16] in rows (descriptor_rows).
 template <class T>
-__device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&d)[64], const Descriptor& a, const Descriptor& b, bool add) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_SUM_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
         : PUNICA_SUMS_64
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+        : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_SUM_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
         : PUNICA_SUMS_64
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+        : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
 
 // d (+)= a @ b: a [64, 16] in registers, as mma_m16n8k16 takes it, warp w rows 16 w .. 16 w + 15; b [16, 128] in
 // columns (descriptor_columns).
 template <class T>
-__device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], const Descriptor& b, bool add) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
@@ -166,7 +177,7 @@ __device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], 
         "}, {%64, %65, %66, %67}, "
         "%68, p, 1, 1, 1;\n}"
         : PUNICA_SUMS_64
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
@@ -174,32 +185,14 @@ __device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], 
         "}, {%64, %65, %66, %67}, "
         "%68, p, 1, 1, 1;\n}"
         : PUNICA_SUMS_64
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-  }
-}
-
-// d (+)= a @ b^T: a [64, 16] and b [64, 16] in rows (descriptor_rows).
-template <class T>
-__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PUNICA_SUM_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : PUNICA_SUMS_32
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PUNICA_SUM_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : PUNICA_SUMS_32
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
 
 // d (+)= a @ b: a [64, 16] in registers, as mma_m16n8k16 takes it, warp w rows 16 w .. 16 w + 15; b [16, 64] in
 // columns (descriptor_columns).
 template <class T>
-__device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+__device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], const Descriptor& b, bool add) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -207,7 +200,7 @@ __device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], 
         "}, {%32, %33, %34, %35}, "
         "%36, p, 1, 1, 1;\n}"
         : PUNICA_SUMS_32
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -215,7 +208,7 @@ __device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], 
         "}, {%32, %33, %34, %35}, "
         "%36, p, 1, 1, 1;\n}"
         : PUNICA_SUMS_32
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
 
