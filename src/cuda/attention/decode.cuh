@@ -69,11 +69,8 @@ struct DecodeTotal {
   __device__ __forceinline__ static int head(int r) { return threadIdx.x / 16 + r * kHeadStep; }
   __device__ __forceinline__ static int dim(int j) { return threadIdx.x % 16 * 4 + j * Shape::kSumDims; }
 
-  __device__ void fold_in(const DecodeTotal& later) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      fold(maximum[r], weight[r], sums[r], later.maximum[r], later.weight[r], later.sums[r]);
-    }
+  __device__ static float4* partial(const AttentionArgs& args, int64_t index, int j) {
+    return reinterpret_cast<float4*>(args.partial_sums + index * kDim + dim(j));
   }
   __device__ void store_partial(const AttentionArgs& args, int64_t slot, int64_t first_head, int num_heads) const {
 #pragma unroll
@@ -83,7 +80,7 @@ struct DecodeTotal {
 #pragma unroll
       for (int j = 0; j < kSlices; ++j) {
         if (dim(j) >= kDim) continue;
-        *reinterpret_cast<float4*>(args.partial_sums + index * kDim + dim(j)) =
+        *partial(args, index, j) =
             make_float4(sums[r][4 * j], sums[r][4 * j + 1], sums[r][4 * j + 2], sums[r][4 * j + 3]);
       }
       if (threadIdx.x % 16 == 0) args.partial_states[index] = make_float2(maximum[r], weight[r]);
@@ -255,9 +252,11 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
-      // The sums of the warps, in their order.
-      Total sum;
-      sum.clear();
+      // The sums of the warps, in their order, go to the total of the query or to the workspace.
+      if (split.index == 0) {
+        folds = true;
+        total.clear();
+      }
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -278,8 +277,8 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int head = 8 * n + 2 * t + i % 2;
-              if (head < num_heads)
-                warp_sums[head * Shape::kSumRow + 16 * (k - 4 * j) + g + i / 2 * 8] = work.sums[k][n][i];
+              if (head >= num_heads) continue;
+              warp_sums[head * Shape::kSumRow + 16 * (k - 4 * j) + g + i / 2 * 8] = work.sums[k][n][i];
             }
           }
         }
@@ -306,34 +305,35 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
             value.z = __fmaf_rn(v.z, decay, value.z);
             value.w = __fmaf_rn(v.w, decay, value.w);
           }
-          if (j == 0) {
-            sum.maximum[r] = top;
-            sum.weight[r] = weight;
+          if (folds) {
+            float maximum = total.maximum[r];
+            const Fold fold(maximum, top);
+            fold(total.sums[r][4 * j], value.x);
+            fold(total.sums[r][4 * j + 1], value.y);
+            fold(total.sums[r][4 * j + 2], value.z);
+            fold(total.sums[r][4 * j + 3], value.w);
+            if (j == Total::kSlices - 1 || Total::dim(j + 1) >= kDim) {
+              fold(total.weight[r], weight);
+              total.maximum[r] = maximum;
+            }
+          } else {
+            const int64_t index = (split.slot + split.index) * args.num_heads() + first_head + head;
+            *Total::partial(args, index, j) = value;
+            if (j == 0 && thread % 16 == 0) args.partial_states[index] = make_float2(top, weight);
           }
-          sum.sums[r][4 * j] = value.x;
-          sum.sums[r][4 * j + 1] = value.y;
-          sum.sums[r][4 * j + 2] = value.z;
-          sum.sums[r][4 * j + 3] = value.w;
         }
         __syncthreads();
       }
 
-      if (split.index == 0) {
-        folds = true;
-        total.clear();
-      }
       if (folds) {
-        total.fold_in(sum);
         if (split.index == split.count - 1) {
           total.template store_output<T>(args, split, first_head, num_heads, aligned_outputs);
+          folds = false;
         } else if (!after.valid) {
           total.store_partial(args, split.slot, first_head, num_heads);
           piece = {split.sequence, split.slot, split.count, split.part, static_cast<int32_t>(split.index + 1)};
         }
-      } else {
-        sum.store_partial(args, split.slot + split.index, first_head, num_heads);
       }
-      if (split.index == split.count - 1) folds = false;
       split = after;
       after = ahead;
       here = next;

@@ -49,8 +49,8 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   merge.grid.x = shape.grid.x;
   merge.grid.y = static_cast<unsigned>(std::min(4, std::min(args.group_size, Shape::kHeads)));
   merge.block.x = kMergeDecodeThreads;
-  return launcher.launch<merge_decode_kernel<kArch, T>>(merge, args, static_cast<const DecodePiece*>(pieces),
-                                                        static_cast<int>(Shape::kHeads));
+  return launcher.launch<merge_decode_kernel<kArch, T, (kDim + kMergeDecodeThreads - 1) / kMergeDecodeThreads>>(
+      merge, args, static_cast<const DecodePiece*>(pieces), static_cast<int>(Shape::kHeads));
 }
 
 template <Arch kArch, class T, int kDim>

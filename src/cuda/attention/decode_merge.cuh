@@ -14,11 +14,12 @@ namespace punica::cuda {
 
 inline constexpr int kMergeDecodeThreads = 128;
 
-template <Arch kArch, class T>
+// kColumns: dims of a thread.
+template <Arch kArch, class T, int kColumns>
 __global__ void __launch_bounds__(kMergeDecodeThreads)
     merge_decode_kernel(const __grid_constant__ AttentionArgs args, const DecodePiece* pieces, int tile_heads) {
   if constexpr (kCompiled<kArch>) {
-    constexpr int kColumns = kMaxHeadDim / kMergeDecodeThreads, kBatch = 16;
+    constexpr int kBatch = 8;  // loads under way
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
     const DecodePiece piece = pieces[blockIdx.x];
@@ -49,7 +50,11 @@ __global__ void __launch_bounds__(kMergeDecodeThreads)
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (base + i < count) fold(maximum, weight, sums, states[i].x, states[i].y, parts[i]);
+          if (base + i >= count) continue;
+          const Fold fold(maximum, states[i].x);
+          fold(weight, states[i].y);
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) fold(sums[c], parts[i][c]);
         }
       }
       T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + head * args.head_dim;

@@ -81,19 +81,21 @@ __device__ __forceinline__ void rotate_pairs(uint32_t& low, uint32_t& high, cons
   high = pack<T>(__fmaf_rn(a.x, c.y, __fmul_rn(b.x, c.x)), __fmaf_rn(a.y, c.w, __fmul_rn(b.y, c.z)));
 }
 
-// Adds the state of a later part of the keys to (maximum, weight, sums), in the same way wherever it is done: in the
-// block that has both, or in the kernel that merges. Parts that saw nothing have -inf, 0, zeros.
-template <int kCount>
-__device__ __forceinline__ void fold(float& maximum, float& weight, float (&sums)[kCount], float later_maximum,
-                                     float later_weight, const float (&later_sums)[kCount]) {
-  const float top = fmaxf(maximum, later_maximum), subtracted = finite_or_zero(top);
-  const float decay = exp2_fast(__fsub_rn(maximum, subtracted));
-  const float later_decay = exp2_fast(__fsub_rn(later_maximum, subtracted));
-  maximum = top;
-  weight = __fmaf_rn(later_weight, later_decay, __fmul_rn(weight, decay));
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sums[i] = __fmaf_rn(later_sums[i], later_decay, __fmul_rn(sums[i], decay));
-}
+// Folding the state of later keys (maximum, weight = sum of 2^(score - maximum), sums of values times the same) to one
+// of earlier keys: the same arithmetic wherever it is done, in the block that has both or in the kernel that merges.
+// Parts that saw nothing have -inf, 0, zeros.
+struct Fold {
+  float decay, later_decay;
+  __device__ __forceinline__ Fold(float& maximum, float later_maximum) {
+    const float top = fmaxf(maximum, later_maximum), subtracted = finite_or_zero(top);
+    decay = exp2_fast(__fsub_rn(maximum, subtracted));
+    later_decay = exp2_fast(__fsub_rn(later_maximum, subtracted));
+    maximum = top;
+  }
+  __device__ __forceinline__ void operator()(float& sum, float later) const {
+    sum = __fmaf_rn(later, later_decay, __fmul_rn(sum, decay));
+  }
+};
 
 // A warp's queries and its state. In the layout of mma_m16n8k16 (mma.cuh), with g = lane / 4 and t = lane % 4: queries
 // are b (column g a head), scores d (rows g, g + 8 tokens, columns 2t, 2t + 1 heads), sums d (rows dims, columns
