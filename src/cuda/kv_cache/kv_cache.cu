@@ -60,6 +60,21 @@ __global__ void __launch_bounds__(kThreads) kv_write_kernel(const __grid_constan
     __shared__ int sequences[kMaxBlockTokens];
     __shared__ unsigned char* places[kMaxBlockTokens];
     launch_dependents<kArch>();
+    if constexpr (kArch == Arch::kSm90 && kTokens == 1) {
+      // A decode step: rows and tables are on their way into the second-level cache while this waits.
+      const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+      const int64_t offset = threadIdx.x * static_cast<int64_t>(sizeof(V));
+      if (row < args.num_rows) {
+        if (threadIdx.x == 0) {
+          prefetch_line(args.kv_indptr + row);
+          prefetch_line(args.last_page_offset + row);
+        }
+        if (offset % kLineBytes == 0 && threadIdx.x < args.row_vectors) {
+          prefetch_line(args.k + row * args.k_stride + offset);
+          prefetch_line(args.v + row * args.v_stride + offset);
+        }
+      }
+    }
     if (!args.early_reads) grid_dependency_wait<kArch>();
 
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
