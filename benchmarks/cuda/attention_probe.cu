@@ -2,7 +2,7 @@
 // four times the L2, pages scattered. Columns, us a call: `chain`, calls after each other with early_reads; `default`,
 // without; `alone`, each call between kernels that are no programmatic dependents (their own time, measured without the
 // calls, is taken off). Beside them TB/s of the bytes of keys and values, and what a kernel takes that only reads so
-// many bytes from one place. Usage: attention_probe [decode | write | all] [reads: rows of the table to leave out]
+// many bytes from one place. Usage: attention_probe [goals | decode | write | all] [part of the names of the rows]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -158,6 +158,8 @@ struct Work {
   int64_t window = -1;
 };
 
+std::string only;  // part of the names of the rows to run
+
 struct Arena {
   unsigned char* pool;
   int64_t pool_bytes;
@@ -265,6 +267,7 @@ Times time_calls(int64_t calls, const std::function<void(cudaStream_t, int64_t, 
 }
 
 void probe_decode(const Work& w, const Arena& arena, bool floors) {
+  if (w.name.find(only) == std::string::npos) return;
   const Problem problem(w, arena);
   const int64_t calls = std::max<int64_t>(problem.layers, 5);
   const Times times = time_calls(calls, [&](cudaStream_t stream, int64_t i, bool early) {
@@ -306,6 +309,7 @@ __global__ void copy_bytes(const uint4* from, int64_t count, uint4* to) {
 
 // init_kv of whole prompts, or append_kv where `append`: k and v are read and written once.
 void probe_write(const Work& w, const Arena& arena, bool append) {
+  if (w.name.find(only) == std::string::npos) return;
   const Problem problem(w, arena);
   const int64_t rows = append ? problem.batch : problem.tokens, row = w.kv_heads * w.dim;
   const int64_t bytes = rows * row * 2 * 2;
@@ -376,6 +380,7 @@ int main(int argc, char** argv) {
   punica::cuda::Arch arch;
   must(punica::cuda::active_arch(0, &arch));
   const std::string what = argc > 1 ? argv[1] : "all";
+  if (argc > 2) only = argv[2];
   std::printf("%s, bfloat16 | chain, default, alone\n", punica::cuda::arch_name(arch));
   Arena arena;
   arena.pool_bytes = int64_t{1400} << 20;

@@ -7,10 +7,10 @@
 // cp.async fills far ahead, over the ends of splits and sequences, so that nothing in between lets the memory idle:
 // the tables of the sequence after and the page addresses of the split after the next are loaded long before their use.
 //
-// The same bits everywhere: the warps' sums are added in a fixed order at the end of a split, and splits are folded
-// from left to right. A block that has the first splits of a query folds them in registers (most queries of a large
-// batch end there); splits that follow in other blocks go to the workspace one by one, and merge_decode folds them to
-// the first ones in the same order by the same function.
+// The same bits everywhere: the warps' sums are added in a fixed order at the end of a split, splits are folded from
+// left to right to groups of eight, and groups to the whole. A block that has the beginning of a group or of a query
+// folds in registers what it has of it (most queries of a large batch begin and end in one block). What other blocks
+// have goes to the workspace, and merge_decode_kernel folds it in the same order by the same function.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,24 @@ enum class CopyPart { kAll, kAllButNewest, kNewest };
 template <int kDim, CopyPart kPart>
 __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int tile, int64_t value_bytes, int newest,
                                                const void* anywhere) {
-  constexpr int kChunks = kDim / 8;
+  constexpr int kChunks = kDim / 8, kRowsAtOnce = 256 / kDim;  // rows that a warp copies at once, where they are whole
   const int lane = threadIdx.x % 32;
+  if constexpr (kPart == CopyPart::kAll && 256 % kDim == 0) {
+    // Most tiles lie in one page.
+    const int64_t first = __shfl_sync(0xffffffffu, address, tile % 2 * 16);
+    if (__all_sync(0xffffffffu, lane / 16 != tile % 2 || (address != 0 && address == first + lane % 16 * (kDim * 2)))) {
+      const unsigned char* key = reinterpret_cast<const unsigned char*>(first) + 16 * lane;
+      const unsigned char* value = key + value_bytes;
+      const int row = lane / kChunks, chunk = lane % kChunks;
+#pragma unroll
+      for (int i = 0; i < kChunks / 2; ++i) {
+        const uint32_t at = to + tile_offset<kDim>(row + i * kRowsAtOnce, chunk);
+        copy_chunk(at, key + 512 * i);
+        copy_chunk(at + kTileTokens * kDim * 2, value + 512 * i);
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kChunks / 2; ++i) {
     const int index = lane + 32 * i, row = index / kChunks, chunk = index - row * kChunks;
@@ -52,7 +68,7 @@ __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int
 // / 16..
 template <class Shape, int kDim>
 struct DecodeTotal {
-  static constexpr int kSlices = (kDim + Shape::kSumDims - 1) / Shape::kSumDims;
+  static constexpr int kSlices = (kDim + 63) / 64;
   static constexpr int kHeadStep = Shape::kThreads / 16;
   static constexpr int kRows = Shape::kHeads / kHeadStep;
   float maximum[kRows], weight[kRows], sums[kRows][4 * kSlices];
@@ -67,10 +83,19 @@ struct DecodeTotal {
     }
   }
   __device__ __forceinline__ static int head(int r) { return threadIdx.x / 16 + r * kHeadStep; }
-  __device__ __forceinline__ static int dim(int j) { return threadIdx.x % 16 * 4 + j * Shape::kSumDims; }
+  __device__ __forceinline__ static int dim(int j) { return threadIdx.x % 16 * 4 + 64 * j; }
 
   __device__ static float4* partial(const AttentionArgs& args, int64_t index, int j) {
     return reinterpret_cast<float4*>(args.partial_sums + index * kDim + dim(j));
+  }
+  __device__ void fold_in(const DecodeTotal& later) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Fold fold(maximum[r], later.maximum[r]);
+      fold(weight[r], later.weight[r]);
+#pragma unroll
+      for (int i = 0; i < 4 * kSlices; ++i) fold(sums[r][i], later.sums[r][i]);
+    }
   }
   __device__ void store_partial(const AttentionArgs& args, int64_t slot, int64_t first_head, int num_heads) const {
 #pragma unroll
@@ -93,7 +118,8 @@ struct DecodeTotal {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (head(r) >= num_heads) continue;
-      T* to = static_cast<T*>(args.o) + split.sequence * args.o_stride + (first_head + head(r)) * kDim;
+      T* to = static_cast<T*>(args.o) + static_cast<int64_t>(split.sequence) * args.o_stride +
+              (first_head + head(r)) * kDim;
 #pragma unroll
       for (int j = 0; j < kSlices; ++j) {
         if (dim(j) >= kDim) continue;
@@ -110,7 +136,7 @@ struct DecodeTotal {
         }
       }
       if (args.lse != nullptr && threadIdx.x % 16 == 0) {
-        args.lse[split.sequence * args.num_heads() + first_head + head(r)] =
+        args.lse[static_cast<int64_t>(split.sequence) * args.num_heads() + first_head + head(r)] =
             empty ? minus_infinity() : __fadd_rn(maximum[r], log2f(weight[r]));
       }
     }
@@ -197,11 +223,15 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 4 == 0) && args.q_stride % 2 == 0;
     const bool aligned_outputs = (reinterpret_cast<uint64_t>(args.o) % 8 == 0) && args.o_stride % 4 == 0;
     Warp work;
-    Total total;
+    Total total, group;
     total.clear();
+    group.clear();
     int stage = 0;
-    bool folds = false, fresh = true;
-    DecodePiece piece = {0, 0, 0, 0, 0};
+    bool has_start = false, has_group = false;  // of the query, of the group
+    bool fresh = true;
+    DecodePiece piece = {};
+    const int64_t parts = static_cast<int64_t>(args.num_kv_heads) * args.head_tiles;
+    const bool by_query = pieces != nullptr && args.num_sequences * parts <= gridDim.x;
     __syncthreads();  // the tables of angles are here, and `states` are free
     while (split.valid) {
       next.template finish<kDim>(args, after.part);
@@ -214,8 +244,9 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       const int heads_left = args.group_size - head_tile * Shape::kHeads;
       const int num_heads = heads_left < Shape::kHeads ? heads_left : Shape::kHeads;
       if (fresh || split.index == 0) {
-        work.load_queries(static_cast<const T*>(args.q) + split.sequence * args.q_stride + first_head * kDim, num_heads,
-                          aligned_queries);
+        work.load_queries(
+            static_cast<const T*>(args.q) + static_cast<int64_t>(split.sequence) * args.q_stride + first_head * kDim,
+            num_heads, aligned_queries);
         fresh = false;
       }
       work.clear();
@@ -252,10 +283,15 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
-      // The sums of the warps, in their order, go to the total of the query or to the workspace.
+      // The sums of the warps, in their order, go to the group of the split or to the workspace.
+      const int group_index = split.index % kGroupSplits;
       if (split.index == 0) {
-        folds = true;
+        has_start = true;
         total.clear();
+      }
+      if (group_index == 0) {
+        has_group = true;
+        group.clear();
       }
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -268,17 +304,17 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         }
       }
 #pragma unroll
-      for (int j = 0; j < Total::kSlices; ++j) {
+      for (int dims = 0; dims < kDim; dims += Shape::kSumDims) {
 #pragma unroll
-        for (int k = 4 * j; k < 4 * j + 4; ++k) {
-          if (k >= Warp::kSteps) continue;
+        for (int k = dims / 16; k < Warp::kSteps && 16 * k < dims + Shape::kSumDims; ++k) {
 #pragma unroll
           for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int head = 8 * n + 2 * t + i % 2;
-              if (head >= num_heads) continue;
-              warp_sums[head * Shape::kSumRow + 16 * (k - 4 * j) + g + i / 2 * 8] = work.sums[k][n][i];
+              if (head < num_heads) {
+                warp_sums[head * Shape::kSumRow + 16 * k - dims + g + i / 2 * 8] = work.sums[k][n][i];
+              }
             }
           }
         }
@@ -286,61 +322,77 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
 #pragma unroll
         for (int r = 0; r < Total::kRows; ++r) {
           const int head = Total::head(r);
-          if (head >= num_heads || Total::dim(j) >= kDim) continue;
-          float top = minus_infinity();
+          if (head >= num_heads) continue;
+          float top = minus_infinity(), weight = 0.0f, decay[Shape::kWarps];
 #pragma unroll
           for (int w = 0; w < Shape::kWarps; ++w) top = fmaxf(top, states[w * Shape::kHeads + head].x);
           const float subtracted = finite_or_zero(top);
-          float weight = 0.0f;
-          float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
           for (int w = 0; w < Shape::kWarps; ++w) {
             const float2 state = states[w * Shape::kHeads + head];
-            const float decay = exp2_fast(__fsub_rn(state.x, subtracted));
-            weight = __fmaf_rn(state.y, decay, weight);
-            const float4 v = *reinterpret_cast<const float4*>(all_sums + (w * Shape::kHeads + head) * Shape::kSumRow +
-                                                              threadIdx.x % 16 * 4);
-            value.x = __fmaf_rn(v.x, decay, value.x);
-            value.y = __fmaf_rn(v.y, decay, value.y);
-            value.z = __fmaf_rn(v.z, decay, value.z);
-            value.w = __fmaf_rn(v.w, decay, value.w);
+            decay[w] = exp2_fast(__fsub_rn(state.x, subtracted));
+            weight = __fmaf_rn(state.y, decay[w], weight);
           }
-          if (folds) {
-            float maximum = total.maximum[r];
-            const Fold fold(maximum, top);
-            fold(total.sums[r][4 * j], value.x);
-            fold(total.sums[r][4 * j + 1], value.y);
-            fold(total.sums[r][4 * j + 2], value.z);
-            fold(total.sums[r][4 * j + 3], value.w);
-            if (j == Total::kSlices - 1 || Total::dim(j + 1) >= kDim) {
-              fold(total.weight[r], weight);
-              total.maximum[r] = maximum;
+          float maximum = group.maximum[r];
+          const Fold fold(maximum, top);
+          const int64_t index = (split.slot + split.index) * args.num_heads() + first_head + head;
+#pragma unroll
+          for (int j = dims / 64; j < Total::kSlices && 64 * j < dims + Shape::kSumDims; ++j) {
+            if (Total::dim(j) >= kDim) continue;
+            float value[4] = {};
+#pragma unroll
+            for (int w = 0; w < Shape::kWarps; ++w) {
+              const float4 v = *reinterpret_cast<const float4*>(all_sums + (w * Shape::kHeads + head) * Shape::kSumRow +
+                                                                Total::dim(j) - dims);
+              value[0] = __fmaf_rn(v.x, decay[w], value[0]);
+              value[1] = __fmaf_rn(v.y, decay[w], value[1]);
+              value[2] = __fmaf_rn(v.z, decay[w], value[2]);
+              value[3] = __fmaf_rn(v.w, decay[w], value[3]);
             }
-          } else {
-            const int64_t index = (split.slot + split.index) * args.num_heads() + first_head + head;
-            *Total::partial(args, index, j) = value;
-            if (j == 0 && thread % 16 == 0) args.partial_states[index] = make_float2(top, weight);
+            if (has_group) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) fold(group.sums[r][4 * j + i], value[i]);
+            } else {
+              *Total::partial(args, index, j) = make_float4(value[0], value[1], value[2], value[3]);
+            }
+          }
+          if (dims + Shape::kSumDims < kDim) continue;
+          if (has_group) {
+            fold(group.weight[r], weight);
+            group.maximum[r] = maximum;
+          } else if (thread % 16 == 0) {
+            args.partial_states[index] = make_float2(top, weight);
           }
         }
         __syncthreads();
       }
 
-      if (folds) {
-        if (split.index == split.count - 1) {
-          total.template store_output<T>(args, split, first_head, num_heads, aligned_outputs);
-          folds = false;
-        } else if (!after.valid) {
-          total.store_partial(args, split.slot, first_head, num_heads);
-          piece = {split.sequence, split.slot, split.count, split.part, static_cast<int32_t>(split.index + 1)};
-        }
+      const bool query_ends = split.index == split.count - 1;
+      const bool group_ends = query_ends || group_index == kGroupSplits - 1;
+      if (has_start && group_ends) {
+        total.fold_in(group);
+      } else if (has_group && (group_ends || !after.valid)) {
+        group.store_partial(args, split.slot + split.index - group_index, first_head, num_heads);
       }
+      if (has_start && (query_ends || !after.valid)) {
+        if (query_ends) {
+          total.template store_output<T>(args, split, first_head, num_heads, aligned_outputs);
+        } else {
+          const int groups = (split.index + 1) / kGroupSplits;
+          if (groups > 0) total.store_partial(args, split.slot, first_head, num_heads);
+          piece = {split.sequence, split.slot, split.count, walk.shares, split.part, groups};
+        }
+        if (by_query && thread == 0) pieces[split.sequence * parts + split.part] = piece;
+      }
+      if (query_ends) has_start = false;
+      if (group_ends) has_group = false;
       split = after;
       after = ahead;
       here = next;
       next = later;
     }
     copy_wait<0>();
-    if (pieces != nullptr && thread == 0) pieces[blockIdx.x] = piece;
+    if (pieces != nullptr && !by_query && thread == 0) pieces[blockIdx.x] = piece;
   }
 }
 

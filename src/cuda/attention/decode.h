@@ -11,14 +11,31 @@ namespace punica::cuda {
 // Blocks of decode_kernel at most: each has a DecodePiece in the workspace.
 inline constexpr int64_t kMaxDecodeWorkers = 1024;
 
-// What a block of decode_kernel leaves to merge: a query whose first `prefix` splits it has summed, and whose others
-// lie in the workspace one by one, written by the blocks after it. count = 0: nothing.
+// Splits of a query are folded in groups of so many, counted from its first one, and groups to the whole.
+inline constexpr int kGroupSplits = 8;
+
+// The equal shares of the blocks: splits of all queries, counted over the whole batch.
+struct DecodeShares {
+  int64_t each, more;  // the first `more` blocks have one more
+
+#ifdef __CUDACC__
+  __device__ int64_t begin(int64_t worker) const { return each * worker + (worker < more ? worker : more); }
+  __device__ int64_t owner(int64_t index) const {
+    return index < more * (each + 1) ? index / (each + 1) : more + (index - more * (each + 1)) / each;
+  }
+#endif
+};
+
+// A query that begins in a block of decode_kernel and ends in another one: left to merge. Of the splits of a group, the
+// ones that the block of the group's first split has are in the workspace as one, in the place of that first split;
+// others one by one. But the whole groups that the block of the query's first split has are one, in its place.
 struct alignas(16) DecodePiece {
   int64_t sequence;
   int64_t first_slot;
-  int64_t count;  // splits in all
-  int32_t part;   // kv_head * head_tiles + head tile
-  int32_t prefix;
+  int64_t count;  // splits in all; 0: nothing is left
+  DecodeShares shares;
+  int32_t part;    // kv_head * head_tiles + head tile
+  int32_t groups;  // whole groups in the block where the query begins
 };
 
 // Whether decode_kernel serves such calls: a function of the data type and static sizes alone, so that all rows of all

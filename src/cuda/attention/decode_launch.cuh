@@ -45,12 +45,19 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
         shape, args, pieces, launcher.early_reads, NoRope{})));
   }
   if (pieces == nullptr) return {};
+  const int64_t queries = args.num_sequences * args.num_kv_heads * args.head_tiles;
   LaunchShape merge;
+  merge.grid.y = static_cast<unsigned>(std::min(args.group_size, Shape::kHeads));
+  const DecodePiece* const left = pieces;
+  const int tile_heads = Shape::kHeads;
+  if (queries <= shape.grid.x) {
+    merge.grid.x = static_cast<unsigned>(queries);
+    merge.block.x = 512;
+    return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, left, tile_heads);
+  }
   merge.grid.x = shape.grid.x;
-  merge.grid.y = static_cast<unsigned>(std::min(4, std::min(args.group_size, Shape::kHeads)));
-  merge.block.x = kMergeDecodeThreads;
-  return launcher.launch<merge_decode_kernel<kArch, T, (kDim + kMergeDecodeThreads - 1) / kMergeDecodeThreads>>(
-      merge, args, static_cast<const DecodePiece*>(pieces), static_cast<int>(Shape::kHeads));
+  merge.block.x = 128;
+  return launcher.launch<merge_decode_kernel<kArch, T, kDim, 128>>(merge, args, left, tile_heads);
 }
 
 template <Arch kArch, class T, int kDim>

@@ -1,5 +1,6 @@
-// The second half of the fast decode: queries that several blocks of decode_kernel had parts of. Block (x, y) takes
-// what block x of that kernel began and left, and of its heads every gridDim.y-th from y.
+// The second half of the fast decode: queries that several blocks of decode_kernel had parts of. Block (x, y) takes the
+// one that began in block x of that kernel and did not end there, and of its heads every gridDim.y-th from y. Each warp
+// folds the splits of a group, all of whose loads are under way at once, then the block folds the groups.
 #pragma once
 
 #include <cstdint>
@@ -12,73 +13,106 @@
 
 namespace punica::cuda {
 
-inline constexpr int kMergeDecodeThreads = 128;
-
-// kColumns: dims of a thread.
-template <Arch kArch, class T, int kColumns>
-__global__ void __launch_bounds__(kMergeDecodeThreads)
+// Many threads for few queries, of which each may have many groups; few where there are many pieces.
+template <Arch kArch, class T, int kDim, int kThreads>
+__global__ void __launch_bounds__(kThreads, 768 / kThreads)
     merge_decode_kernel(const __grid_constant__ AttentionArgs args, const DecodePiece* pieces, int tile_heads) {
   if constexpr (kCompiled<kArch>) {
-    constexpr int kBatch = 8;  // loads under way
+    constexpr int kWarps = kThreads / 32, kVectors = (kDim + 127) / 128;
+    constexpr int kDims = (kDim + kThreads - 1) / kThreads;  // of a thread
+    __shared__ float group_sums[kWarps][kDim];
+    __shared__ float2 group_states[kWarps];
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
     const DecodePiece piece = pieces[blockIdx.x];
     if (piece.count == 0) return;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int kv_head = piece.part / args.head_tiles, head_tile = piece.part - kv_head * args.head_tiles;
     const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * tile_heads;
     const int heads_left = args.group_size - head_tile * tile_heads;
     const int num_heads = heads_left < tile_heads ? heads_left : tile_heads;
-    // What follows the splits that the block had summed, and their sum in front.
-    const int64_t count = piece.count - piece.prefix;
+    // The number of the query's first split among all of the batch.
+    const int64_t parts = static_cast<int64_t>(args.num_kv_heads) * args.head_tiles;
+    const int64_t first_index = piece.first_slot * parts + piece.part * piece.count;
     const int64_t stride = args.num_heads();  // from split to split
+    const int64_t num_groups = (piece.count + kGroupSplits - 1) / kGroupSplits;
+
     for (int h = blockIdx.y; h < num_heads; h += gridDim.y) {
-      const int64_t head = first_head + h, begin = piece.first_slot * stride + head;
-      float maximum = minus_infinity(), weight = 0.0f, sums[kColumns] = {};
-      const auto fold_in = [&](const float2& state, const float (&part)[kColumns]) {
-        const Fold fold(maximum, state.x);
-        fold(weight, state.y);
+      const int64_t first = piece.first_slot * stride + first_head + h;
+      float maximum = minus_infinity(), weight = 0.0f, sum[kDims] = {};  // of dims `thread`, + kThreads ..
+      if (piece.groups > 0) {
+        const float2 state = args.partial_states[first];
+        maximum = state.x;
+        weight = state.y;
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) fold(sums[c], part[c]);
-      };
-      const auto load_part = [&](const float* from, float (&part)[kColumns]) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int d = threadIdx.x + kMergeDecodeThreads * c;
-          part[c] = d < args.head_dim ? from[kMergeDecodeThreads * c] : 0.0f;
+        for (int c = 0; c < kDims; ++c) {
+          const int d = thread + c * kThreads;
+          if (d < kDim) sum[c] = args.partial_sums[first * kDim + d];
         }
-      };
-      float2 states[kBatch];
-      float parts[kBatch][kColumns];
-      states[0] = args.partial_states[begin];
-      load_part(args.partial_sums + begin * args.head_dim + threadIdx.x, parts[0]);
-      const float2* next_state = args.partial_states + begin + piece.prefix * stride;
-      const float* next_part = args.partial_sums + (begin + piece.prefix * stride) * args.head_dim + threadIdx.x;
-      const int64_t part_stride = stride * args.head_dim;
-      int first = 1;  // the front is in the first batch
-#pragma unroll 1
-      for (int64_t left = count; left > 0 || first == 1; first = 0) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (i < first || i - first >= left) continue;
-          states[i] = *next_state;
-          load_part(next_part, parts[i]);
-          next_state += stride;
-          next_part += part_stride;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (i - first < left) fold_in(states[i], parts[i]);
-        }
-        left -= kBatch - first;
       }
-      T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + head * args.head_dim;
+      for (int64_t base = piece.groups; base < num_groups; base += kWarps) {
+        if (base + warp < num_groups) {
+          const int64_t begin = (base + warp) * kGroupSplits;
+          const int64_t end = begin + kGroupSplits < piece.count ? begin + kGroupSplits : piece.count;
+          // Splits of the group that its first block has are one.
+          const int64_t next = piece.shares.begin(piece.shares.owner(first_index + begin) + 1) - first_index;
+          const int skipped = static_cast<int>((next < end ? next : end) - begin) - 1;
+          const int count = static_cast<int>(end - begin) - skipped;
+          float2 states[kGroupSplits];
+          float4 sums[kGroupSplits][kVectors];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int d = threadIdx.x + kMergeDecodeThreads * c;
-        if (d < args.head_dim) to[d] = from_float<T>(__fdiv_rn(sums[c], weight));
+          for (int i = 0; i < kGroupSplits; ++i) {
+            if (i >= count) continue;
+            const int64_t index = first + (begin + (i == 0 ? 0 : i + skipped)) * stride;
+            states[i] = args.partial_states[index];
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+              const int d = 4 * lane + 128 * v;
+              if (d < kDim) sums[i][v] = *reinterpret_cast<const float4*>(args.partial_sums + index * kDim + d);
+            }
+          }
+#pragma unroll
+          for (int i = 1; i < kGroupSplits; ++i) {
+            if (i >= count) continue;
+            const Fold fold(states[0].x, states[i].x);
+            fold(states[0].y, states[i].y);
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+              fold(sums[0][v].x, sums[i][v].x);
+              fold(sums[0][v].y, sums[i][v].y);
+              fold(sums[0][v].z, sums[i][v].z);
+              fold(sums[0][v].w, sums[i][v].w);
+            }
+          }
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const int d = 4 * lane + 128 * v;
+            if (d < kDim) *reinterpret_cast<float4*>(&group_sums[warp][d]) = sums[0][v];
+          }
+          if (lane == 0) group_states[warp] = states[0];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) {
+          if (base + i >= num_groups) continue;
+          const Fold fold(maximum, group_states[i].x);
+          fold(weight, group_states[i].y);
+#pragma unroll
+          for (int c = 0; c < kDims; ++c) {
+            const int d = thread + c * kThreads;
+            if (d < kDim) fold(sum[c], group_sums[i][d]);
+          }
+        }
+        __syncthreads();
       }
-      if (args.lse != nullptr && threadIdx.x == 0) {
-        args.lse[piece.sequence * args.num_heads() + head] = __fadd_rn(maximum, log2f(weight));
+      T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + (first_head + h) * kDim;
+#pragma unroll
+      for (int c = 0; c < kDims; ++c) {
+        const int d = thread + c * kThreads;
+        if (d < kDim) to[d] = from_float<T>(__fdiv_rn(sum[c], weight));
+      }
+      if (args.lse != nullptr && thread == 0) {
+        args.lse[piece.sequence * args.num_heads() + first_head + h] = __fadd_rn(maximum, log2f(weight));
       }
     }
   }

@@ -42,6 +42,9 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t matrix) {
   return result;
 }
 
+__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 // 16 bytes to shared memory, zeros where `valid` is false (then nothing is read).
 __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
@@ -210,10 +213,13 @@ struct DecodeWarp {
         s[h + 2] = seen[1] ? exp2_fast(__fmaf_rn(s[h + 2], factor, -subtracted)) : 0.0f;
         weight[n][h] = __fmaf_rn(weight[n][h], decay[h], __fadd_rn(s[h], s[h + 2]));
       }
+      // Where no maximum of the warp has grown, this would be a product with 1, which changes no bit.
+      if (__any_sync(0xffffffffu, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
+        for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[k][n][i] = __fmul_rn(sums[k][n][i], decay[i % 2]);
+          for (int i = 0; i < 4; ++i) sums[k][n][i] = __fmul_rn(sums[k][n][i], decay[i % 2]);
+        }
       }
       p[n][0] = transpose_matrix(pack<T>(s[0], s[1]));
       p[n][1] = transpose_matrix(pack<T>(s[2], s[3]));

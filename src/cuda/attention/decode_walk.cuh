@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "src/cuda/attention/args.cuh"
+#include "src/cuda/attention/decode.h"
 #include "src/cuda/attention/decode_tile.cuh"
 #include "src/cuda/common/device.cuh"
 
@@ -15,18 +16,26 @@ struct DecodeShape {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTiles = kSplitTokens / (kTileTokens * kWarps);  // of a warp in a split
   static constexpr int kHeads = 8 * kColumns;
-  static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : 2;  // a multiprocessor, to aim at
+#ifndef V_BLOCKS
+#define V_BLOCKS 2
+#endif
+  static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : V_BLOCKS;  // a multiprocessor, to aim at
 
   static constexpr int kTileBytes = kTileTokens * kDim * 2;  // of keys; values follow
-  // The sums of all warps, 64 dims at a time. Rows of 68: lanes of four heads fall into different banks.
-  static constexpr int kSumDims = 64, kSumRow = kSumDims + 4;
-  static constexpr int kSumBytes = kWarps * kHeads * kSumRow * 4;
   static constexpr int kStateBytes = kWarps * kHeads * 8;
   static constexpr int kAngleBytes = kRope ? kTileTokens * ((kDim / 4 + 7) / 8 * 8) * 16 : 0;
   // Of the sm_80 path, what devices of any 8.x or later have.
-  static constexpr int kShared = kArch == Arch::kSm80 ? 99 << 10 : (kBlocks == 2 ? 113 << 10 : 227 << 10);
-  static constexpr int kRoom = (kShared - kSumBytes - kStateBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
-  static constexpr int kStages = kRoom < 4 ? kRoom : 4;
+  static constexpr int kShared = kArch == Arch::kSm80 ? 99 << 10 : ((228 << 10) / kBlocks - (1 << 10));
+  // The sums of all warps, all dims at a time where that takes no tile from the rings, else 64. The row length sends
+  // lanes of four heads to different banks.
+  static constexpr int sum_bytes(int dims) { return kWarps * kHeads * (dims + 4) * 4; }
+  static constexpr int stages(int dims) {
+    const int room = (kShared - sum_bytes(dims) - kStateBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
+    return room < 4 ? room : 4;
+  }
+  static constexpr int kSumDims = stages(kDim) == stages(64) ? kDim : 64;
+  static constexpr int kSumRow = kSumDims + 4, kSumBytes = sum_bytes(kSumDims);
+  static constexpr int kStages = stages(kSumDims);
   static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // of a warp
   static constexpr int kSharedBytes = kWarps * kRingBytes + kSumBytes + kStateBytes + kAngleBytes;
   static_assert(kStages >= 2 && kStages <= kTiles);
@@ -35,17 +44,26 @@ struct DecodeShape {
 
 // A split of the walk, the same in all threads.
 struct DecodeSplit {
-  int64_t sequence, kv_len, first_page, slot;  // slot: of the query's first split in the workspace
-  int64_t index, count;                        // this split of the query's
-  int64_t base;                                // position of the split's first token
+  int64_t kv_len;
+  int64_t base;  // position of the split's first token
+  int64_t slot;  // of the query's first split in the workspace
+  int32_t sequence, first_page;
+  int32_t index, count;  // this split of the query's
   int32_t part;
   int32_t begin, end;  // tokens that the query sees, from `base`; none where the walk has ended
   bool valid;
 };
 
+// a / b, both at least 0. Most values have 32 bits, where a division takes a fifth of the time.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // Goes over the splits of a block in order.
 struct DecodeWalk {
   const AttentionArgs& args;
+  DecodeShares shares;
   int64_t left;  // splits that this block has still to take
   bool whole;    // no room for partial results: queries are taken whole, by the block where they begin
   DecodeSplit at;
@@ -65,8 +83,8 @@ struct DecodeWalk {
   }
   __device__ __forceinline__ void take(const SequencePages& pages) {
     at.kv_len = pages.kv_len;
-    at.first_page = pages.first_page;
-    at.count = args.num_splits(pages.kv_len);
+    at.first_page = static_cast<int32_t>(pages.first_page);
+    at.count = static_cast<int32_t>(args.num_splits(pages.kv_len));
   }
   __device__ __forceinline__ void advance() {
     if (!at.valid) return;
@@ -114,9 +132,10 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int6
     total += scratch[w];
   }
   const int64_t workers = gridDim.x, worker = blockIdx.x;
-  const int64_t share = total * parts / workers, more = total * parts - share * workers;
-  const int64_t first = share * worker + (worker < more ? worker : more);
-  int64_t left = share + (worker < more ? 1 : 0);
+  DecodeShares shares;
+  shares.each = divide(total * parts, workers);
+  shares.more = total * parts - shares.each * workers;
+  const int64_t first = shares.begin(worker), left = shares.begin(worker + 1) - first;
   if (left > 0 && first >= before * parts && first < (before + splits) * parts) {
     int64_t slot = before, i = begin;
     for (;; ++i) {
@@ -128,16 +147,16 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int6
     scratch[kThreads / 32 + 1] = slot;
   }
   __syncthreads();
-  DecodeWalk walk = {args, left, total > args.num_slots, {}, {}};
+  DecodeWalk walk = {args, shares, left, total > args.num_slots, {}, {}};
   walk.at.valid = left > 0;
   if (!walk.at.valid) return walk;
-  walk.at.sequence = scratch[kThreads / 32];
+  walk.at.sequence = static_cast<int32_t>(scratch[kThreads / 32]);
   walk.at.slot = scratch[kThreads / 32 + 1];
   walk.take(walk.pages(walk.at.sequence));
   walk.next_pages = walk.pages(walk.at.sequence + 1);
   const int64_t local = first - walk.at.slot * parts;
-  walk.at.part = static_cast<int32_t>(local / walk.at.count);
-  walk.at.index = local - walk.at.part * walk.at.count;
+  walk.at.part = static_cast<int32_t>(divide(local, walk.at.count));
+  walk.at.index = static_cast<int32_t>(local - walk.at.part * static_cast<int64_t>(walk.at.count));
   if (walk.whole && walk.at.index > 0) {
     // The block before takes this query to its end.
     const int64_t skipped = walk.at.count - walk.at.index;
@@ -168,16 +187,8 @@ struct DecodeAddresses {
       slot[k] = 0;
       if (token(k) < split.begin || token(k) >= split.end) continue;
       const int64_t position = split.base + token(k);
-      int64_t number;
-      if (((position | args.page_size) >> 32) == 0) {
-        const uint32_t quotient = static_cast<uint32_t>(position) / static_cast<uint32_t>(args.page_size);
-        number = quotient;
-        slot[k] = static_cast<uint32_t>(position) - quotient * static_cast<uint32_t>(args.page_size);
-      } else {
-        const TokenPlace place = token_place(position, args.page_size);
-        number = place.page;
-        slot[k] = static_cast<uint32_t>(place.slot);
-      }
+      const int64_t number = divide(position, args.page_size);
+      slot[k] = static_cast<uint32_t>(position - number * args.page_size);
       page[k] = args.kv_ptrs[split.first_page + number];
     }
   }
