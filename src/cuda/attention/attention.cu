@@ -144,6 +144,14 @@ bool decode_serves(DType dtype, int64_t head_dim) {
   return dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256);
 }
 
+bool decode_serves(const BatchDecodeParams& params) {
+  const double limit = 0x1p31 - 2 * kSplitTokens, batch = static_cast<double>(params.kv.num_sequences());
+  const double tokens = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
+  const double splits = (batch + tokens / kSplitTokens) * static_cast<double>(params.q.shape[1]);
+  return decode_serves(params.q.dtype, params.q.shape[2]) && tokens < limit && splits < limit &&
+         static_cast<double>(params.kv.page_size) < limit;
+}
+
 Status launch_decode(const Launcher& launcher, DType dtype, const AttentionArgs& args, const RopeTable* rope) {
   return dtype == DType::kFloat16 ? launch_decode_float16(launcher, args, rope)
                                   : launch_decode_bfloat16(launcher, args, rope);
@@ -168,7 +176,7 @@ Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
 Status batch_decode(const BatchDecodeParams& params, const Context& context) {
   if (params.q.numel() == 0) return {};
   AttentionArgs args = make_args(params, nullptr);
-  const bool fast = decode_serves(params.q.dtype, args.head_dim);
+  const bool fast = decode_serves(params);
   const int tile = fast ? decode_head_tile(args.group_size, args.head_dim) : kTileRows;
   args.head_tiles = (args.group_size + tile - 1) / tile;
   // Without a workspace every block takes whole sequences.

@@ -25,42 +25,38 @@
 
 namespace punica::cuda {
 
-enum class CopyPart { kAll, kAllButNewest, kNewest };
-
-// Starts the copies of a tile. `newest`: the token of the tile that an earlier kernel may be writing, or -1.
-template <int kDim, CopyPart kPart>
-__device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int tile, int64_t value_bytes, int newest,
-                                               const void* anywhere) {
-  constexpr int kChunks = kDim / 8, kRowsAtOnce = 256 / kDim;  // rows that a warp copies at once, where they are whole
+// Starts the copies of those tokens of a tile that have a bit in `rows`; zeros for tokens without an address.
+template <int kDim>
+__device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int tile, int64_t value_bytes,
+                                               uint32_t rows, const void* anywhere) {
+  constexpr int kChunks = kDim / 8, kValues = kTileTokens * kDim * 2;
   const int lane = threadIdx.x % 32;
-  if constexpr (kPart == CopyPart::kAll && 256 % kDim == 0) {
-    // Most tiles lie in one page.
-    const int64_t first = __shfl_sync(0xffffffffu, address, tile % 2 * 16);
-    if (__all_sync(0xffffffffu, lane / 16 != tile % 2 || (address != 0 && address == first + lane % 16 * (kDim * 2)))) {
-      const unsigned char* key = reinterpret_cast<const unsigned char*>(first) + 16 * lane;
-      const unsigned char* value = key + value_bytes;
-      const int row = lane / kChunks, chunk = lane % kChunks;
+  // Most tiles are one stretch of a page.
+  const int64_t first = __shfl_sync(0xffffffffu, address, tile % 2 * 16);
+  const bool follows = lane / 16 != tile % 2 || (address != 0 && address == first + lane % 16 * (kDim * 2));
+  if (rows == 0xffff && __all_sync(0xffffffffu, follows)) {
+    const unsigned char* key = reinterpret_cast<const unsigned char*>(first) + 16 * lane;
+    const unsigned char* value = key + value_bytes;
 #pragma unroll
-      for (int i = 0; i < kChunks / 2; ++i) {
-        const uint32_t at = to + tile_offset<kDim>(row + i * kRowsAtOnce, chunk);
-        copy_chunk(at, key + 512 * i);
-        copy_chunk(at + kTileTokens * kDim * 2, value + 512 * i);
-      }
-      return;
+    for (int i = 0; i < kChunks / 2; ++i) {
+      const int index = lane + 32 * i;
+      const uint32_t at = to + tile_offset<kDim>(index / kChunks, index % kChunks);
+      copy_chunk(at, key + 512 * i);
+      copy_chunk(at + kValues, value + 512 * i);
     }
+    return;
   }
-#pragma unroll
-  for (int i = 0; i < kChunks / 2; ++i) {
-    const int index = lane + 32 * i, row = index / kChunks, chunk = index - row * kChunks;
+#pragma unroll 2
+  for (int index = lane; index < kTileTokens * kChunks; index += 32) {
+    const int row = index / kChunks, chunk = index - row * kChunks;
     const int64_t key = __shfl_sync(0xffffffffu, address, tile % 2 * 16 + row);
-    if (kPart == CopyPart::kAllButNewest && row == newest) continue;
-    if (kPart == CopyPart::kNewest && row != newest) continue;
+    if ((rows >> row & 1) == 0) continue;
     const bool valid = key != 0;
     const unsigned char* from =
         valid ? reinterpret_cast<const unsigned char*>(key) + 16 * chunk : static_cast<const unsigned char*>(anywhere);
     const uint32_t at = to + tile_offset<kDim>(row, chunk);
     copy_chunk(at, from, valid);
-    copy_chunk(at + kTileTokens * kDim * 2, valid ? from + value_bytes : from, valid);
+    copy_chunk(at + kValues, valid ? from + value_bytes : from, valid);
   }
 }
 
@@ -186,21 +182,25 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     }
     if (!early_reads) grid_dependency_wait<kArch>();
 
-    DecodeWalk walk = find_share<Shape::kThreads>(args, reinterpret_cast<int64_t*>(states));
+    DecodeWalk walk = find_share<Shape::kThreads>(args, reinterpret_cast<int32_t*>(states));
     DecodeSplit split = walk.at, after, ahead;
     Addresses here, next, later;
     here.fetch(args, split);
     here.template finish<kDim>(args, split.part);
     // Early reads: all but the newest token may be read now.
-    const int64_t newest = early_reads ? split.kv_len - 1 - split.base : -1;  // from the split's base
+    const int newest = split.kv_len - 1 - split.base;  // from the split's base
+    const auto newest_row = [&](int tile) {
+      const int row = newest - (tile * Shape::kWarps + warp) * kTileTokens;
+      return early_reads && row >= 0 && row < kTileTokens ? row : -1;
+    };
     bool waits = false;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
-      const int row = static_cast<int>(newest - (i * Shape::kWarps + warp) * kTileTokens);
-      const bool has_newest = early_reads && newest < kSplitTokens && row >= 0 && row < kTileTokens;
-      copy_tile_rows<kDim, CopyPart::kAllButNewest>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i,
-                                                    args.value_bytes, has_newest ? row : -1, args.kv_ptrs);
-      waits = waits || has_newest;
+      const uint32_t at = ring + i * 2 * Shape::kTileBytes;
+      const int row = newest_row(i);
+      copy_tile_rows<kDim>(at, here.of_tile(i), i, args.value_bytes, row < 0 ? 0xffff : 0xffff ^ 1u << row,
+                           args.kv_ptrs);
+      waits = waits || row >= 0;
       copy_commit();
     }
     walk.advance();
@@ -209,11 +209,12 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     if (early_reads) {
       grid_dependency_wait<kArch>();
       if (waits) {
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < kStages; ++i) {
-          const int row = static_cast<int>(newest - (i * Shape::kWarps + warp) * kTileTokens);
-          copy_tile_rows<kDim, CopyPart::kNewest>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i,
-                                                  args.value_bytes, row, args.kv_ptrs);
+          const int row = newest_row(i);
+          if (row < 0) continue;
+          copy_tile_rows<kDim>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i, args.value_bytes, 1u << row,
+                               args.kv_ptrs);
         }
         copy_commit();
         copy_wait<0>();
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     bool has_start = false, has_group = false;  // of the query, of the group
     bool fresh = true;
     DecodePiece piece = {};
-    const int64_t parts = static_cast<int64_t>(args.num_kv_heads) * args.head_tiles;
+    const int parts = args.num_kv_heads * args.head_tiles;
     const bool by_query = pieces != nullptr && args.num_sequences * parts <= gridDim.x;
     __syncthreads();  // the tables of angles are here, and `states` are free
     while (split.valid) {
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         const int its_begin = same ? split.begin : after.begin, its_end = same ? split.end : after.end;
         const int64_t address = same ? here.of_tile(of) : next.of_tile(of);
         if (its_first < its_end && its_first + kTileTokens > its_begin) {
-          copy_tile_rows<kDim, CopyPart::kAll>(at, address, of, args.value_bytes, -1, args.kv_ptrs);
+          copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs);
         }
         copy_commit();
         stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
           }
           float maximum = group.maximum[r];
           const Fold fold(maximum, top);
-          const int64_t index = (split.slot + split.index) * args.num_heads() + first_head + head;
+          const int64_t index = static_cast<int64_t>(split.slot + split.index) * args.num_heads() + first_head + head;
 #pragma unroll
           for (int j = dims / 64; j < Total::kSlices && 64 * j < dims + Shape::kSumDims; ++j) {
             if (Total::dim(j) >= kDim) continue;
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         } else {
           const int groups = (split.index + 1) / kGroupSplits;
           if (groups > 0) total.store_partial(args, split.slot, first_head, num_heads);
-          piece = {split.sequence, split.slot, split.count, walk.shares, split.part, groups};
+          piece = {split.count, split.sequence, split.part, split.slot, groups, walk.each, walk.more};
         }
         if (by_query && thread == 0) pieces[split.sequence * parts + split.part] = piece;
       }

@@ -32,10 +32,13 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads)
     const int heads_left = args.group_size - head_tile * tile_heads;
     const int num_heads = heads_left < tile_heads ? heads_left : tile_heads;
     // The number of the query's first split among all of the batch.
-    const int64_t parts = static_cast<int64_t>(args.num_kv_heads) * args.head_tiles;
-    const int64_t first_index = piece.first_slot * parts + piece.part * piece.count;
+    const int first_index = piece.first_slot * args.num_kv_heads * args.head_tiles + piece.part * piece.count;
+    const auto owner = [&](int index) {
+      const int longer = piece.more * (piece.each + 1);
+      return index < longer ? index / (piece.each + 1) : piece.more + (index - longer) / piece.each;
+    };
     const int64_t stride = args.num_heads();  // from split to split
-    const int64_t num_groups = (piece.count + kGroupSplits - 1) / kGroupSplits;
+    const int num_groups = (piece.count + kGroupSplits - 1) / kGroupSplits;
 
     for (int h = blockIdx.y; h < num_heads; h += gridDim.y) {
       const int64_t first = piece.first_slot * stride + first_head + h;
@@ -50,20 +53,19 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads)
           if (d < kDim) sum[c] = args.partial_sums[first * kDim + d];
         }
       }
-      for (int64_t base = piece.groups; base < num_groups; base += kWarps) {
+      for (int base = piece.groups; base < num_groups; base += kWarps) {
         if (base + warp < num_groups) {
-          const int64_t begin = (base + warp) * kGroupSplits;
-          const int64_t end = begin + kGroupSplits < piece.count ? begin + kGroupSplits : piece.count;
+          const int begin = (base + warp) * kGroupSplits, end = min(begin + kGroupSplits, piece.count);
           // Splits of the group that its first block has are one.
-          const int64_t next = piece.shares.begin(piece.shares.owner(first_index + begin) + 1) - first_index;
-          const int skipped = static_cast<int>((next < end ? next : end) - begin) - 1;
-          const int count = static_cast<int>(end - begin) - skipped;
+          const int next = owner(first_index + begin) + 1;
+          const int skipped = min(piece.each * next + min(next, piece.more) - first_index, end) - begin - 1;
+          const int count = end - begin - skipped;
           float2 states[kGroupSplits];
           float4 sums[kGroupSplits][kVectors];
 #pragma unroll
           for (int i = 0; i < kGroupSplits; ++i) {
             if (i >= count) continue;
-            const int64_t index = first + (begin + (i == 0 ? 0 : i + skipped)) * stride;
+            const int64_t index = first + static_cast<int64_t>(begin + (i == 0 ? 0 : i + skipped)) * stride;
             states[i] = args.partial_states[index];
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {

@@ -42,49 +42,71 @@ struct DecodeShape {
   static_assert(kHeads * kSumRow * 4 >= kDim / 2 * 8);  // a warp's part also holds the angles of its queries
 };
 
+// Positions and counts of splits have 32 bits: decode_serves() sees to it. Long integers take several times as long,
+// and the way to the first copy is short.
+struct DecodePages {
+  int32_t first_page, kv_len;
+};
+
 // A split of the walk, the same in all threads.
 struct DecodeSplit {
-  int64_t kv_len;
-  int64_t base;  // position of the split's first token
-  int64_t slot;  // of the query's first split in the workspace
-  int32_t sequence, first_page;
+  int32_t sequence, kv_len, first_page;
+  int32_t slot;          // of the query's first split in the workspace
   int32_t index, count;  // this split of the query's
+  int32_t base;          // position of the split's first token
   int32_t part;
   int32_t begin, end;  // tokens that the query sees, from `base`; none where the walk has ended
   bool valid;
 };
 
-// a / b, both at least 0. Most values have 32 bits, where a division takes a fifth of the time.
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
-
 // Goes over the splits of a block in order.
 struct DecodeWalk {
   const AttentionArgs& args;
-  DecodeShares shares;
-  int64_t left;  // splits that this block has still to take
-  bool whole;    // no room for partial results: queries are taken whole, by the block where they begin
+  int32_t each, more;  // shares of the blocks (DecodePiece)
+  int32_t left;        // splits that this block has still to take
+  bool whole;          // no room for partial results: queries are taken whole, by the block where they begin
   DecodeSplit at;
-  SequencePages next_pages;  // of the sequence after
+  DecodePages next_pages;  // of the sequence after
 
-  __device__ __forceinline__ SequencePages pages(int64_t sequence) const {
-    return sequence < args.num_sequences ? args.pages(sequence) : SequencePages{0, 0, 0};
+  // sequence_pages() for sizes of 32 bits.
+  __device__ __forceinline__ static DecodePages pages(const AttentionArgs& args, int32_t sequence) {
+    const int32_t limit = static_cast<int32_t>(args.num_page_ptrs), page_size = static_cast<int32_t>(args.page_size);
+    const int32_t begin = min(max(args.kv_indptr[sequence], 0), limit);
+    const int32_t end = min(max(args.kv_indptr[sequence + 1], 0), limit);
+    const int32_t last = args.last_page_offset[sequence];
+    if (end <= begin || last < 1 || last > page_size) return {0, 0};
+    return {begin, (end - begin - 1) * page_size + last};
+  }
+  // First key that the query sees.
+  __device__ __forceinline__ static int32_t first_key(const AttentionArgs& args, int32_t kv_len) {
+    const int32_t position = kv_len - 1;
+    return args.window_left < 0 || args.window_left >= position ? 0 : position - static_cast<int32_t>(args.window_left);
+  }
+  __device__ __forceinline__ static int32_t num_splits(const AttentionArgs& args, int32_t kv_len) {
+    if (kv_len == 0) return 1;
+    constexpr uint32_t kTokens = kSplitTokens;
+    return static_cast<int32_t>(static_cast<uint32_t>(kv_len - 1) / kTokens -
+                                static_cast<uint32_t>(first_key(args, kv_len)) / kTokens + 1);
+  }
+  __device__ __forceinline__ static int32_t begin_of(int32_t each, int32_t more, int32_t worker) {
+    return each * worker + min(worker, more);
+  }
+
+  __device__ __forceinline__ DecodePages pages(int32_t sequence) const {
+    return sequence < static_cast<int32_t>(args.num_sequences) ? pages(args, sequence) : DecodePages{0, 0};
   }
   __device__ __forceinline__ void place() {
-    const int64_t first = at.kv_len > 0 ? args.first_key(at.kv_len - 1) : 0;
-    at.base = (first / kSplitTokens + at.index) * kSplitTokens;
-    at.begin = first > at.base ? static_cast<int32_t>(first - at.base) : 0;
-    const int64_t end = at.kv_len - at.base;
-    at.end = static_cast<int32_t>(end < kSplitTokens ? end : kSplitTokens);
+    const int32_t first = at.kv_len > 0 ? first_key(args, at.kv_len) : 0;
+    at.base = static_cast<int32_t>(static_cast<uint32_t>(first) / kSplitTokens + at.index) * kSplitTokens;
+    at.begin = max(first - at.base, 0);
+    at.end = min(at.kv_len - at.base, kSplitTokens);
     at.valid = left > 0 || (whole && at.index > 0);
     if (!at.valid) at.begin = at.end = 0;
   }
-  __device__ __forceinline__ void take(const SequencePages& pages) {
+  __device__ __forceinline__ void take(const DecodePages& pages) {
     at.kv_len = pages.kv_len;
-    at.first_page = static_cast<int32_t>(pages.first_page);
-    at.count = static_cast<int32_t>(args.num_splits(pages.kv_len));
+    at.first_page = pages.first_page;
+    at.count = num_splits(args, pages.kv_len);
   }
   __device__ __forceinline__ void advance() {
     if (!at.valid) return;
@@ -103,43 +125,42 @@ struct DecodeWalk {
   }
 };
 
-// Where the splits [*first, *first + *count) of a block begin: the sequence with split *first, and its index there.
-// All threads call it; `scratch` holds kThreads / 32 + 5 values.
+// The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
+// kThreads / 32 + 2 values.
 template <int kThreads>
-__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int64_t* scratch) {
+__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int32_t* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t parts = static_cast<int64_t>(args.num_kv_heads) * args.head_tiles;
+  const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
   // Every thread counts the splits of some consecutive sequences: one trip to memory.
-  const int64_t each = (args.num_sequences + kThreads - 1) / kThreads;
-  const int64_t begin = each * thread < args.num_sequences ? each * thread : args.num_sequences;
-  const int64_t end = begin + each < args.num_sequences ? begin + each : args.num_sequences;
-  int64_t splits = 0;
-#pragma unroll 4
-  for (int64_t i = begin; i < end; ++i) splits += args.num_splits(args.pages(i).kv_len);
-  int64_t before = splits;
+  const int32_t many = (num_sequences + kThreads - 1) / kThreads;
+  const int32_t begin = min(many * thread, num_sequences), end = min(begin + many, num_sequences);
+  int32_t splits = 0;
+#pragma unroll 2
+  for (int32_t i = begin; i < end; ++i) splits += DecodeWalk::num_splits(args, DecodeWalk::pages(args, i).kv_len);
+  int32_t before = splits;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int64_t other = __shfl_up_sync(0xffffffffu, before, distance);
+    const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
     if (lane >= distance) before += other;
   }
   if (lane == 31) scratch[warp] = before;
   __syncthreads();
   before -= splits;
-  int64_t total = 0;
+  int32_t total = 0;
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < warp) before += scratch[w];
     total += scratch[w];
   }
-  const int64_t workers = gridDim.x, worker = blockIdx.x;
-  DecodeShares shares;
-  shares.each = divide(total * parts, workers);
-  shares.more = total * parts - shares.each * workers;
-  const int64_t first = shares.begin(worker), left = shares.begin(worker + 1) - first;
-  if (left > 0 && first >= before * parts && first < (before + splits) * parts) {
-    int64_t slot = before, i = begin;
+  const uint32_t all = static_cast<uint32_t>(total) * static_cast<uint32_t>(parts);
+  const int32_t each = static_cast<int32_t>(all / gridDim.x), more = static_cast<int32_t>(all - each * gridDim.x);
+  const int32_t worker = static_cast<int32_t>(blockIdx.x), first = DecodeWalk::begin_of(each, more, worker);
+  DecodeWalk walk = {args, each, more, each + (worker < more ? 1 : 0), total > args.num_slots, {}, {0, 0}};
+  if (walk.left > 0 && first >= before * parts && first < (before + splits) * parts) {
+    int32_t slot = before, i = begin;
+#pragma unroll 1
     for (;; ++i) {
-      const int64_t here = args.num_splits(args.pages(i).kv_len);
+      const int32_t here = DecodeWalk::num_splits(args, DecodeWalk::pages(args, i).kv_len);
       if (first < (slot + here) * parts) break;
       slot += here;
     }
@@ -147,22 +168,19 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int6
     scratch[kThreads / 32 + 1] = slot;
   }
   __syncthreads();
-  DecodeWalk walk = {args, shares, left, total > args.num_slots, {}, {}};
-  walk.at.valid = left > 0;
+  walk.at.valid = walk.left > 0;
   if (!walk.at.valid) return walk;
-  walk.at.sequence = static_cast<int32_t>(scratch[kThreads / 32]);
+  walk.at.sequence = scratch[kThreads / 32];
   walk.at.slot = scratch[kThreads / 32 + 1];
   walk.take(walk.pages(walk.at.sequence));
   walk.next_pages = walk.pages(walk.at.sequence + 1);
-  const int64_t local = first - walk.at.slot * parts;
-  walk.at.part = static_cast<int32_t>(divide(local, walk.at.count));
-  walk.at.index = static_cast<int32_t>(local - walk.at.part * static_cast<int64_t>(walk.at.count));
+  const int32_t local = first - walk.at.slot * parts;
+  walk.at.part = static_cast<int32_t>(static_cast<uint32_t>(local) / static_cast<uint32_t>(walk.at.count));
+  walk.at.index = local - walk.at.part * walk.at.count;
   if (walk.whole && walk.at.index > 0) {
     // The block before takes this query to its end.
-    const int64_t skipped = walk.at.count - walk.at.index;
-    walk.left -= skipped - 1;
+    walk.left -= walk.at.count - walk.at.index - 1;
     walk.at.index = walk.at.count - 1;
-    walk.at.valid = true;
     walk.advance();
   }
   walk.place();
@@ -181,14 +199,17 @@ struct DecodeAddresses {
     return ((2 * k + lane / 16) * Shape::kWarps + warp) * kTileTokens + lane % 16;
   }
   __device__ __forceinline__ void fetch(const AttentionArgs& args, const DecodeSplit& split) {
+    const uint32_t page_size = static_cast<uint32_t>(args.page_size);
+    const bool shifts = (page_size & (page_size - 1)) == 0;
+    const int shift = 31 - __clz(page_size);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       page[k] = 0;
       slot[k] = 0;
       if (token(k) < split.begin || token(k) >= split.end) continue;
-      const int64_t position = split.base + token(k);
-      const int64_t number = divide(position, args.page_size);
-      slot[k] = static_cast<uint32_t>(position - number * args.page_size);
+      const uint32_t position = split.base + token(k);
+      const uint32_t number = shifts ? position >> shift : position / page_size;
+      slot[k] = position - number * page_size;
       page[k] = args.kv_ptrs[split.first_page + number];
     }
   }
