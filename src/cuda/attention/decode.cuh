@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       waits = waits || row >= 0;
       copy_commit();
     }
+    walk.look_ahead();
     walk.advance();
     after = walk.at;
     next.fetch(args, after);
@@ -276,7 +277,8 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         const int of = same ? ahead_tile : ahead_tile - kTiles;
         const int its_first = (of * Shape::kWarps + warp) * kTileTokens;
         const int its_begin = same ? split.begin : after.begin, its_end = same ? split.end : after.end;
-        const int64_t address = same ? here.of_tile(of) : next.of_tile(of);
+        int64_t address = here.of_tile(of);
+        if (!same) address = next.of_tile(of);
         if (its_first < its_end && its_first + kTileTokens > its_begin) {
           copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs);
         }

@@ -95,6 +95,8 @@ struct DecodeWalk {
   __device__ __forceinline__ DecodePages pages(int32_t sequence) const {
     return sequence < static_cast<int32_t>(args.num_sequences) ? pages(args, sequence) : DecodePages{0, 0};
   }
+  // Before the first advance().
+  __device__ __forceinline__ void look_ahead() { next_pages = pages(at.sequence + 1); }
   __device__ __forceinline__ void place() {
     const int32_t first = at.kv_len > 0 ? first_key(args, at.kv_len) : 0;
     at.base = static_cast<int32_t>(static_cast<uint32_t>(first) / kSplitTokens + at.index) * kSplitTokens;
@@ -126,7 +128,7 @@ struct DecodeWalk {
 };
 
 // The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
-// kThreads / 32 + 2 values.
+// kThreads / 32 + 4 values.
 template <int kThreads>
 __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int32_t* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -135,8 +137,12 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int3
   const int32_t many = (num_sequences + kThreads - 1) / kThreads;
   const int32_t begin = min(many * thread, num_sequences), end = min(begin + many, num_sequences);
   int32_t splits = 0;
+  DecodePages found = {0, 0};
 #pragma unroll 2
-  for (int32_t i = begin; i < end; ++i) splits += DecodeWalk::num_splits(args, DecodeWalk::pages(args, i).kv_len);
+  for (int32_t i = begin; i < end; ++i) {
+    found = DecodeWalk::pages(args, i);
+    splits += DecodeWalk::num_splits(args, found.kv_len);
+  }
   int32_t before = splits;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -158,22 +164,26 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int3
   DecodeWalk walk = {args, each, more, each + (worker < more ? 1 : 0), total > args.num_slots, {}, {0, 0}};
   if (walk.left > 0 && first >= before * parts && first < (before + splits) * parts) {
     int32_t slot = before, i = begin;
+    if (many > 1) {
 #pragma unroll 1
-    for (;; ++i) {
-      const int32_t here = DecodeWalk::num_splits(args, DecodeWalk::pages(args, i).kv_len);
-      if (first < (slot + here) * parts) break;
-      slot += here;
+      for (;; ++i) {
+        found = DecodeWalk::pages(args, i);
+        const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
+        if (first < (slot + here) * parts) break;
+        slot += here;
+      }
     }
     scratch[kThreads / 32] = i;
     scratch[kThreads / 32 + 1] = slot;
+    scratch[kThreads / 32 + 2] = found.first_page;
+    scratch[kThreads / 32 + 3] = found.kv_len;
   }
   __syncthreads();
   walk.at.valid = walk.left > 0;
   if (!walk.at.valid) return walk;
   walk.at.sequence = scratch[kThreads / 32];
   walk.at.slot = scratch[kThreads / 32 + 1];
-  walk.take(walk.pages(walk.at.sequence));
-  walk.next_pages = walk.pages(walk.at.sequence + 1);
+  walk.take({scratch[kThreads / 32 + 2], scratch[kThreads / 32 + 3]});
   const int32_t local = first - walk.at.slot * parts;
   walk.at.part = static_cast<int32_t>(static_cast<uint32_t>(local) / static_cast<uint32_t>(walk.at.count));
   walk.at.index = local - walk.at.part * walk.at.count;
@@ -181,6 +191,7 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int3
     // The block before takes this query to its end.
     walk.left -= walk.at.count - walk.at.index - 1;
     walk.at.index = walk.at.count - 1;
+    walk.look_ahead();
     walk.advance();
   }
   walk.place();
@@ -221,10 +232,17 @@ struct DecodeAddresses {
       if (page[k] != 0) page[k] += offset + static_cast<int64_t>(slot[k]) * (kDim * 2);
     }
   }
+  // The address of this lane's token where the tile's are. The compiler may not see that this is a choice from an array,
+  // which it would keep in local memory: stores to that, one a split, cost the memory 10% of its throughput.
   __device__ __forceinline__ int64_t of_tile(int tile) const {
     int64_t address = page[0];
+    asm("" : "+l"(address));
 #pragma unroll
-    for (int k = 1; k < kCount; ++k) address = tile / 2 == k ? page[k] : address;
+    for (int k = 1; k < kCount; ++k) {
+      int64_t other = page[k];
+      asm("" : "+l"(other));
+      address = tile / 2 == k ? other : address;
+    }
     return address;
   }
 };
