@@ -139,9 +139,12 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
 template <class T, int kSteps, int kRounds>
 Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
   args.group_rows = kMaxGroupRows;
-  // In a chain, where weights are there early, what one row after the other takes is what others wait for.
-  const int64_t wanted = args.early_reads && kSteps == 0 ? 2 * kFewBlocks : kFewBlocks;
-  while (args.group_rows > 1 && args.batch / args.group_rows * div_up(args.h_out, kRounds * kBlockRoundRows) < wanted) {
+  // Groups of eight cost least, except that in a chain, where the weights are there early, what one row after the other
+  // takes is what others wait for.
+  const bool fewer = args.early_reads && kSteps == 0;
+  const int64_t tiles = div_up(args.h_out, kRounds * kBlockRoundRows);
+  while (args.group_rows > (fewer ? 1 : kGroupRows) &&
+         args.batch / args.group_rows * tiles < (fewer ? 2 * kFewBlocks : kFewBlocks)) {
     args.group_rows /= 2;
   }
   return for_parts(args, div_up(args.h_out, kRounds * kBlockRoundRows),
