@@ -83,14 +83,16 @@ struct Case {
   bool skipped;      // some rows have indices that name no adapter
   bool same;         // all rows take one adapter
   bool early_reads;
+  bool only = false;  // the table holds no other adapter: kernels number their blocks in another way
 };
 
 std::string name(DType dtype, const Case& c) {
   char text[256];
-  std::snprintf(
-      text, sizeof(text), "%s B=%lld %lld->%lld adapters=%d x_pad=%d y_pad=%d offset=%d skipped=%d same=%d early=%d",
-      punica::dtype_name(dtype), static_cast<long long>(c.batch), static_cast<long long>(c.h_in),
-      static_cast<long long>(c.h_out), c.num_adapters, c.x_pad, c.y_pad, c.offset, c.skipped, c.same, c.early_reads);
+  std::snprintf(text, sizeof(text),
+                "%s B=%lld %lld->%lld adapters=%d x_pad=%d y_pad=%d offset=%d skipped=%d same=%d early=%d only=%d",
+                punica::dtype_name(dtype), static_cast<long long>(c.batch), static_cast<long long>(c.h_in),
+                static_cast<long long>(c.h_out), c.num_adapters, c.x_pad, c.y_pad, c.offset, c.skipped, c.same,
+                c.early_reads, c.only);
   return text;
 }
 
@@ -115,7 +117,7 @@ void run_case(const Case& c, Random& random) {
   // Weights: layer 0 and the elements around are NaN; one adapter that no row uses is all NaN.
   const T nan = from<T>(std::numeric_limits<float>::quiet_NaN());
   const int64_t w_elements = kLayers * elements + c.offset + 16;
-  const int count = c.num_adapters + 1;
+  const int count = c.only ? 1 : c.num_adapters + 1;
   std::vector<std::vector<T>> w(count, std::vector<T>(w_elements, nan));
   std::vector<DeviceMemory*> w_device;
   std::vector<int64_t> addresses;
@@ -145,7 +147,7 @@ void run_case(const Case& c, Random& random) {
     for (int64_t b = 0; b < c.batch; ++b) indices[b] = b;
   }
   DeviceMemory x_device(x.size() * sizeof(T)), y_device(y.size() * sizeof(T)), index_device(c.batch * 8),
-      ptr_device(count * 8);
+      ptr_device((count + 1) * 8);
   must(cudaMemcpy(x_device.data, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
   must(cudaMemcpy(index_device.data, indices.data(), c.batch * 8, cudaMemcpyHostToDevice));
   must(cudaMemcpy(ptr_device.data, addresses.data(), count * 8, cudaMemcpyHostToDevice));
@@ -175,6 +177,23 @@ void run_case(const Case& c, Random& random) {
   run(0, c.batch, &again);
   ++g_checks;
   if (std::memcmp(got.data(), again.data(), got.size() * sizeof(T)) != 0) fail(label + ": a repeat differs");
+
+  if (c.only) {
+    // In a table of two adapters, the same bits.
+    must(cudaMemcpy(ptr_device.data + 8, addresses.data(), 8, cudaMemcpyHostToDevice));
+    p.w_ptr = view(ptr_device.data, DType::kInt64, {2}, 1);
+    run(0, c.batch, &again);
+    p.w_ptr = view(ptr_device.data, DType::kInt64, {1}, 1);
+    // An index that names no adapter may name the second one of these.
+    ++g_checks;
+    for (int64_t b = 0; b < c.batch; ++b) {
+      const int64_t at = c.offset + b * y_stride;
+      if (indices[b] == 0 && std::memcmp(&got[at], &again[at], c.h_out * sizeof(T)) != 0) {
+        fail(label + ": row " + std::to_string(b) + " differs where there are two adapters");
+        break;
+      }
+    }
+  }
 
   // What is no row of y keeps its bits, rows that are skipped too.
   for (size_t i = 0; i < y.size(); ++i) {
@@ -331,6 +350,17 @@ void run_all() {
       run_case<T>({batch, 64, 16, same ? 1 : 4, 0, 0, 0, !same, same, same}, random);
       run_case<T>({batch, 16, 64, same ? 1 : 150, 0, 0, 0, false, same, !same}, random);
       run_case<T>({batch, 1024, 16, same ? 1 : 9, 0, 0, 0, false, same, true}, random);
+    }
+  }
+  // A table of one adapter: groups of all sizes, kernels for few rows and for many.
+  const std::pair<int64_t, int64_t> shapes[] = {{4096, 16},  {4096, 256}, {1000, 40}, {576, 200}, {300, 17}, {8200, 20},
+                                                {6144, 300}, {16, 520},   {20, 300},  {64, 300},  {128, 520}};
+  for (const auto& [h_in, h_out] : shapes) {
+    for (const int64_t batch : {1, 5, 33, 64, 127, 129, 300}) {
+      if (g_small && (batch > 64 || h_in * h_out > 100000)) continue;
+      const bool odd = batch % 2 != 0;
+      run_case<T>({batch, h_in, h_out, 1, odd ? 8 : 0, odd ? 8 : 0, 0, odd, true, batch % 3 == 0, true}, random);
+      if (batch == 129) run_case<T>({batch, h_in, h_out, 1, 3, 1, 1, false, true, true, true}, random);
     }
   }
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
