@@ -2,9 +2,9 @@
 //
 // Blocks work on tiles of 64 rows, or of 16 where segments are short, of one segment. Which segment that is they find
 // out on the device, from s_start and s_end (sgmv_tile.cuh), so that the host needs to know nothing and a graph may be
-// replayed with other segments. Five kernels share that: sgmv_stream.cu, sgmv_expand.cu, sgmv_deep.cu, sgmv_wide.cu and
-// sgmv_float.cu. The choice is a function of the type, of d_in and d_out and of the path, as is all that touches the
-// arithmetic, so that the bits of a row never depend on its segment.
+// replayed with other segments. The kernels share that. Which arithmetic there is is a function of the type, of d_in
+// and d_out and of the path, so that the bits of a row never depend on its segment; sgmv_ring.cu, chosen by the number
+// of rows and alignment too, has that of the two it stands in for.
 #include "src/cuda/backend.h"
 #include "src/cuda/lora/sgmv.h"
 
@@ -16,6 +16,8 @@ constexpr int64_t kDeepIn = 256;
 constexpr int64_t kDeepOut = 512;
 // Up to here the weights of a product are in registers.
 constexpr int64_t kExpandIn = 16;
+// From here on, on sm_90, products of warpgroups pay.
+constexpr int64_t kWideIn = 129;
 
 bool is_deep(int64_t d_in, int64_t d_out) { return d_in >= kDeepIn && d_out <= kDeepOut && d_in > d_out; }
 
@@ -54,7 +56,11 @@ Status sgmv(const SgmvParams& params, const Context& context) {
       return launch_sgmv_stream(launcher, params.y.dtype, args);
     }
     if (is_deep(args.d_in, args.d_out)) return launch_sgmv_deep(launcher, params.weights, params.y.dtype, args);
+    if (is_sgmv_ring(launcher, args)) return launch_sgmv_ring(launcher, params.weights, params.y.dtype, args);
     if (args.d_in <= kExpandIn) return launch_sgmv_expand(launcher, params.weights, params.y.dtype, args);
+    if (launcher.arch == Arch::kSm90 && args.d_in >= kWideIn) {
+      return launch_sgmv_wide_wgmma(launcher, params.weights, params.y.dtype, args);
+    }
     return launch_sgmv_wide(launcher, params.weights, params.y.dtype, args);
   });
 }

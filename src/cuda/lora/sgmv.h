@@ -51,10 +51,16 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 // Otherwise where d_in is large and d_out small.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
+// float16 and bfloat16 on sm_90 where d_in is at most 128, y is large and all is aligned: y is what moves. The bits are
+// those of launch_sgmv_expand and launch_sgmv_wide.
+bool is_sgmv_ring(const Launcher& launcher, const SgmvArgs& args);
+Status launch_sgmv_ring(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 where d_in is 16 or less: y is what moves.
 Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 otherwise: y is what moves, or nothing is small.
 Status launch_sgmv_wide(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
+// The same on sm_90 where d_in is more than 128; other bits.
+Status launch_sgmv_wide_wgmma(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float32.
 Status launch_sgmv_float(const Launcher& launcher, SgmvWeights weights, const SgmvArgs& args);
 

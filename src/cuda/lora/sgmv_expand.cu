@@ -296,8 +296,10 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   if (!args.y_vectors || args.y_shift != 0 || args.d_out % 8 != 0 || !args.x_fours) {
     return launch<kArch, T, kInOut, 1, false>(launcher, args);
   }
-  return short_segments(args) ? launch<kArch, T, kInOut, 1, true>(launcher, args)
-                              : launch<kArch, T, kInOut, 4, true>(launcher, args);
+  // Tiles of 64 rows read W less often, where there are enough of them.
+  const int64_t blocks = max_tiles(args, 64) * ((args.d_out + kWidth - 1) / kWidth);
+  return short_segments(args) || blocks < 4 * 132 ? launch<kArch, T, kInOut, 1, true>(launcher, args)
+                                                  : launch<kArch, T, kInOut, 4, true>(launcher, args);
 }
 
 template <class T, bool kInOut>

@@ -205,7 +205,7 @@ __device__ __forceinline__ uint4 load_eight_words(const uint16_t* from, int coun
 
 // The chunks of a thread in a tile (SharedTile), kRowStep rows apart, `have_rows` rows with `count` elements each. Not
 // inlined, so that its registers are not those of the loops that seldom need it.
-template <int kEach, int kRowStep>
+template <int kEach, int kRowStep, int kThreads = kSgmvThreads>
 __device__ __noinline__ void fill_unaligned(uint32_t shared, const uint16_t* from, int64_t stride, int count,
                                             int have_rows) {
   constexpr int kAtOnce = kEach < 4 ? kEach : 4;
@@ -223,15 +223,15 @@ __device__ __noinline__ void fill_unaligned(uint32_t shared, const uint16_t* fro
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(values[i].x), "r"(values[i].y),
                    "r"(values[i].z), "r"(values[i].w)
                    : "memory");
-      shared += kSgmvThreads * 16;
+      shared += kThreads * 16;
     }
   }
 }
 
 // A tile of 16-bit elements in shared memory, row-major, its 16-byte chunks turned within the row so that ldmatrix
 // reads eight rows of one column of chunks without bank conflicts. kSpread: the eight rows are 0, 1, 8, 9, 16, 17, 24,
-// 25 (of a row that is even) instead of adjacent ones.
-template <int kRows, int kColumns, bool kSpread = false>
+// 25 (of a row that is even) instead of adjacent ones. kThreads: of the block that fills it.
+template <int kRows, int kColumns, bool kSpread = false, int kThreads = kSgmvThreads>
 struct SharedTile {
   static constexpr int kChunks = kColumns / 8;
   static constexpr int kBytes = kRows * kColumns * 2;
@@ -260,7 +260,7 @@ struct SharedTile {
   static __device__ __forceinline__ void fill(uint32_t shared, const T* from, int64_t stride, int64_t rows,
                                               int64_t columns, bool aligned) {
     // A thread's chunks are in one column, kRowStep rows apart, which is a whole number of turns.
-    constexpr int kRowStep = kSgmvThreads / kChunks;
+    constexpr int kRowStep = kThreads / kChunks;
     static_assert(kRowStep % (kSpread ? 32 : 8) == 0);
     constexpr int kEach = (kRows + kRowStep - 1) / kRowStep;
     constexpr bool kAll = kRows % kRowStep == 0;
@@ -273,12 +273,13 @@ struct SharedTile {
     if (aligned) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        copy_async_16(shared + i * (kSgmvThreads * 16), from, i * kRowStep < have_rows ? count * 2 : 0);
+        copy_async_16(shared + i * (kThreads * 16), from, i * kRowStep < have_rows ? count * 2 : 0);
         from += kRowStep * stride;
       }
       return;
     }
-    fill_unaligned<kEach, kRowStep>(shared, reinterpret_cast<const uint16_t*>(from), stride, count, have_rows);
+    fill_unaligned<kEach, kRowStep, kThreads>(shared, reinterpret_cast<const uint16_t*>(from), stride, count,
+                                              have_rows);
   }
 };
 

@@ -1,54 +1,56 @@
-// sgmv for float16 and bfloat16 where neither sgmv_stream.cu, sgmv_deep.cu nor sgmv_expand.cu serves: nothing is small.
+// sgmv for float16 and bfloat16 where d_out is not small and no other kernel serves: on sm_90 up to d_in 128, on sm_80
+// from 17 on.
 //
-// A block computes 64 rows x 256 columns, a warp 32 of the columns. The sum goes through two buffers of 64 of K in
-// shared memory, and y is read at its end.
+// A block computes 64 or 16 rows x 64 to 256 columns, a warp 32 of the columns. The sum goes through stages of 64 of K
+// in shared memory. With early y, y is copied to shared memory first of all, each lane's part for itself; otherwise the
+// L2 cache is asked for it, and it is read at the end.
 //
 // A lane of mma.m16n8k16 gets two adjacent columns of each 8 of a product. Four products give it eight adjacent columns
 // if product j has as its column c the column 8 (c / 2) + 2 j + c % 2 of the 32: then lane t of a row's four holds
-// columns 8 t .. 8 t + 7. For W [d_out, d_in] that is a choice of ldmatrix's rows. For W [d_in, d_out] the fragments
-// that ldmatrix.trans makes of columns 8 i .. 8 i + 7 are exchanged between lanes (spread_columns).
+// columns 8 t .. 8 t + 7. For W [d_out, d_in] that is a choice of ldmatrix's rows. For W [d_in, d_out] product j has
+// columns 8 j .. 8 j + 7, as ldmatrix.trans makes them, and the sums are exchanged between lanes (gather_columns).
+#include <algorithm>
+
 #include "src/cuda/common/mma.cuh"
-#include "src/cuda/lora/sgmv_tile.cuh"
+#include "src/cuda/lora/sgmv_wide.cuh"
 
 namespace punica::cuda {
 namespace {
 
 constexpr int kDepth = 64;  // of K, of a step
-constexpr int kWidth = 256;
 constexpr int kWarpWidth = 32;
 
-template <bool kInOut>
+// kTileRows x kWidth of y a block; a warp has kWarpRows x 32 of them. kBlocks of them fit into a multiprocessor.
+template <int kTileRows, int kTileWidth, int kRowsOfWarp, int kSteps, int kResident, bool kEarly = false>
+struct Shape {
+  static constexpr bool kEarlyY = kEarly;  // y is copied to shared memory first of all
+  static constexpr int kRows = kTileRows;
+  static constexpr int kWidth = kTileWidth;
+  static constexpr int kWarpRows = kRowsOfWarp;
+  static constexpr int kStages = kSteps;
+  static constexpr int kBlocks = kResident;
+  static constexpr int kWarpsAcross = kWidth / kWarpWidth;
+  static constexpr int kThreads = kRows / kWarpRows * kWarpsAcross * 32;
+  static constexpr int kBytesY = kEarlyY ? kRows * kWidth * 2 : 0;
+};
+template <Arch kArch>
+struct Shapes {  // d_in is at most 128, two steps; up to 227 KiB of shared memory for all blocks
+  using Long = Shape<64, 128, 32, 3, 2, true>;
+  using Short = Shape<16, 256, 16, 3, 3, true>;  // segments of about 16 rows or less
+};
+template <>
+struct Shapes<Arch::kSm80> {  // up to 99 KiB for a block
+  using Long = Shape<64, 128, 32, 2, 2>;
+  using Short = Shape<16, 256, 16, 2, 2>;
+};
+using Small = Shape<64, 64, 16, 6, 2>;  // where larger ones were too few to fill the device; 96 KiB
+
+template <class S, bool kInOut>
 struct Wide {
-  static constexpr int kSlices = kDepth / 16;
-  static constexpr int kStages = 2;
-  using X = SharedTile<kSgmvRows, kDepth>;
-  using W = SharedTile<kInOut ? kDepth : kWidth, kInOut ? kWidth : kDepth, !kInOut>;
+  using X = SharedTile<S::kRows, kDepth, false, S::kThreads>;
+  using W = SharedTile<kInOut ? kDepth : S::kWidth, kInOut ? S::kWidth : kDepth, !kInOut, S::kThreads>;
   static constexpr int kStageBytes = X::kBytes + W::kBytes;
 };
-
-// r[i] at lane 8 q + o becomes what r[q] is at lane 8 i + o: the column 2 j + b of columns 8 q .. 8 q + 7, in r[q] of
-// lanes 4 (2 j + b) + t, goes to r[j] of lanes 4 (2 q + b) + t, which is column 2 q + b of product j.
-__device__ __forceinline__ void spread_columns(uint32_t (&r)[4], int lane) {
-  const bool high = (lane & 16) != 0, odd = (lane & 8) != 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 16);
-    if (high) {
-      r[i] = other;
-    } else {
-      r[i + 2] = other;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 8);
-    if (odd) {
-      r[i] = other;
-    } else {
-      r[i + 1] = other;
-    }
-  }
-}
 
 // Where the lane's first row of ldmatrix is in W's tile, for the warp's columns and slice 0.
 template <bool kInOut, class Tile>
@@ -60,13 +62,12 @@ __device__ __forceinline__ uint32_t weights_offset(int warp, int lane) {
 
 // The warp's part of one slice of W: b[j] for product j.
 template <bool kInOut, class Tile>
-__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, uint32_t offset, int slice, int lane) {
+__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, uint32_t offset, int slice) {
   if constexpr (kInOut) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t r[4];
       load_matrices_transposed(r, ws + offset + Tile::row_step(slice * 16 + half * 8));
-      spread_columns(r, lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[j][half] = r[j];
     }
@@ -80,86 +81,45 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, u
   }
 }
 
-// What a lane has of a tile of y: rows g, g + 8, g + 16 ..., eight columns of each, or fewer at the right edge.
-template <class T>
-struct LaneOfY {
-  T* y;
-  int64_t step;  // to the next of its rows
-  int rows;      // of the tile, from this lane's next one on
-  int columns;
-  bool is_vector;
-
-  __device__ __forceinline__ LaneOfY(const SgmvArgs& args, const SgmvTile<T>& tile, int64_t warp_column, int lane) {
-    const int64_t first = warp_column + lane % 4 * 8;
-    y = static_cast<T*>(args.y) + (tile.row + lane / 4) * args.y_stride + first;
-    step = 8 * args.y_stride;
-    rows = tile.rows - lane / 4;
-    columns = static_cast<int>(max(min(args.d_out - first, int64_t{8}), int64_t{0}));
-    is_vector = args.y_aligned && columns == 8;
-  }
-
-  // The next kCount of its rows, where they are vectors: all at once, so that the reads do not wait for each other.
-  template <int kCount>
-  __device__ __forceinline__ void read(Vec<T, 8> (&old)[kCount]) const {
-    if (!is_vector) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i * 8 < rows) old[i] = load<T, 8>(y + i * step);
-    }
-  }
-
-  // Adds row g (half 0) or g + 8 (half 1) of four products to the next of its rows, and leaves that behind.
-  __device__ __forceinline__ void add(const Vec<T, 8>& old, const float (&sums)[4][4], int half) {
-    T* to = y;
-    const bool is_there = rows > 0;
-    y += step;
-    rows -= 8;
-    if (!is_there) return;
-    if (is_vector) {
-      Vec<T, 8> result;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        result.values[c] = from_float<T>(to_float(old.values[c]) + sums[c / 2][half * 2 + c % 2]);
-      }
-      store(to, result);
-    } else {
-      T values[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        if (c < columns) values[c] = to[c];
-      }
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        if (c < columns) to[c] = from_float<T>(to_float(values[c]) + sums[c / 2][half * 2 + c % 2]);
-      }
-    }
-  }
-};
-
-template <Arch kArch, class T, bool kInOut>
-__global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_wide(const SgmvArgs args) {
+// kSingly: rows of y start anywhere.
+template <Arch kArch, class T, bool kInOut, class S, bool kSingly>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
-    using W = Wide<kInOut>;
-    constexpr int kTilesM = kSgmvRows / 16;
+    using W = Wide<S, kInOut>;
+    constexpr int kTilesM = S::kWarpRows / 16;
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ SgmvScratch<kSgmvThreads> scratch;
+    __shared__ SgmvScratch<S::kThreads> scratch;
     launch_dependents<kArch>();
 
-    const uint32_t blocks_n = static_cast<uint32_t>((args.d_out + kWidth - 1) / kWidth);
-    const int64_t column = int64_t{blockIdx.x % blocks_n} * kWidth;
+    const uint32_t blocks_n = static_cast<uint32_t>((args.d_out + S::kWidth - 1) / S::kWidth);
+    const int64_t column = int64_t{blockIdx.x % blocks_n} * S::kWidth;
     const uint32_t number = blockIdx.x / blocks_n;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp / S::kWarpsAcross * S::kWarpRows, warp_across = warp % S::kWarpsAcross;
+    const int64_t warp_column = column + warp_across * kWarpWidth;
+
+    // Without early reads y is read, in the time that the tables take, where the tile is if the segments cover all rows
+    // in order, as they mostly do.
+    const uint32_t mine_at = shared_address(memory) + threadIdx.x * 16;
+    SgmvTile<T> tile = {int64_t{number} * S::kRows, 0, nullptr};
+    const int64_t guess = tile.row;
     if (!args.early_reads) {
+      prefetch_tables(args);  // asks the L2 cache alone, where all writes of the kernel before end up
       grid_dependency_wait<kArch>();
-      prefetch_rows<T>(args.y, args.y_stride, args, number, column, min(column + kWidth, args.d_out));
+      if constexpr (S::kEarlyY) {
+        tile.rows = static_cast<int>(max(min(args.rows - guess, int64_t{S::kRows}), int64_t{0}));
+        LaneOfY<T, S::kWarpRows>(args, tile, warp_row, warp_column, lane).template copy<S::kThreads>(mine_at);
+      }
     }
-    SgmvTile<T> tile;
-    if (!find_tile(args, number, scratch, &tile)) {
+    if (!find_tile<S::kRows, S::kThreads>(args, number, scratch, &tile)) {
       if (args.early_reads) grid_dependency_wait<kArch>();
+      copy_commit();
+      copy_wait<0>();
       return;
     }
 
     const bool w_aligned = reinterpret_cast<uintptr_t>(tile.w) % 16 == 0 && (kInOut ? args.d_out : args.d_in) % 8 == 0;
-    const uint32_t shared = shared_address(memory);
+    const uint32_t shared = shared_address(memory) + S::kBytesY;
     const T* x = static_cast<const T*>(args.x) + tile.row * args.x_stride;
     const auto fill_w = [&](int step, int stage) {
       const int64_t k = int64_t{step} * kDepth;
@@ -174,37 +134,52 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_wide(const SgmvArgs args
       const int64_t k = int64_t{step} * kDepth;
       W::X::fill(shared + stage * W::kStageBytes, x + k, args.x_stride, tile.rows, args.d_in - k, args.x_aligned);
     };
-    fill_w(0, 0);
-    if (args.early_reads) grid_dependency_wait<kArch>();
-    fill_x(0, 0);
-    copy_commit();
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t x_offset = W::X::offset(lane % 16, lane / 16);
-    const uint32_t w_offset = weights_offset<kInOut, typename W::W>(warp, lane);
-    const int64_t warp_column = column + warp * kWarpWidth;
-    const bool idle = warp_column >= args.d_out;
-
     const int steps = static_cast<int>((args.d_in + kDepth - 1) / kDepth);
+#pragma unroll 1
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      if (i < steps) fill_w(i, i);
+    }
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    LaneOfY<T, S::kWarpRows> mine(args, tile, warp_row, warp_column, lane);
+    if constexpr (!S::kEarlyY) {
+      mine.prefetch();
+    } else if (args.early_reads || tile.row != guess) {
+      copy_commit();
+      copy_wait<0>();  // the copies of the wrong rows
+      mine.template copy<S::kThreads>(mine_at);
+    }
+#pragma unroll 1
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      if (i < steps) fill_x(i, i);
+      copy_commit();
+    }
+
+    const uint32_t x_offset = W::X::offset(warp_row + lane % 16, lane / 16);
+    const uint32_t w_offset = W::X::kBytes + weights_offset<kInOut, typename W::W>(warp_across, lane);
+    const bool idle = warp_column >= args.d_out || warp_row >= tile.rows;
     float sums[kTilesM][4][4] = {};
+    int stage = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      copy_wait<0>();
+      copy_wait<S::kStages - 2>();
       __syncthreads();
-      if (step + 1 < steps) {
-        fill_w(step + 1, (step + 1) % 2);
-        fill_x(step + 1, (step + 1) % 2);
-        copy_commit();
+      const int next = step + S::kStages - 1;
+      if (next < steps) {
+        const int into = stage == 0 ? S::kStages - 1 : stage - 1;
+        fill_w(next, into);
+        fill_x(next, into);
       }
+      copy_commit();
+      const uint32_t xs = shared + stage * W::kStageBytes;
+      stage = stage == S::kStages - 1 ? 0 : stage + 1;
       if (idle) continue;
-      const uint32_t xs = shared + step % 2 * W::kStageBytes;
 #pragma unroll
-      for (int s = 0; s < W::kSlices; ++s) {
+      for (int s = 0; s < kDepth / 16; ++s) {
         uint32_t b[4][2];
-        load_weights<kInOut, typename W::W>(b, xs + W::X::kBytes, w_offset, s, lane);
+        load_weights<kInOut, typename W::W>(b, xs, w_offset, s);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          if (m * 16 < tile.rows) {
+          if (warp_row + m * 16 < tile.rows) {
             uint32_t a[4];
             load_matrices(a, xs + (x_offset ^ W::X::chunk_turn(s * 2)) + W::X::row_step(m * 16));
 #pragma unroll
@@ -213,25 +188,64 @@ __global__ void __launch_bounds__(kSgmvThreads, 2) sgmv_wide(const SgmvArgs args
         }
       }
     }
-    LaneOfY<T> mine(args, tile, warp_column, lane);
+    if constexpr (kSingly) __syncthreads();  // before the stages become what add_singly() needs
+    if (idle) return;
+    if constexpr (kInOut) {
 #pragma unroll
-    for (int first = 0; first < 2 * kTilesM; first += kTilesM) {
-      Vec<T, 8> old[kTilesM];
-      mine.read(old);
+      for (int m = 0; m < kTilesM; ++m) gather_columns(sums[m], lane);
+    }
+    if constexpr (kSingly) {
+      float* const staged = reinterpret_cast<float*>(memory) + warp * kSinglyFloats;
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) mine.add(old[i], sums[(first + i) / 2], i % 2);
+      for (int m = 0; m < kTilesM; ++m) {
+        add_singly(args, tile, warp_row + m * 16, warp_column, sums[m], staged, lane);
+      }
+    } else if constexpr (S::kEarlyY) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        Vec<T, 8> old;
+        *reinterpret_cast<uint4*>(&old) =
+            *reinterpret_cast<const uint4*>(memory + (i * S::kThreads + threadIdx.x) * 16);
+        mine.add(old, sums[i / 2], i % 2);
+      }
+    } else {
+      constexpr int kAtOnce = kTilesM == 1 ? 2 : 4;
+#pragma unroll
+      for (int first = 0; first < 2 * kTilesM; first += kAtOnce) {
+        Vec<T, 8> some[kAtOnce];
+        mine.read(some);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) mine.add(some[i], sums[(first + i) / 2], i % 2);
+      }
     }
   }
 }
 
+template <Arch kArch, class T, bool kInOut, class S>
+Status launch(const Launcher& launcher, const SgmvArgs& args) {
+  LaunchShape shape;
+  shape.grid = static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + S::kWidth - 1) / S::kWidth));
+  shape.block = S::kThreads;
+  const int64_t steps = (args.d_in + kDepth - 1) / kDepth;
+  shape.shared_bytes =
+      static_cast<size_t>(S::kBytesY + std::min<int64_t>(steps, S::kStages) * Wide<S, kInOut>::kStageBytes);
+  return args.y_aligned ? launcher.launch<sgmv_wide<kArch, T, kInOut, S, false>>(shape, args)
+                        : launcher.launch<sgmv_wide<kArch, T, kInOut, S, true>>(shape, args);
+}
+
+// A choice of tiles, not of arithmetic.
 template <Arch kArch, class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  using W = Wide<kInOut>;
-  LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args, kSgmvRows) * ((args.d_out + kWidth - 1) / kWidth));
-  shape.block = kSgmvThreads;
-  shape.shared_bytes = W::kStages * W::kStageBytes;
-  return launcher.launch<sgmv_wide<kArch, T, kInOut>>(shape, args);
+  // Enough to keep an H200 busy.
+  constexpr int64_t kEnough = 100;
+  const auto blocks = [&](int rows, int width) { return max_tiles(args, rows) * ((args.d_out + width - 1) / width); };
+  using Short = typename Shapes<kArch>::Short;
+  using Long = typename Shapes<kArch>::Long;
+  if (short_segments(args) && blocks(Short::kRows, Short::kWidth) >= kEnough) {
+    return launch<kArch, T, kInOut, Short>(launcher, args);
+  }
+  return blocks(Long::kRows, Long::kWidth) >= kEnough ? launch<kArch, T, kInOut, Long>(launcher, args)
+                                                      : launch<kArch, T, kInOut, Small>(launcher, args);
 }
 
 template <class T, bool kInOut>

@@ -466,6 +466,21 @@ int main(int argc, char** argv) {
     failed += !single.run(layout, 64, 16, many);
     shapes += 3;
   }
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    // A large y has a kernel of its own where d_in is small.
+    for (const int64_t d_in : {8, 16, 24, 64, 100, 128}) {
+      failed += !bfloat16.run(layout, d_in, 14344);
+      ++shapes;
+    }
+    failed += !half.run(layout, 40, 14344);
+    failed += !bfloat16.run(layout, 16, 4096, many);
+    shapes += 2;
+    // Long sums have tiles of other sizes for long, short and few segments.
+    failed += !bfloat16.run(layout, 520, 7168, {700, 300, 20, 128});
+    failed += !bfloat16.run(layout, 136, 4096, many);
+    failed += !half.run(layout, 136, 520, {3, 1, 70});
+    shapes += 3;
+  }
   const char* arch = punica::cuda::last_arch();
   std::printf("%s: %lld shapes, %lld calls, %lld shapes failed, %.1f s\n", arch == nullptr ? "?" : arch,
               static_cast<long long>(shapes), static_cast<long long>(half.calls() + bfloat16.calls() + single.calls()),
