@@ -9,6 +9,7 @@
 #include "src/cuda/attention/decode.h"
 #include "src/cuda/attention/general.cuh"
 #include "src/cuda/attention/merge.cuh"
+#include "src/cuda/attention/prefill.h"
 #include "src/cuda/backend.h"
 #include "src/cuda/common/device.cuh"
 #include "src/cuda/common/launch.h"
@@ -127,14 +128,11 @@ Status run(const Launcher& launcher, const AttentionParams& p, const AttentionAr
   return launcher.launch<merge_kernel<kArch, T>>(shape, args, static_cast<int>(head_blocks));
 }
 
-Status attend(const char* op, const AttentionParams& p, const AttentionArgs& args, int64_t blocks,
-              const Context& context) {
-  return on_device(op, p.q.device, context, [&](const Launcher& launcher) {
-    return with_type(p.q.dtype, [&](auto type) {
-      using T = decltype(type);
-      if (launcher.arch == Arch::kSm90) return run<Arch::kSm90, T>(launcher, p, args, blocks);
-      return run<Arch::kSm80, T>(launcher, p, args, blocks);
-    });
+Status attend(const Launcher& launcher, const AttentionParams& p, const AttentionArgs& args, int64_t blocks) {
+  return with_type(p.q.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (launcher.arch == Arch::kSm90) return run<Arch::kSm90, T>(launcher, p, args, blocks);
+    return run<Arch::kSm80, T>(launcher, p, args, blocks);
   });
 }
 
@@ -157,7 +155,7 @@ Status launch_decode(const Launcher& launcher, DType dtype, const AttentionArgs&
                                   : launch_decode_bfloat16(launcher, args, rope);
 }
 
-int64_t workspace_bytes(const BatchPrefillParams& /*params*/) { return 0; }
+int64_t workspace_bytes(const BatchPrefillParams& params) { return prefill_workspace_bytes(params); }
 
 int64_t workspace_bytes(const BatchDecodeParams& params) {
   const int64_t slots = num_slots(params);
@@ -168,9 +166,12 @@ int64_t workspace_bytes(const BatchDecodeParams& params) {
 Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   if (params.q.numel() == 0 || params.kv.num_sequences() == 0) return {};
   const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
-  // Each sequence may have one tile that is not full.
-  const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
-  return attend("batch_prefill", params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks), context);
+  return on_device("batch_prefill", params.q.device, context, [&](const Launcher& launcher) {
+    if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args);
+    // Each sequence may have one tile that is not full.
+    const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
+    return attend(launcher, params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks));
+  });
 }
 
 Status batch_decode(const BatchDecodeParams& params, const Context& context) {
@@ -196,7 +197,9 @@ Status batch_decode(const BatchDecodeParams& params, const Context& context) {
   }
   const int64_t items =
       std::max(args.num_slots, args.num_sequences) * args.num_kv_heads * static_cast<int64_t>(args.head_tiles);
-  return attend("batch_decode", params, args, std::min(items, kMaxDecodeBlocks), context);
+  return on_device("batch_decode", params.q.device, context, [&](const Launcher& launcher) {
+    return attend(launcher, params, args, std::min(items, kMaxDecodeBlocks));
+  });
 }
 
 }  // namespace punica::cuda

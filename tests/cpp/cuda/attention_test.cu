@@ -69,8 +69,8 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   }
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact(), what);
 
-  // The same bits without a workspace and alone, and where one kernel serves both, from prefill with one query a
-  // sequence.
+  // The same bits without a workspace and alone. From prefill with one query a sequence, the same bits where one kernel
+  // serves both, and otherwise within the tolerance.
   Rows again(c.dtype, batch, q.heads, c.dim);
   p.o = again.view();
   p.tmpbuf = {};
@@ -81,15 +81,18 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, early), what);
   for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " with early reads");
-  if (!cuda::decode_serves(c.dtype, c.dim)) {
-    std::vector<int32_t> qo(static_cast<size_t>(batch + 1));
-    std::iota(qo.begin(), qo.end(), 0);
-    const Table<int32_t> indptr(qo);
-    Rows prefilled(c.dtype, batch, q.heads, c.dim);
-    auto prefill = make_params<BatchPrefillParams>(c, tables, prefilled, q, nullptr);
-    prefill.qo_indptr = indptr.view();
-    run(cuda::batch_prefill(prefill, {}), what);
-    for (int64_t i = 0; i < batch; ++i) EXPECT(prefilled.same(i, o, i), what + " by prefill");
+  std::vector<int32_t> qo(static_cast<size_t>(batch + 1));
+  std::iota(qo.begin(), qo.end(), 0);
+  const Table<int32_t> indptr(qo);
+  Rows prefilled(c.dtype, batch, q.heads, c.dim);
+  auto prefill = make_params<BatchPrefillParams>(c, tables, prefilled, q, nullptr);
+  prefill.qo_indptr = indptr.view();
+  run(cuda::batch_prefill(prefill, {}), what);
+  const bool one_kernel = !cuda::decode_serves(c.dtype, c.dim);
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
+    if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
+    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
   }
   for (int64_t i = 0; i < batch; ++i) {
     const size_t s = static_cast<size_t>(i);
@@ -121,7 +124,11 @@ void test_chunks(const Case& c, int64_t length) {
     p.q.data = q.at(first);
     p.q.shape[0] = p.o.shape[0] = last - first;
     p.qo_indptr = indptr.view();
+    // With a workspace, short chunks of long contexts take another way to the same bits.
+    const Buffer tmpbuf(first > 0 ? cuda::workspace_bytes(p) : 0, 1);
+    if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
     run(cuda::batch_prefill(p, {}), what);
+    EXPECT(tmpbuf.guards_intact(), what);
   };
   chunk(0, length, whole);
   for (const int64_t size : {int64_t{1}, int64_t{4}, int64_t{17}, int64_t{100}}) {
@@ -350,6 +357,22 @@ int main(int argc, char** argv) {
   for (const DType t : kTypes) {
     if (fast_alone) break;
     test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    if (!small) {
+      // Beyond a split of prefill.
+      test_chunks({t, 1, 4, 128, 16}, 4200);
+      for (const int64_t dim : {64, 128}) {
+        test_prefill({t, 2, 4, dim, 16}, {2100, 2048, 5000, 2049}, {60, 40, 33, 1});
+        test_prefill({t, 1, 3, dim, 48}, {2300, 4097}, {30, 4});
+        test_prefill({t, 1, 2, dim, 1, std::nullopt, 1.0, 2200}, {2300, 4700}, {30, 300});
+      }
+    }
+    // Groups and pages of tensor tiles, which float32 has not.
+    for (const int64_t dim : {64, 128}) {
+      for (const int64_t page_size : {1, 5, 8, 32, 96, 128, 256}) {
+        if (t == DType::kFloat32) continue;
+        test_prefill({t, 2, page_size == 5 ? 5 : 1, dim, page_size}, {129, 128, 20}, {129, 127, 20});
+      }
+    }
     test_chunks({t, 1, 3, 80, 5, 1e4}, small ? 40 : 310);
     test_chunks({t, 1, 7, 256, 16, std::nullopt, 1.0, 70}, small ? 40 : 310);
     test_far_positions(t);
