@@ -50,13 +50,14 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   merge.grid.y = static_cast<unsigned>(std::min(args.group_size, Shape::kHeads));
   const DecodePiece* const left = pieces;
   const int tile_heads = Shape::kHeads;
-  if (queries <= shape.grid.x) {
-    merge.grid.x = static_cast<unsigned>(queries);
+  merge.grid.x = static_cast<unsigned>(std::min<int64_t>(queries, shape.grid.x));
+  if (static_cast<int64_t>(merge.grid.x) * merge.grid.y <= num_multiprocessors()) {
     merge.block.x = 512;
+    merge.shared_bytes = merge_decode_shared(kDim, 512);
     return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, left, tile_heads);
   }
-  merge.grid.x = shape.grid.x;
   merge.block.x = 128;
+  merge.shared_bytes = merge_decode_shared(kDim, 128);
   return launcher.launch<merge_decode_kernel<kArch, T, kDim, 128>>(merge, args, left, tile_heads);
 }
 

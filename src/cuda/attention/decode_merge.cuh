@@ -13,15 +13,21 @@
 
 namespace punica::cuda {
 
+inline constexpr int merge_decode_shared(int dim, int threads) { return threads / 32 * (dim * 4 + 8); }
+
 // Many threads for few queries, of which each may have many groups; few where there are many pieces.
 template <Arch kArch, class T, int kDim, int kThreads>
-__global__ void __launch_bounds__(kThreads, 768 / kThreads)
+__global__ void __launch_bounds__(kThreads, kThreads == 128 && kDim <= 128 ? 8 : 1)
     merge_decode_kernel(const __grid_constant__ AttentionArgs args, const DecodePiece* pieces, int tile_heads) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kWarps = kThreads / 32, kVectors = (kDim + 127) / 128;
     constexpr int kDims = (kDim + kThreads - 1) / kThreads;  // of a thread
-    __shared__ float group_sums[kWarps][kDim];
-    __shared__ float2 group_states[kWarps];
+    constexpr int kBatch = kThreads == 128 ? 4 : 8;          // splits whose loads are under way at once
+    // Dynamic, because then it runs with the same division of the first-level cache as decode_kernel: a multiprocessor
+    // has to be empty to change it.
+    extern __shared__ __align__(16) unsigned char merge_shared[];
+    float (*const group_sums)[kDim] = reinterpret_cast<float (*)[kDim]>(merge_shared);
+    float2* const group_states = reinterpret_cast<float2*>(merge_shared + kWarps * kDim * 4);
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
     const DecodePiece piece = pieces[blockIdx.x];
@@ -60,38 +66,50 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads)
           const int next = owner(first_index + begin) + 1;
           const int skipped = min(piece.each * next + min(next, piece.more) - first_index, end) - begin - 1;
           const int count = end - begin - skipped;
-          float2 states[kGroupSplits];
-          float4 sums[kGroupSplits][kVectors];
+          float2 state = make_float2(0.0f, 0.0f);
+          float4 sums[kVectors] = {};
+#pragma unroll 1
+          for (int from = 0; from < count; from += kBatch) {
+            float2 states[kBatch];
+            float4 parts[kBatch][kVectors];
 #pragma unroll
-          for (int i = 0; i < kGroupSplits; ++i) {
-            if (i >= count) continue;
-            const int64_t index = first + static_cast<int64_t>(begin + (i == 0 ? 0 : i + skipped)) * stride;
-            states[i] = args.partial_states[index];
+            for (int i = 0; i < kBatch; ++i) {
+              if (from + i >= count) continue;
+              const int64_t index =
+                  first + static_cast<int64_t>(begin + (from + i == 0 ? 0 : from + i + skipped)) * stride;
+              states[i] = args.partial_states[index];
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-              const int d = 4 * lane + 128 * v;
-              if (d < kDim) sums[i][v] = *reinterpret_cast<const float4*>(args.partial_sums + index * kDim + d);
+              for (int v = 0; v < kVectors; ++v) {
+                const int d = 4 * lane + 128 * v;
+                if (d < kDim) parts[i][v] = *reinterpret_cast<const float4*>(args.partial_sums + index * kDim + d);
+              }
             }
-          }
 #pragma unroll
-          for (int i = 1; i < kGroupSplits; ++i) {
-            if (i >= count) continue;
-            const Fold fold(states[0].x, states[i].x);
-            fold(states[0].y, states[i].y);
+            for (int i = 0; i < kBatch; ++i) {
+              if (from + i >= count) continue;
+              if (from + i == 0) {
+                state = states[0];
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-              fold(sums[0][v].x, sums[i][v].x);
-              fold(sums[0][v].y, sums[i][v].y);
-              fold(sums[0][v].z, sums[i][v].z);
-              fold(sums[0][v].w, sums[i][v].w);
+                for (int v = 0; v < kVectors; ++v) sums[v] = parts[0][v];
+                continue;
+              }
+              const Fold fold(state.x, states[i].x);
+              fold(state.y, states[i].y);
+#pragma unroll
+              for (int v = 0; v < kVectors; ++v) {
+                fold(sums[v].x, parts[i][v].x);
+                fold(sums[v].y, parts[i][v].y);
+                fold(sums[v].z, parts[i][v].z);
+                fold(sums[v].w, parts[i][v].w);
+              }
             }
           }
 #pragma unroll
           for (int v = 0; v < kVectors; ++v) {
             const int d = 4 * lane + 128 * v;
-            if (d < kDim) *reinterpret_cast<float4*>(&group_sums[warp][d]) = sums[0][v];
+            if (d < kDim) *reinterpret_cast<float4*>(&group_sums[warp][d]) = sums[v];
           }
-          if (lane == 0) group_states[warp] = states[0];
+          if (lane == 0) group_states[warp] = state;
         }
         __syncthreads();
 #pragma unroll

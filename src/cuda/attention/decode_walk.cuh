@@ -16,10 +16,7 @@ struct DecodeShape {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTiles = kSplitTokens / (kTileTokens * kWarps);  // of a warp in a split
   static constexpr int kHeads = 8 * kColumns;
-#ifndef V_BLOCKS
-#define V_BLOCKS 2
-#endif
-  static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : V_BLOCKS;  // a multiprocessor, to aim at
+  static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : 2;  // a multiprocessor, to aim at
 
   static constexpr int kTileBytes = kTileTokens * kDim * 2;  // of keys; values follow
   static constexpr int kStateBytes = kWarps * kHeads * 8;
@@ -29,9 +26,12 @@ struct DecodeShape {
   // The sums of all warps, all dims at a time where that takes no tile from the rings, else 64. The row length sends
   // lanes of four heads to different banks.
   static constexpr int sum_bytes(int dims) { return kWarps * kHeads * (dims + 4) * 4; }
+  // 128 KiB under way on a multiprocessor: more made decode slower, by 1% at 192 KiB.
+  static constexpr int kAim = ((128 << 10) / kBlocks + kWarps * kTileBytes) / (kWarps * 2 * kTileBytes);
   static constexpr int stages(int dims) {
     const int room = (kShared - sum_bytes(dims) - kStateBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
-    return room < 4 ? room : 4;
+    const int aim = kAim < 2 ? 2 : (kAim > 4 ? 4 : kAim);
+    return room < aim ? room : aim;
   }
   static constexpr int kSumDims = stages(kDim) == stages(64) ? kDim : 64;
   static constexpr int kSumRow = kSumDims + 4, kSumBytes = sum_bytes(kSumDims);
@@ -232,8 +232,8 @@ struct DecodeAddresses {
       if (page[k] != 0) page[k] += offset + static_cast<int64_t>(slot[k]) * (kDim * 2);
     }
   }
-  // The address of this lane's token where the tile's are. The compiler may not see that this is a choice from an array,
-  // which it would keep in local memory: stores to that, one a split, cost the memory 10% of its throughput.
+  // The address of this lane's token where the tile's are. The compiler may not see that this is a choice from an
+  // array, which it would keep in local memory: the stores to that, some a split, made decode 6% slower.
   __device__ __forceinline__ int64_t of_tile(int tile) const {
     int64_t address = page[0];
     asm("" : "+l"(address));
