@@ -9,6 +9,12 @@
 #include "src/cuda/lora/sgmv.h"
 
 namespace punica::cuda {
+#ifdef PUNICA_TUNE
+int tune_new = 1, tune_cluster = 0, tune_prefetch = -1, tune_rows = 0;
+unsigned long long* tune_stamps = nullptr;
+#else
+constexpr bool tune_new = true;
+#endif
 namespace {
 
 // From here on the sum is long enough to share among warps and blocks.
@@ -49,6 +55,10 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   if (args.num_segments == 0 || args.rows == 0 || args.d_in == 0 || args.d_out == 0) return {};
   return on_device(op, params.y.device, context, [&](const Launcher& launcher) {
     if (params.y.dtype == DType::kFloat32) return launch_sgmv_float(launcher, params.weights, args);
+    if (is_deep(args.d_in, args.d_out) && launcher.arch == Arch::kSm90 && tune_new) {
+      return params.weights == SgmvWeights::kOutIn ? launch_sgmv_shrink_out_in(launcher, params.y.dtype, args)
+                                                   : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
+    }
     if (is_deep(args.d_in, args.d_out) && args.d_out <= 16 && params.weights == SgmvWeights::kOutIn &&
         launcher.arch == Arch::kSm90) {
       return launch_sgmv_stream(launcher, params.y.dtype, args);

@@ -49,6 +49,9 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 
 // float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+// The same with d_out at most 512 and W in either layout.
+Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 // Otherwise where d_in is large and d_out small.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 where d_in is 16 or less: y is what moves.

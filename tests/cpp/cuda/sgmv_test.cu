@@ -17,6 +17,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "punica/cuda.h"
@@ -455,14 +456,23 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
     }
   }
+  // Other shares of a long d_in among blocks.
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const auto [d_in, d_out] : {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}}) {
+      failed += !half.run(layout, d_in, d_out);
+      failed += !bfloat16.run(layout, d_in, d_out);
+      shapes += 2;
+    }
+  }
   // More segments than a block looks at in one round.
   std::vector<int> many;
   for (int i = 0; i < 2600; ++i) many.push_back(i % 5 == 0 ? 0 : i % 97 == 1 ? 70 : 1);
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
     failed += !bfloat16.run(layout, 1024, 16, many);
+    failed += !half.run(layout, 1024, 48, many);
     failed += !bfloat16.run(layout, 16, 520, many);
     failed += !single.run(layout, 64, 16, many);
-    shapes += 3;
+    shapes += 4;
   }
   const char* arch = punica::cuda::last_arch();
   std::printf("%s: %lld shapes, %lld calls, %lld shapes failed, %.1f s\n", arch == nullptr ? "?" : arch,
