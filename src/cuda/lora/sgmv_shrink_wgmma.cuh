@@ -114,16 +114,12 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return remote;
 }
 
-// Writes to a block of the cluster, and counts the 8 bytes at its barrier.
-__device__ __forceinline__ void store_async(uint32_t remote, float a, float b, uint32_t remote_barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
-               "f"(a), "f"(b), "r"(remote_barrier)
-               : "memory");
-}
-
-// Starts to bring `bytes` bytes into the second-level cache, both multiples of 16. As prefetch_line(), no read.
-__device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// Writes to a block of the cluster, and counts the 16 bytes at its barrier.
+__device__ __forceinline__ void store_async(uint32_t remote, float4 v, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier)
+      : "memory");
 }
 
 #endif

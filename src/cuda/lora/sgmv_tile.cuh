@@ -72,7 +72,10 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     end = __shfl_sync(0xffffffffu, segment.end, from);
     address = __shfl_sync(0xffffffffu, address, from);
   } else {
-    constexpr int kEach = 4;  // adjacent segments of a thread: a round covers 1024
+    constexpr int kEach = 1024 / kThreads;  // adjacent segments of a thread: a round covers 1024
+    // The address if all segments before are of one tile, asked for with the tables and not after them.
+    const int64_t guess = min(int64_t{tile}, args.num_segments - 1);
+    const int64_t guessed = args.w_ptr[guess];
     if (threadIdx.x == 0) scratch.found = 0;
     uint32_t rest = tile;  // tiles from the first one of this round on
     bool done = false;
@@ -113,7 +116,7 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     if (!done || scratch.found == 0) return false;
     row = scratch.row;
     end = scratch.end;
-    address = args.w_ptr[scratch.segment];
+    address = scratch.segment == guess ? guessed : args.w_ptr[scratch.segment];
   }
   found->row = row;
   found->rows = static_cast<int>(min(end - row, int64_t{kRows}));

@@ -458,7 +458,7 @@ int main(int argc, char** argv) {
   }
   // Other shares of a long d_in among blocks.
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
-    for (const auto [d_in, d_out] : {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}}) {
+    for (const auto [d_in, d_out] : {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}, {16400, 16}}) {
       failed += !half.run(layout, d_in, d_out);
       failed += !bfloat16.run(layout, d_in, d_out);
       shapes += 2;
