@@ -10,7 +10,7 @@
 
 namespace punica::cuda {
 #ifdef PUNICA_TUNE
-int tune_new = 1, tune_cluster = 0, tune_prefetch = 0, tune_rows = 0, tune_blocks = 0;
+int tune_new = 1, tune_cluster = 0, tune_prefetch = 0, tune_rows = 0, tune_blocks = 0, tune_guess = 3;
 unsigned long long* tune_stamps = nullptr;
 #else
 constexpr bool tune_new = true;

@@ -12,6 +12,8 @@
 // column alone, and those are not stored.
 #pragma once
 
+#include <algorithm>
+
 #include "src/cuda/lora/sgmv_shrink_wgmma.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -20,14 +22,15 @@ namespace punica::cuda {
 struct ShrinkPlan {
   int parts;    // of d_in: a power of 2
   int cluster;  // blocks that share them: a power of 2, at most `parts`
+  int prefetch;  // lines of each row of x that the second-level cache is asked for before the wait
 #ifdef PUNICA_TUNE
-  int prefetch;
+  int guess;
   unsigned long long* stamps;
 #endif
 };
 
 #ifdef PUNICA_TUNE
-extern int tune_cluster, tune_prefetch, tune_rows, tune_blocks;
+extern int tune_cluster, tune_prefetch, tune_rows, tune_blocks, tune_guess;
 extern unsigned long long* tune_stamps;
 #define STAMP(i)                                                                               \
   if (threadIdx.x == 0 && plan.stamps != nullptr) {                                            \
@@ -40,11 +43,82 @@ extern unsigned long long* tune_stamps;
 #define STAMP(i)
 #endif
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+#else
+__device__ __forceinline__ void store_shared_16(uint32_t, uint4) {}
+#endif
+
+// Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. A word at either end may hold
+// an element that is not asked for.
+template <int kRows, int kColumns>
+struct RawTile {
+  static constexpr int kPitch = kColumns * 2 + 16;
+  static constexpr int kBytes = kRows * kPitch;
+
+  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none.
+  template <int kThreads, class T>
+  static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns) {
+    constexpr int kLanes = kColumns / 2 < 32 ? kColumns / 2 : 32;  // of a row
+    rows = min(rows, kRows);
+    const int count = static_cast<int>(min(columns, int64_t{kColumns}));
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    if (count <= 0) return;
+#pragma unroll 4
+    for (int row = static_cast<int>(threadIdx.x) / kLanes; row < rows; row += kThreads / kLanes) {
+      const uintptr_t at = reinterpret_cast<uintptr_t>(from + row * stride);
+      const int words = (count + static_cast<int>(at / 2 % 2) + 1) / 2;
+      const char* const base = reinterpret_cast<const char*>(at & ~uintptr_t{3});
+#pragma unroll
+      for (int i = 0; i <= kColumns / 2; i += kLanes) {
+        if (i + lane < words) copy_async_4(to + row * kPitch + (i + lane) * 4, base + (i + lane) * 4, 4);
+      }
+    }
+  }
+
+  // Puts the tile together: place(row, chunk) says where 8 elements go. What is not there is zeros.
+  template <int kThreads, class T, class Place>
+  static __device__ __forceinline__ void spread(uint32_t raw, const T* from, int64_t stride, int rows, int64_t columns,
+                                                Place place) {
+    constexpr int kChunks = kColumns / 8;
+    const int count = static_cast<int>(min(columns, int64_t{kColumns}));
+#pragma unroll 4
+    for (int item = threadIdx.x; item < kRows * kChunks; item += kThreads) {
+      const int row = item / kChunks, chunk = item % kChunks;
+      const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(from + row * stride) / 2 % 2);
+      uint32_t words[5];
+      const uint32_t at = raw + row * kPitch + chunk * 16;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(at)
+                   : "memory");
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[4]) : "r"(at + 16) : "memory");
+      const int valid = row < rows ? count - chunk * 8 : 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = __funnelshift_r(words[i], words[i + 1], odd * 16);
+        if (valid < i * 2 + 2) words[i] = valid == i * 2 + 1 ? words[i] & 0xffffu : 0;
+      }
+      store_shared_16(place(row, chunk), {words[0], words[1], words[2], words[3]});
+    }
+  }
+};
+
 // Levels of the tree of parts within a block, as registers allow.
 constexpr int shrink_levels(int columns) { return columns <= 32 ? 3 : columns == 64 ? 2 : 1; }
 
+inline constexpr int kGuessedSteps = 3;
+#ifdef PUNICA_TUNE
+#define GUESS plan.guess
+#else
+#define GUESS kGuessedSteps
+#endif
+
 // kN: columns of a tile, 16 to 128. kRows: 16, 64 or 128. kBlocks: of a multiprocessor.
-template <int kN, int kRows, int kBlocks>
+// kRaw: rows of x or W that do not start at multiples of 16 bytes.
+template <bool kInOut, int kN, int kRows, int kBlocks, bool kRaw>
 struct Shrink {
   static constexpr int kThreads = kRows == 128 ? 256 : 128;  // 64 rows a warpgroup
   // A step in units of 64 elements, 128 bytes: the widest swizzle of wgmma.
@@ -52,29 +126,30 @@ struct Shrink {
   static constexpr int kStep = kAtoms * 64;
   static constexpr int kXBytes = kRows * 128, kWBytes = kN * 128;  // of an atom
   static constexpr int kAtomBytes = kXBytes + kWBytes;
-  static constexpr int kStageBytes = kAtoms * kAtomBytes;
+  static constexpr int kTileBytes = kAtoms * kAtomBytes;  // of a step, as wgmma reads it
+  // A stage of the ring holds that; or, if kRaw, the words of 4 bytes that the rows lie in, which are put together when
+  // they have come, in one tile before the ring.
+  using RawX = RawTile<kRows, kStep>;
+  using RawW = RawTile<kInOut ? kStep : kN, kInOut ? kN : kStep>;
+  static constexpr int kStageBytes = kRaw ? RawX::kBytes + RawW::kBytes : kTileBytes;
   // Of a tile of 16 rows a product reads 64 all the same, whatever follows.
   static constexpr int kTailBytes = kAtomBytes < 64 * 128 ? 64 * 128 - kAtomBytes : 0;
   // The sums of the rows that a block owns: beside the ring if they are small, else over it, when all of the cluster are
   // done with theirs.
   static constexpr int kSumBytes = kRows * kN * 4;
   static constexpr bool kSumsBeside = kN <= 32;
-  static constexpr int kOtherBytes = kTailBytes + (kSumsBeside ? kSumBytes : 0);
+  static constexpr int kOtherBytes = kTailBytes + (kSumsBeside ? kSumBytes : 0) + (kRaw ? kTileBytes : 0);
   static constexpr int kRoom = (228 << 10) / kBlocks - (2 << 10);  // 1 KiB is the system's, 1 KiB static
   static constexpr int kMostStages = (kRoom - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kMostStages < 12 ? kMostStages : 12;
   static constexpr int kAhead = kStages - 1;  // steps of copies under way
-  static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kRingBytes + kOtherBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes + (kRaw ? kTileBytes : 0);
+  static constexpr int kSharedBytes = kRingBytes + kTailBytes + (kSumsBeside ? kSumBytes : 0);
   static constexpr int kLevels = shrink_levels(kN);
   static_assert(kAhead >= 2 && (kSumsBeside || kSumBytes <= kRingBytes));
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 
 // A thread's chunks of 8 elements in a tile, kRowStep rows apart, of which `rows` exist. Where a step is of 4 rows, every
 // other chunk is turned by 4 (wgmma's swizzle). Not inlined, so that its registers are not those of the loop that seldom
@@ -150,12 +225,12 @@ struct Pair {
 
 #endif
 
-template <Arch kArch, class T, bool kInOut, int kN, int kRows, int kBlocks>
-__global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
+template <Arch kArch, class T, bool kInOut, int kN, int kRows, int kBlocks, bool kRaw>
+__global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThreads, kBlocks)
     sgmv_shrink(const SgmvArgs args, const ShrinkPlan plan) {
   static_assert(kArch == Arch::kSm90, "made for wgmma; the path is in the name, as in all kernels");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shrink<kN, kRows, kBlocks>;
+  using S = Shrink<kInOut, kN, kRows, kBlocks, kRaw>;
   constexpr int kThreads = S::kThreads, kStep = S::kStep;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ SgmvScratch<kThreads> scratch;
@@ -166,17 +241,14 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
   const int id = static_cast<int>(threadIdx.x), lane = id % 32;
   const uint32_t rank = blockIdx.x % plan.cluster;
   const uint32_t columns_blocks = static_cast<uint32_t>((args.d_out + kN - 1) / kN);
-  const int64_t column = int64_t{blockIdx.x / plan.cluster % columns_blocks} * kN;
-  const int columns = static_cast<int>(min(args.d_out - column, int64_t{kN}));
-  const uint32_t number = blockIdx.x / plan.cluster / columns_blocks;
   const int64_t all_steps = (args.d_in + kStep - 1) / kStep;
   const int own_parts = plan.parts / plan.cluster, first_part = rank * own_parts;
   const auto part_begin = [&](int part) { return all_steps * (first_part + part) / plan.parts; };
   const int64_t begin = part_begin(0);
   const int steps = static_cast<int>(part_begin(own_parts) - begin);
   const int64_t first_k = begin * kStep;
-  const bool x_vectors = args.x_aligned && args.d_in % 8 == 0;
-  const uint32_t ring = shared_address(memory);
+  const uint32_t shared = shared_address(memory);
+  const uint32_t ring = shared + (kRaw ? S::kTileBytes : 0);
 
   // A thread's chunks are in one column of 16 bytes of an atom, turned within its 8 (wgmma's swizzle) by the row.
   constexpr int kRowChunks = S::kAtoms * 8, kRowStep = kThreads / kRowChunks;
@@ -187,51 +259,62 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
   const int64_t x_step = kRowStep * args.x_stride;
   const auto fill_x = [&](int64_t first_row, int rows, int step, int slot) {
     constexpr int kEach = (kRows + kRowStep - 1) / kRowStep;
+    if constexpr (kRaw) {
+      const int64_t k = first_k + int64_t{step} * kStep;
+      const T* const from = static_cast<const T*>(args.x) + first_row * args.x_stride + k;
+      S::RawX::template fill<kThreads>(ring + slot * S::kStageBytes, from, args.x_stride, rows, args.d_in - k);
+      return;
+    }
     if (kRows < kRowStep && fill_row >= kRows) return;
     const int64_t k = first_k + int64_t{step} * kStep + fill_chunk * 8;
-    const T* from = static_cast<const T*>(args.x) + (first_row + fill_row) * args.x_stride + k;
+    const T* const from = static_cast<const T*>(args.x) + (first_row + fill_row) * args.x_stride + k;
     const int count = static_cast<int>(min(max(args.d_in - k, int64_t{0}), int64_t{8}));
-    const uint32_t to = ring + slot * S::kStageBytes + fill_to;
-    if (x_vectors) {
-      fill_vectors<kEach, kRowStep, false>(to, kRowStep * 128, from, x_step, count, rows - fill_row);
-    } else {
-      fill_words<kEach, kRowStep>(to, kRowStep * 128, reinterpret_cast<const uint16_t*>(from), x_step, count,
-                                  rows - fill_row);
-    }
+    fill_vectors<kEach, kRowStep, false>(ring + slot * S::kStageBytes + fill_to, kRowStep * 128, from, x_step, count,
+                                         rows - fill_row);
   };
 
   const uint32_t received_barrier = shared_address(&barrier);
-  const int64_t guess = int64_t{number} * kRows;
-  const int guess_rows = static_cast<int>(min(max(args.rows - guess, int64_t{0}), int64_t{kRows}));
+  const auto rows_from = [&](int64_t row) {
+    return static_cast<int>(min(max(args.rows - row, int64_t{0}), int64_t{kRows}));
+  };
+  uint32_t item = blockIdx.x / plan.cluster;  // column by column, tile by tile
+  const int64_t guess = int64_t{item / columns_blocks} * kRows;
   if (id == 0) {
     barrier_init(received_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  // Without early reads x is read, in the time that the tables take, where the tile is if the segments cover all rows
-  // in order, as they mostly do.
   if (!args.early_reads) {
     prefetch_tables(args);
-#ifdef PUNICA_TUNE
-    for (int i = id; i < guess_rows * plan.prefetch; i += kThreads) {
-      const int64_t k = first_k + i % plan.prefetch * 64;
-      if (k < args.d_in) prefetch_line(static_cast<const T*>(args.x) + (guess + i / plan.prefetch) * args.x_stride + k);
+    // No more than the second-level cache is asked before the wait, where all writes of the kernel before end up.
+    const int lines = plan.prefetch;
+    for (int i = id; i < rows_from(guess) * lines; i += kThreads) {
+      const int64_t k = first_k + i % lines * 64;
+      if (k < args.d_in) prefetch_line(static_cast<const T*>(args.x) + (guess + i / lines) * args.x_stride + k);
     }
-#endif
     grid_dependency_wait<kArch>();
-    if (x_vectors) {
-#pragma unroll 1
-      for (int i = 0; i < min(S::kAhead, steps); ++i) fill_x(guess, guess_rows, i, i);
-    }
   }
+
+  int phase = 0;
+#pragma unroll 1
+  for (bool is_first = true;; is_first = false, item += gridDim.x / plan.cluster, phase ^= 1) {
   STAMP(1)
   SgmvTile<T> tile;
-  if (!find_tile<kRows, kThreads>(args, number, scratch, &tile)) {
-    if (args.early_reads) grid_dependency_wait<kArch>();
+  // In the time that the tables take, the first steps of x are read where the tile is if the segments cover all rows in
+  // order, as they mostly do. No more: W would have to wait behind them.
+  const int guessed_steps = is_first && !args.early_reads ? min(GUESS, steps) : 0;
+  const bool found = find_tile<kRows, kThreads>(args, item / columns_blocks, scratch, &tile, [&] {
+#pragma unroll 1
+    for (int i = 0; i < guessed_steps; ++i) fill_x(guess, rows_from(guess), i, i);
+  });
+  if (!found) {
+    if (is_first && args.early_reads) grid_dependency_wait<kArch>();
     copy_wait<0>();
     return;  // the other blocks of the cluster find the same
   }
   STAMP(2)
-  const bool guessed = !args.early_reads && x_vectors && tile.row == guess && tile.rows <= guess_rows;
+  const bool guessed = guessed_steps > 0 && tile.row == guess && tile.rows <= rows_from(guess);
+  const int64_t column = int64_t{item % columns_blocks} * kN;
+  const int columns = static_cast<int>(min(args.d_out - column, int64_t{kN}));
 
   // Rows of the tile that this block adds up in the end.
   const int share = kRows / plan.cluster;
@@ -239,14 +322,24 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
   if (plan.cluster > 1) {
     if (id == 0) barrier_expect(received_barrier, owned * (plan.cluster - 1) * kN * 4);
     if constexpr (S::kSumsBeside) {
-      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first remote store
+      // There is room for sums. Waited for before the first remote store.
+      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     }
   }
 
-  const bool w_vectors =
-      reinterpret_cast<uintptr_t>(tile.w) % 16 == 0 && (kInOut ? args.d_out : args.d_in) % 8 == 0;
+  const bool w_vectors = reinterpret_cast<uintptr_t>(tile.w) % 16 == 0;
   const auto fill_w = [&](int step, int slot) {
     const int64_t k0 = first_k + int64_t{step} * kStep;
+    if constexpr (kRaw) {
+      const uint32_t to = ring + slot * S::kStageBytes + S::RawX::kBytes;
+      if constexpr (kInOut) {
+        S::RawW::template fill<kThreads>(to, tile.w + k0 * args.d_out + column, args.d_out,
+                                         static_cast<int>(min(args.d_in - k0, int64_t{kStep})), columns);
+      } else {
+        S::RawW::template fill<kThreads>(to, tile.w + column * args.d_in + k0, args.d_in, columns, args.d_in - k0);
+      }
+      return;
+    }
     const uint32_t stage = ring + slot * S::kStageBytes + S::kXBytes;
     if constexpr (!kInOut) {
       // Rows are columns of y.
@@ -291,7 +384,7 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
     }
   };
 
-  if (args.early_reads) {
+  if (is_first && args.early_reads) {
 #pragma unroll 1
     for (int i = 0; i < min(S::kAhead, steps); ++i) fill_w(i, i);
     grid_dependency_wait<kArch>();
@@ -301,8 +394,8 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
 #pragma unroll 1
   for (int i = 0; i < S::kAhead; ++i) {
     if (i < steps) {
-      if (!args.early_reads) fill_w(i, i);
-      if (!guessed) fill_x(tile.row, tile.rows, i, i);
+      if (!is_first || !args.early_reads) fill_w(i, i);
+      if (!guessed || i >= guessed_steps) fill_x(tile.row, tile.rows, i, i);
     }
     copy_commit();
   }
@@ -332,18 +425,45 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
   constexpr int kUnitBytes = kInOut && kN < 64 ? kN * 2 : 128;  // of a row of W in shared memory
   constexpr uint64_t kSwizzle = kUnitBytes == 128 ? 1 : kUnitBytes == 64 ? 2 : 3;
   constexpr uint32_t kWNext = (kInOut ? 16 * kUnitBytes : 32) >> 4;
-  const uint64_t x_descriptor = wgmma_descriptor(ring + id / 128 * (64 * 128), 1, 16, 8 * 128);
+  const uint64_t x_descriptor = wgmma_descriptor(shared + id / 128 * (64 * 128), 1, 16, 8 * 128);
   const uint64_t w_descriptor =
-      wgmma_descriptor(ring + S::kXBytes, kSwizzle, kInOut ? 64 * 128 : 16, 8 * kUnitBytes);
+      wgmma_descriptor(shared + S::kXBytes, kSwizzle, kInOut ? 64 * 128 : 16, 8 * kUnitBytes);
   int slot = 0, next_slot = S::kAhead, part = 0;
   int part_end = static_cast<int>(part_begin(1) - begin);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<S::kAhead - 1>();
+    if constexpr (kRaw) {
+      __syncthreads();
+      const int64_t k = first_k + int64_t{step} * kStep;
+      const uint32_t stage = ring + slot * S::kStageBytes;
+      S::RawX::template spread<kThreads>(
+          stage, static_cast<const T*>(args.x) + tile.row * args.x_stride, args.x_stride, tile.rows, args.d_in - k,
+          [&](int row, int chunk) {
+            return shared + chunk / 8 * S::kAtomBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+          });
+      if constexpr (kInOut) {
+        S::RawW::template spread<kThreads>(
+            stage + S::RawX::kBytes, tile.w + column, args.d_out,
+            static_cast<int>(min(args.d_in - k, int64_t{kStep})), columns, [&](int row, int chunk) {
+              constexpr int kUnit = kN / 8 < 8 ? kN / 8 : 8;  // chunks
+              const int turn = kUnit == 8 ? row & 7 : kUnit == 4 ? row >> 1 & 3 : row >> 2 & 1;
+              return shared + row / 64 * S::kAtomBytes + S::kXBytes + chunk / kUnit * (64 * 128) +
+                     (row % 64 * kUnit + (chunk % kUnit ^ turn)) * 16;
+            });
+      } else {
+        S::RawW::template spread<kThreads>(
+            stage + S::RawX::kBytes, tile.w + column * args.d_in, args.d_in, columns, args.d_in - k,
+            [&](int row, int chunk) {
+              return shared + chunk / 8 * S::kAtomBytes + S::kXBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+            });
+      }
+    }
     fence_async_proxy();
     __syncthreads();
     if (step == 0) { STAMP(3) }
-    const uint64_t a = x_descriptor + slot * (S::kStageBytes >> 4), b = w_descriptor + slot * (S::kStageBytes >> 4);
+    const uint32_t at = kRaw ? 0 : slot * (S::kStageBytes >> 4);
+    const uint64_t a = x_descriptor + at, b = w_descriptor + at;
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kStep / 16; ++k) {
@@ -392,7 +512,7 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
   }
   STAMP(5)
 
-  const uint32_t received = ring + (S::kSumsBeside ? S::kRingBytes + S::kTailBytes : 0);
+  const uint32_t received = shared + (S::kSumsBeside ? S::kRingBytes + S::kTailBytes : 0);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = id / 32 * 16 + h * 8 + lane / 4;
@@ -415,11 +535,10 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
     }
   }
   __syncthreads();
-  if (owned == 0) return;
-  if (plan.cluster > 1) barrier_wait(received_barrier, 0);
+  if (plan.cluster > 1) barrier_wait(received_barrier, phase);
   STAMP(6)
 
-  const float4* const parts = reinterpret_cast<const float4*>(memory + (received - ring));
+  const float4* const parts = reinterpret_cast<const float4*>(memory + (received - shared));
   const auto add_up = [&](auto count) {
 #pragma unroll 1
     for (int first = id; first < items; first += kAtOnce * kThreads) {
@@ -443,6 +562,9 @@ __global__ void __launch_bounds__(Shrink<kN, kRows, kBlocks>::kThreads, kBlocks)
     default: add_up(std::integral_constant<int, 16>{});
   }
   STAMP(7)
+  if ((item + gridDim.x / plan.cluster) / columns_blocks >= tile.tiles) return;
+  __syncthreads();  // before the ring and the sums are written again
+  }
 #endif
 }
 
@@ -452,25 +574,31 @@ inline int shrink_parts(int64_t d_in, int columns) {
   return columns == 128 && most > 4 ? most / 2 : most;
 }
 
-template <class T, bool kInOut, int kN, int kRows, int kBlocks>
+// Clusters that an H200 (132 multiprocessors, in groups of 16 and 18) runs at once.
+inline int64_t shrink_room(int blocks, int cluster) { return blocks * (cluster <= 2 ? 132 : 120) / cluster; }
+
+template <class T, bool kInOut, int kN, int kRows, int kBlocks, bool kRaw>
 Status launch_shrink(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan) {
-  using S = Shrink<kN, kRows, kBlocks>;
+  using S = Shrink<kInOut, kN, kRows, kBlocks, kRaw>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args, kRows) * ((args.d_out + kN - 1) / kN) * plan.cluster);
+  const int64_t items = max_tiles(args, kRows) * ((args.d_out + kN - 1) / kN), room = shrink_room(kBlocks, plan.cluster);
+  shape.grid = static_cast<unsigned>((items < room ? items : room) * plan.cluster);
   shape.block = S::kThreads;
   shape.shared_bytes = S::kSharedBytes;
   shape.cluster = plan.cluster;
-  return launcher.launch<sgmv_shrink<Arch::kSm90, T, kInOut, kN, kRows, kBlocks>>(shape, args, plan);
+  return launcher.launch<sgmv_shrink<Arch::kSm90, T, kInOut, kN, kRows, kBlocks, kRaw>>(shape, args, plan);
 }
 
 // Chooses the rows of a tile and the blocks of a cluster. The model of time: every round of blocks takes what its bytes
 // take through a multiprocessor and some latencies.
 template <class T, bool kInOut, int kN>
 Status launch_shrink(const Launcher& launcher, const SgmvArgs& args) {
+  const bool raw = !args.x_aligned || args.d_in % 8 != 0 || (kInOut && args.d_out % 8 != 0);
   ShrinkPlan plan = {};
   plan.parts = shrink_parts(args.d_in, kN);
 #ifdef PUNICA_TUNE
   plan.prefetch = tune_prefetch;
+  plan.guess = tune_guess;
   plan.stamps = tune_stamps;
 #endif
   const int64_t segments = args.num_segments < args.rows ? args.num_segments : args.rows;
@@ -478,34 +606,45 @@ Status launch_shrink(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t columns_blocks = (args.d_out + kN - 1) / kN;
   plan.cluster = plan.parts >> shrink_levels(kN) > 1 ? plan.parts >> shrink_levels(kN) : 1;
   int rows = 16;
+  bool is_short = true;
   double best = 1e30;
-  for (int tile_rows = 16; tile_rows <= (kN == 128 ? 128 : 64); tile_rows = tile_rows == 16 ? 64 : tile_rows * 2) {
+  const auto consider = [&](int tile_rows, int blocks) {
 #ifdef PUNICA_TUNE
-    if (tune_rows > 0 && tune_rows != tile_rows) continue;
+    if (tune_rows > 0 && tune_rows != tile_rows) return;
 #endif
-    const int blocks = tile_rows == 16 ? (kN <= 32 ? 4 : kN == 64 ? 3 : 2) : 1;
-    const int64_t tiles = segments * ((length + tile_rows - 1) / tile_rows) * columns_blocks;
+    const int64_t items = segments * ((length + tile_rows - 1) / tile_rows) * columns_blocks;
     for (int cluster = 1; cluster <= plan.parts; cluster *= 2) {
       if (plan.parts / cluster > 1 << shrink_levels(kN)) continue;
 #ifdef PUNICA_TUNE
       if (tune_cluster > 0 && tune_cluster != cluster) continue;
 #endif
-      const int64_t room = blocks * (cluster <= 2 ? 132 : 120);
-      const int64_t rounds = (tiles * cluster + room - 1) / room;
-      const int64_t crowd = tiles * cluster > 132 ? blocks : 1;  // that share a multiprocessor
-      const double time = rounds * (crowd * (tile_rows + kN) * 2.0 * args.d_in / cluster / 60e3 + 3);
-      if (time < best) best = time, rows = tile_rows, plan.cluster = cluster;
+      const int64_t room = shrink_room(blocks, cluster), rounds = (items + room - 1) / room;
+      const int64_t crowd = std::min<int64_t>(blocks, (items * cluster + 131) / 132);  // of a multiprocessor
+      const double rate = std::min(60e3 / crowd, 140e3 / blocks);  // bytes a microsecond: the bus, what is on its way
+      const double time = rounds * ((tile_rows + kN) * 2.0 * args.d_in / cluster / rate + 3);
+      if (time < best) best = time, rows = tile_rows, is_short = blocks > 1, plan.cluster = cluster;
     }
-  }
-  if (rows == 16) return launch_shrink<T, kInOut, kN, 16, kN <= 32 ? 4 : kN == 64 ? 3 : 2>(launcher, args, plan);
+  };
+  constexpr int kShortBlocks = kN == 16 ? 4 : kN == 32 ? 3 : 2;
+  consider(16, 1);
+  consider(16, kShortBlocks);
+  consider(64, 1);
+  if (kN == 128 && !raw) consider(128, 1);
 #ifdef PUNICA_TUNE
-  if constexpr (kN <= 64) {
-    if (rows == 64 && tune_blocks == 2) return launch_shrink<T, kInOut, kN, 64, 2>(launcher, args, plan);
-  }
+  if (tune_blocks > 0) is_short = tune_blocks == 2;
 #endif
-  if (kN < 128 || rows == 64) return launch_shrink<T, kInOut, kN, 64, 1>(launcher, args, plan);
-  if constexpr (kN == 128) return launch_shrink<T, kInOut, kN, 128, 1>(launcher, args, plan);
-  return {};
+  if (raw) {
+    return rows == 16 ? launch_shrink<T, kInOut, kN, 16, kShortBlocks, true>(launcher, args, plan)
+                      : launch_shrink<T, kInOut, kN, 64, 1, true>(launcher, args, plan);
+  }
+  if (rows == 16) {
+    return is_short ? launch_shrink<T, kInOut, kN, 16, kShortBlocks, false>(launcher, args, plan)
+                    : launch_shrink<T, kInOut, kN, 16, 1, false>(launcher, args, plan);
+  }
+  if constexpr (kN == 128) {
+    if (rows == 128) return launch_shrink<T, kInOut, kN, 128, 1, false>(launcher, args, plan);
+  }
+  return launch_shrink<T, kInOut, kN, 64, 1, false>(launcher, args, plan);
 }
 
 template <class T, bool kInOut>
