@@ -31,6 +31,9 @@ struct SgmvArgs {
   bool y_aligned;  // every row starts at a multiple of 16 bytes
   bool x_aligned;
   bool early_reads;
+#ifdef PUNICA_TUNE
+  int tune;
+#endif
   // Of sgmv_expand.cu alone.
   int y_shift;     // elements from the last multiple of 16 bytes to a row of y, if y_vectors
   bool y_vectors;  // that is the same for all rows

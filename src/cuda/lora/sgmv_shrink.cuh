@@ -120,7 +120,12 @@ inline constexpr int kGuessedSteps = 3;
 // kRaw: rows of x or W that do not start at multiples of 16 bytes.
 template <bool kInOut, int kN, int kRows, int kBlocks, bool kRaw>
 struct Shrink {
-  static constexpr int kThreads = kRows == 128 ? 256 : 128;  // 64 rows a warpgroup
+  static constexpr int kConsumers = kRows == 128 ? 256 : 128;  // 64 rows a warpgroup
+  // Whether a warpgroup of its own fills the ring, so that products start while the first round of it is on its way: a
+  // multiprocessor takes only so many requests, and the thread that makes one more waits.
+  static constexpr bool kSplit = kRows == 64 && !kRaw;
+  static constexpr int kThreads = kConsumers + (kSplit ? 128 : 0);
+  static constexpr int kFillThreads = kSplit ? 128 : kThreads;
   // A step in units of 64 elements, 128 bytes: the widest swizzle of wgmma.
   static constexpr int kAtoms = kN == 128 ? 1 : 2;
   static constexpr int kStep = kAtoms * 64;
@@ -231,10 +236,10 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   static_assert(kArch == Arch::kSm90, "made for wgmma; the path is in the name, as in all kernels");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Shrink<kInOut, kN, kRows, kBlocks, kRaw>;
-  constexpr int kThreads = S::kThreads, kStep = S::kStep;
+  constexpr int kThreads = S::kThreads, kFillThreads = S::kFillThreads, kStep = S::kStep;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ SgmvScratch<kThreads> scratch;
-  __shared__ __align__(8) uint64_t barrier;
+  __shared__ __align__(8) uint64_t barrier, full_barriers[S::kStages], empty_barriers[S::kStages];
   launch_dependents<kArch>();
   STAMP(0)
 
@@ -251,9 +256,12 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   const uint32_t ring = shared + (kRaw ? S::kTileBytes : 0);
 
   // A thread's chunks are in one column of 16 bytes of an atom, turned within its 8 (wgmma's swizzle) by the row.
-  constexpr int kRowChunks = S::kAtoms * 8, kRowStep = kThreads / kRowChunks;
+  constexpr int kRowChunks = S::kAtoms * 8, kRowStep = kFillThreads / kRowChunks;
   static_assert(kRowStep % 8 == 0);
-  const int fill_row = id / kRowChunks, fill_chunk = id % kRowChunks;
+  // The same in all lanes in the compiler's eyes too: it serialises products in a path that might diverge.
+  const bool fills = !S::kSplit || __shfl_sync(0xffffffffu, id / 128, 0) >= S::kConsumers / 128;
+  const int fill_id = S::kSplit ? id % 128 : id;
+  const int fill_row = fill_id / kRowChunks, fill_chunk = fill_id % kRowChunks;
   const uint32_t fill_to =
       fill_chunk / 8 * S::kAtomBytes + fill_row * 128 + ((fill_chunk % 8 ^ (fill_row & 7)) * 16);
   const int64_t x_step = kRowStep * args.x_stride;
@@ -262,7 +270,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     if constexpr (kRaw) {
       const int64_t k = first_k + int64_t{step} * kStep;
       const T* const from = static_cast<const T*>(args.x) + first_row * args.x_stride + k;
-      S::RawX::template fill<kThreads>(ring + slot * S::kStageBytes, from, args.x_stride, rows, args.d_in - k);
+      S::RawX::template fill<kFillThreads>(ring + slot * S::kStageBytes, from, args.x_stride, rows, args.d_in - k);
       return;
     }
     if (kRows < kRowStep && fill_row >= kRows) return;
@@ -281,6 +289,12 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   const int64_t guess = int64_t{item / columns_blocks} * kRows;
   if (id == 0) {
     barrier_init(received_barrier, 1);
+    if constexpr (S::kSplit) {
+      for (int i = 0; i < S::kStages; ++i) {
+        barrier_init(shared_address(full_barriers + i), 128);
+        barrier_init(shared_address(empty_barriers + i), S::kConsumers / 32);
+      }
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (!args.early_reads) {
@@ -293,8 +307,10 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     }
     grid_dependency_wait<kArch>();
   }
+  if constexpr (S::kSplit) __syncthreads();  // the barriers are there
 
   int phase = 0;
+  int ring_slot = 0, ring_phase = 0;  // of the ring, if a warpgroup of its own fills it
 #pragma unroll 1
   for (bool is_first = true;; is_first = false, item += gridDim.x / plan.cluster, phase ^= 1) {
   STAMP(1)
@@ -304,7 +320,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   const int guessed_steps = is_first && !args.early_reads ? min(GUESS, steps) : 0;
   const bool found = find_tile<kRows, kThreads>(args, item / columns_blocks, scratch, &tile, [&] {
 #pragma unroll 1
-    for (int i = 0; i < guessed_steps; ++i) fill_x(guess, rows_from(guess), i, i);
+    for (int i = 0; i < guessed_steps && fills; ++i) fill_x(guess, rows_from(guess), i, i);
   });
   if (!found) {
     if (is_first && args.early_reads) grid_dependency_wait<kArch>();
@@ -333,10 +349,10 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     if constexpr (kRaw) {
       const uint32_t to = ring + slot * S::kStageBytes + S::RawX::kBytes;
       if constexpr (kInOut) {
-        S::RawW::template fill<kThreads>(to, tile.w + k0 * args.d_out + column, args.d_out,
+        S::RawW::template fill<kFillThreads>(to, tile.w + k0 * args.d_out + column, args.d_out,
                                          static_cast<int>(min(args.d_in - k0, int64_t{kStep})), columns);
       } else {
-        S::RawW::template fill<kThreads>(to, tile.w + column * args.d_in + k0, args.d_in, columns, args.d_in - k0);
+        S::RawW::template fill<kFillThreads>(to, tile.w + column * args.d_in + k0, args.d_in, columns, args.d_in - k0);
       }
       return;
     }
@@ -357,11 +373,11 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       }
     } else {
       // Rows are those of d_in; in units of up to 64 columns, whose rows lie one after the other.
-      constexpr int kChunks = kN / 8, kWStep = kThreads / kChunks;
+      constexpr int kChunks = kN / 8, kWStep = kFillThreads / kChunks;
       constexpr int kUnitChunks = kChunks < 8 ? kChunks : 8;
       constexpr int kEach = kWStep > 64 ? 1 : 64 / kWStep;
       static_assert(kWStep % 8 == 0);
-      const int row = id / kChunks, chunk = id % kChunks;
+      const int row = fill_id / kChunks, chunk = fill_id % kChunks;
       if (kWStep > 64 && row >= 64) return;
       const int turn = kUnitChunks == 8 ? row & 7 : kUnitChunks == 4 ? row >> 1 & 3 : row >> 2 & 1;
       const uint32_t to = stage + chunk / kUnitChunks * (64 * 128) +
@@ -384,20 +400,23 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     }
   };
 
+  constexpr int kFirst = S::kSplit ? S::kStages : S::kAhead;  // steps that there is room for at the beginning
   if (is_first && args.early_reads) {
 #pragma unroll 1
-    for (int i = 0; i < min(S::kAhead, steps); ++i) fill_w(i, i);
+    for (int i = 0; i < min(kFirst, steps) && fills; ++i) fill_w(i, i);
     grid_dependency_wait<kArch>();
   } else if (!guessed) {
     copy_wait<0>();
   }
+  if constexpr (!S::kSplit) {
 #pragma unroll 1
-  for (int i = 0; i < S::kAhead; ++i) {
-    if (i < steps) {
-      if (!is_first || !args.early_reads) fill_w(i, i);
-      if (!guessed || i >= guessed_steps) fill_x(tile.row, tile.rows, i, i);
+    for (int i = 0; i < S::kAhead; ++i) {
+      if (i < steps) {
+        if (!is_first || !args.early_reads) fill_w(i, i);
+        if (!guessed || i >= guessed_steps) fill_x(tile.row, tile.rows, i, i);
+      }
+      copy_commit();
     }
-    copy_commit();
   }
 
   // The sums lie as [block of the cluster][16 columns][row][t], four to a t: of columns 2t, 2t+1, 2t+8 and 2t+9, as a
@@ -428,40 +447,8 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   const uint64_t x_descriptor = wgmma_descriptor(shared + id / 128 * (64 * 128), 1, 16, 8 * 128);
   const uint64_t w_descriptor =
       wgmma_descriptor(shared + S::kXBytes, kSwizzle, kInOut ? 64 * 128 : 16, 8 * kUnitBytes);
-  int slot = 0, next_slot = S::kAhead, part = 0;
-  int part_end = static_cast<int>(part_begin(1) - begin);
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    copy_wait<S::kAhead - 1>();
-    if constexpr (kRaw) {
-      __syncthreads();
-      const int64_t k = first_k + int64_t{step} * kStep;
-      const uint32_t stage = ring + slot * S::kStageBytes;
-      S::RawX::template spread<kThreads>(
-          stage, static_cast<const T*>(args.x) + tile.row * args.x_stride, args.x_stride, tile.rows, args.d_in - k,
-          [&](int row, int chunk) {
-            return shared + chunk / 8 * S::kAtomBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
-          });
-      if constexpr (kInOut) {
-        S::RawW::template spread<kThreads>(
-            stage + S::RawX::kBytes, tile.w + column, args.d_out,
-            static_cast<int>(min(args.d_in - k, int64_t{kStep})), columns, [&](int row, int chunk) {
-              constexpr int kUnit = kN / 8 < 8 ? kN / 8 : 8;  // chunks
-              const int turn = kUnit == 8 ? row & 7 : kUnit == 4 ? row >> 1 & 3 : row >> 2 & 1;
-              return shared + row / 64 * S::kAtomBytes + S::kXBytes + chunk / kUnit * (64 * 128) +
-                     (row % 64 * kUnit + (chunk % kUnit ^ turn)) * 16;
-            });
-      } else {
-        S::RawW::template spread<kThreads>(
-            stage + S::RawX::kBytes, tile.w + column * args.d_in, args.d_in, columns, args.d_in - k,
-            [&](int row, int chunk) {
-              return shared + chunk / 8 * S::kAtomBytes + S::kXBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
-            });
-      }
-    }
-    fence_async_proxy();
-    __syncthreads();
-    if (step == 0) { STAMP(3) }
+  int part = 0, part_end = static_cast<int>(part_begin(1) - begin);
+  const auto multiply = [&](int slot) {
     const uint32_t at = kRaw ? 0 : slot * (S::kStageBytes >> 4);
     const uint64_t a = x_descriptor + at, b = w_descriptor + at;
     wgmma_fence();
@@ -471,35 +458,114 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       wgmma_m64k16<T, kN, kInOut>(sums, a + atom + k % 4 * 2, b + atom + k % 4 * kWNext);
     }
     wgmma_commit();
-    // Into the slot whose products ended before the barrier above.
-    if (step + S::kAhead < steps) {
-      fill_x(tile.row, tile.rows, step + S::kAhead, next_slot);
-      fill_w(step + S::kAhead, next_slot);
-    }
-    copy_commit();
+  };
+  const auto finish = [&] {
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-    if (++slot == S::kStages) slot = 0;
-    if (++next_slot == S::kStages) next_slot = 0;
-    if (step + 1 == part_end) {
-      // The tree: part i has the sum of as many parts before it to add as i has ones at its end.
-      bool done = false;
+  };
+  // At the end of a part.
+  const auto add_part = [&](bool is_last) {
+    // The tree: part i has the sum of as many parts before it to add as i has ones at its end.
+    bool done = false;
 #pragma unroll
-      for (int level = 0; level < S::kLevels; ++level) {
-        if (done) continue;
-        if (part >> level & 1) {
+    for (int level = 0; level < S::kLevels; ++level) {
+      if (done) continue;
+      if (part >> level & 1) {
 #pragma unroll
-          for (int i = 0; i < kN / 2; ++i) sums[i] += saved[level][i];
-        } else {
-          done = true;
-          if (step + 1 < steps) {
+        for (int i = 0; i < kN / 2; ++i) sums[i] += saved[level][i];
+      } else {
+        done = true;
+        if (!is_last) {
 #pragma unroll
-            for (int i = 0; i < kN / 2; ++i) saved[level][i] = sums[i], sums[i] = 0.0f;
-          }
+          for (int i = 0; i < kN / 2; ++i) saved[level][i] = sums[i], sums[i] = 0.0f;
         }
       }
-      part_end = static_cast<int>(part_begin(++part + 1) - begin);
+    }
+    part_end = static_cast<int>(part_begin(++part + 1) - begin);
+  };
+  if constexpr (S::kSplit) {
+    int slot = ring_slot, turn = ring_phase;
+    const auto advance = [&] {
+      if (++slot == S::kStages) slot = 0, turn ^= 1;
+    };
+    if (fills) {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, advance()) {
+        barrier_wait(shared_address(empty_barriers + slot), turn ^ 1);
+        if (!is_first || !args.early_reads || step >= kFirst) fill_w(step, slot);
+        if (!guessed || step >= guessed_steps) fill_x(tile.row, tile.rows, step, slot);
+        barrier_arrive_copies(shared_address(full_barriers + slot));
+      }
+    } else {
+      const auto release = [&](int slot) {
+        if (lane == 0) barrier_arrive(shared_address(empty_barriers + slot));
+      };
+      int pending = -1;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, advance()) {
+        barrier_wait(shared_address(full_barriers + slot), turn);
+        fence_async_proxy();
+        if (step == 0) { STAMP(3) }
+        multiply(slot);
+        wgmma_wait<1>();
+        if (pending >= 0) release(pending);
+        pending = slot;
+        if (step + 1 == part_end) {
+          finish();
+          release(pending);
+          pending = -1;
+          add_part(step + 1 == steps);
+        }
+      }
+    }
+    ring_slot = (ring_slot + steps) % S::kStages;
+    ring_phase = turn;
+  } else {
+    int slot = 0, next_slot = S::kAhead;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      copy_wait<S::kAhead - 1>();
+      if constexpr (kRaw) {
+        __syncthreads();
+        const int64_t k = first_k + int64_t{step} * kStep;
+        const uint32_t stage = ring + slot * S::kStageBytes;
+        S::RawX::template spread<kThreads>(
+            stage, static_cast<const T*>(args.x) + tile.row * args.x_stride, args.x_stride, tile.rows, args.d_in - k,
+            [&](int row, int chunk) {
+              return shared + chunk / 8 * S::kAtomBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+            });
+        if constexpr (kInOut) {
+          S::RawW::template spread<kThreads>(
+              stage + S::RawX::kBytes, tile.w + column, args.d_out,
+              static_cast<int>(min(args.d_in - k, int64_t{kStep})), columns, [&](int row, int chunk) {
+                constexpr int kUnit = kN / 8 < 8 ? kN / 8 : 8;  // chunks
+                const int turn = kUnit == 8 ? row & 7 : kUnit == 4 ? row >> 1 & 3 : row >> 2 & 1;
+                return shared + row / 64 * S::kAtomBytes + S::kXBytes + chunk / kUnit * (64 * 128) +
+                       (row % 64 * kUnit + (chunk % kUnit ^ turn)) * 16;
+              });
+        } else {
+          S::RawW::template spread<kThreads>(
+              stage + S::RawX::kBytes, tile.w + column * args.d_in, args.d_in, columns, args.d_in - k,
+              [&](int row, int chunk) {
+                return shared + chunk / 8 * S::kAtomBytes + S::kXBytes + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
+              });
+        }
+      }
+      fence_async_proxy();
+      __syncthreads();
+      if (step == 0) { STAMP(3) }
+      multiply(slot);
+      // Into the slot whose products ended before the barrier above.
+      if (step + S::kAhead < steps) {
+        fill_x(tile.row, tile.rows, step + S::kAhead, next_slot);
+        fill_w(step + S::kAhead, next_slot);
+      }
+      copy_commit();
+      finish();
+      if (++slot == S::kStages) slot = 0;
+      if (++next_slot == S::kStages) next_slot = 0;
+      if (step + 1 == part_end) add_part(step + 1 == steps);
     }
   }
   copy_wait<0>();
