@@ -13,10 +13,12 @@
 #include "attention_reference.cuh"
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
+#include "tests/cpp/cuda/part.h"
 
 namespace {
 
 void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::vector<int64_t>& q_len) {
+  if (!in_part()) return;
   const std::string what = "prefill " + c.name();
   Cache cache(c, kv_len);
   cache.randomize();
@@ -47,6 +49,7 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
 }
 
 void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
+  if (!in_part()) return;
   const std::string what = "decode " + c.name();
   Cache cache(c, kv_len);
   cache.randomize();
@@ -96,6 +99,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
 
 // Every query has the same bits in whatever chunk it comes.
 void test_chunks(const Case& c, int64_t length) {
+  if (!in_part()) return;
   const std::string what = "chunks " + c.name();
   Cache cache(c, {length});
   cache.randomize();
@@ -125,6 +129,7 @@ void test_chunks(const Case& c, int64_t length) {
 
 // Positions up to 2^20, all of whose pages are the same memory.
 void test_far_positions(DType dtype) {
+  if (!in_part()) return;
   const Case c = {dtype, 1, 2, 64, 128, 5e5, 1.0, 40};
   Cache cache(c, {128});
   cache.randomize();
@@ -144,6 +149,7 @@ void test_far_positions(DType dtype) {
 
 // Malformed tables: nothing outside is touched, and sequences whose own entries are well have the right results.
 void test_hostile_tables(DType dtype) {
+  if (!in_part()) return;
   const Case c = {dtype, 2, 4, 64, 8};
   Cache cache(c, {300, 40, 17, 600, 9});
   cache.randomize();
@@ -207,6 +213,7 @@ void test_hostile_tables(DType dtype) {
 // init_kv (and append_kv, where every length is 1) against copies on the host, byte for byte of the whole pool.
 void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::vector<int64_t>& lengths, bool append,
                  int64_t padding, int64_t offset, bool early_reads) {
+  if (!in_part()) return;
   const std::string what = std::string(append ? "append_kv " : "init_kv ") + c.name();
   Cache cache(c, kv_len);
   cache.randomize();

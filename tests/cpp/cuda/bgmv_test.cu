@@ -18,6 +18,7 @@
 
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
+#include "tests/cpp/cuda/part.h"
 
 namespace {
 
@@ -107,6 +108,7 @@ punica::TensorView view(void* data, DType dtype, std::vector<int64_t> shape, int
 
 template <class T>
 void run_case(const Case& c, Random& random) {
+  if (!in_part()) return;
   const std::string label = g_case = name(kDType<T>, c);
   constexpr int64_t kLayers = 2, kLayer = 1;
   const int64_t elements = c.h_out * c.h_in;
@@ -247,6 +249,7 @@ void run_case(const Case& c, Random& random) {
 // The same bits whatever the alignment of W, x and y.
 template <class T>
 void alignment_case(int64_t h_in, int64_t h_out) {
+  if (!in_part()) return;
   constexpr int64_t kBatch = 11;
   Random random{99};
   g_case = "alignment " + std::to_string(h_in) + "->" + std::to_string(h_out);
