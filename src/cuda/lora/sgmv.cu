@@ -2,24 +2,20 @@
 //
 // Blocks work on tiles of 64 rows, or of 16 where segments are short, of one segment. Which segment that is they find
 // out on the device, from s_start and s_end (sgmv_tile.cuh), so that the host needs to know nothing and a graph may be
-// replayed with other segments. Five kernels share that: sgmv_stream.cu, sgmv_expand.cu, sgmv_deep.cu, sgmv_wide.cu and
-// sgmv_float.cu. The choice is a function of the type, of d_in and d_out and of the path, as is all that touches the
-// arithmetic, so that the bits of a row never depend on its segment.
+// replayed with other segments. Six kernels share that: sgmv_stream.cu, sgmv_shrink.cuh, sgmv_deep.cu, sgmv_expand.cu,
+// sgmv_wide.cu and sgmv_float.cu. The choice is a function of the type, of d_in and d_out and of the path, as is all
+// that touches the arithmetic, so that the bits of a row never depend on its segment.
 #include "src/cuda/backend.h"
 #include "src/cuda/lora/sgmv.h"
 
 namespace punica::cuda {
-#ifdef PUNICA_TUNE
-int tune_new = 1, tune_cluster = 0, tune_prefetch = 0, tune_rows = 0, tune_blocks = 0, tune_guess = 3;
-unsigned long long* tune_stamps = nullptr;
-#else
-constexpr bool tune_new = true;
-#endif
 namespace {
 
 // From here on the sum is long enough to share among warps and blocks.
 constexpr int64_t kDeepIn = 256;
 constexpr int64_t kDeepOut = 512;
+// Up to here the sums are small.
+constexpr int64_t kStreamOut = 16;
 // Up to here the weights of a product are in registers.
 constexpr int64_t kExpandIn = 16;
 
@@ -55,13 +51,13 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   if (args.num_segments == 0 || args.rows == 0 || args.d_in == 0 || args.d_out == 0) return {};
   return on_device(op, params.y.device, context, [&](const Launcher& launcher) {
     if (params.y.dtype == DType::kFloat32) return launch_sgmv_float(launcher, params.weights, args);
-    if (is_deep(args.d_in, args.d_out) && launcher.arch == Arch::kSm90 && tune_new) {
-      return params.weights == SgmvWeights::kOutIn ? launch_sgmv_shrink_out_in(launcher, params.y.dtype, args)
-                                                   : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
-    }
-    if (is_deep(args.d_in, args.d_out) && args.d_out <= 16 && params.weights == SgmvWeights::kOutIn &&
-        launcher.arch == Arch::kSm90) {
-      return launch_sgmv_stream(launcher, params.y.dtype, args);
+    if (is_deep(args.d_in, args.d_out) && launcher.arch == Arch::kSm90) {
+      const bool out_in = params.weights == SgmvWeights::kOutIn;
+      if (args.d_out > kStreamOut) {
+        return out_in ? launch_sgmv_shrink_out_in(launcher, params.y.dtype, args)
+                      : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
+      }
+      if (out_in) return launch_sgmv_stream(launcher, params.y.dtype, args);
     }
     if (is_deep(args.d_in, args.d_out)) return launch_sgmv_deep(launcher, params.weights, params.y.dtype, args);
     if (args.d_in <= kExpandIn) return launch_sgmv_expand(launcher, params.weights, params.y.dtype, args);

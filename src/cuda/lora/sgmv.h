@@ -31,9 +31,6 @@ struct SgmvArgs {
   bool y_aligned;  // every row starts at a multiple of 16 bytes
   bool x_aligned;
   bool early_reads;
-#ifdef PUNICA_TUNE
-  int tune;
-#endif
   // Of sgmv_expand.cu alone.
   int y_shift;     // elements from the last multiple of 16 bytes to a row of y, if y_vectors
   bool y_vectors;  // that is the same for all rows
@@ -52,10 +49,10 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 
 // float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// The same with d_out at most 512 and W in either layout.
+// The same with d_out above 16 and at most 512, W in either layout.
 Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// Otherwise where d_in is large and d_out small.
+// Otherwise where d_in is large and d_out small: on the sm_80 path, and W [d_in, d_out] with d_out at most 16.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 where d_in is 16 or less: y is what moves.
 Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);

@@ -1,5 +1,5 @@
 // sgmv_shrink.cuh for weights W [d_in, d_out].
-#include "src/cuda/lora/sgmv_shrink.cuh"
+#include "src/cuda/lora/sgmv_shrink_launch.cuh"
 
 namespace punica::cuda {
 

@@ -23,7 +23,8 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // The descriptor of a matrix in shared memory. swizzle: 1, 2, 3 for 128, 64, 32 bytes. In bytes, multiples of 16:
 //   K-major (8 rows of 128 bytes a unit):           stride: to the next 8 rows; leading: unused
-//   MN-major (8 rows of K, `swizzle` bytes each):   stride: to the next 8 of K; leading: to the next `swizzle` bytes of MN
+//   MN-major (8 rows of K, `swizzle` bytes each):   stride: to the next 8 of K; leading: to the next `swizzle` bytes of
+//   MN
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint64_t swizzle, uint32_t leading,
                                                      uint32_t stride) {
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 |
@@ -32,30 +33,29 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint64_t 
 
 #define PUNICA_REGS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PUNICA_REGS_16 PUNICA_REGS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define PUNICA_REGS_32 \
-  PUNICA_REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PUNICA_REGS_64                                                                            \
-  PUNICA_REGS_32                                                                                  \
+#define PUNICA_REGS_32 PUNICA_REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PUNICA_REGS_64                                                                           \
+  PUNICA_REGS_32                                                                                 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PUNICA_OUT_8(i)                                                                                     \
+#define PUNICA_OUT_8(i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define PUNICA_OUT_16(i) PUNICA_OUT_8(i), PUNICA_OUT_8(i + 8)
 #define PUNICA_OUT_32(i) PUNICA_OUT_16(i), PUNICA_OUT_16(i + 16)
 #define PUNICA_OUT_64(i) PUNICA_OUT_32(i), PUNICA_OUT_32(i + 32)
 #define PUNICA_WGMMA_ONE(n, type, regs, outs, a_at, b_at, trans_at)                                 \
-  asm volatile(                                                                                      \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                     \
-      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, " a_at ", " b_at  \
-      ", p, 1, 1, 0, " trans_at ";\n}"                                                               \
-      : outs                                                                                         \
+  asm volatile(                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                    \
+      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, " a_at ", " b_at \
+      ", p, 1, 1, 0, " trans_at ";\n}"                                                              \
+      : outs                                                                                        \
       : "l"(a), "l"(b), "n"(int{kTransposeB}))
-#define PUNICA_WGMMA(n, count, a_at, b_at, trans_at)                                                              \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                               \
-    PUNICA_WGMMA_ONE(n, "bf16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at);   \
-  } else {                                                                                                        \
-    PUNICA_WGMMA_ONE(n, "f16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at);    \
+#define PUNICA_WGMMA(n, count, a_at, b_at, trans_at)                                               \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
+    PUNICA_WGMMA_ONE(n, "bf16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at); \
+  } else {                                                                                         \
+    PUNICA_WGMMA_ONE(n, "f16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at);  \
   }
 
 // d += a @ b for a [64, 16] K-major, b [16, kN] (K-major, or MN-major if kTransposeB), of the warpgroup. With

@@ -28,19 +28,12 @@ constexpr int kCluster = 2;
 // A warp's ring in shared memory: units of 16 rows x 128 bytes.
 constexpr int kUnitBytes = 16 * kWarpChunks * kChunk * 2;
 
-#ifdef PUNICA_TUNE
-}
-extern int tune_guess;
-namespace {
-#define GUESSED min(args.tune, S::kUnits - 1)
-#else
-#define GUESSED 2
-#endif
-
 template <int kGroups>
 struct Stream {
   static constexpr int kRows = kGroups * 16;
   static constexpr int kUnits = kGroups == 1 ? 3 : 6;
+  // Units of the ring that are asked for before it is known where the tile is: behind them W has to wait.
+  static constexpr int kGuessed = kGroups == 1 ? 2 : 3;
   static constexpr int kRingBytes = kWarps * kUnits * kUnitBytes;
   // Of y, of a block of the cluster.
   static constexpr int kElements = kRows * kCols / kCluster;
@@ -174,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
   SgmvTile<T> tile;
   // Behind the tables and before W no more than a part of the ring, or W would wait for all of it.
   const bool found = find_tile<kRows, kThreads>(args, number, scratch, &tile, [&] {
-    if (guesses) start(guess, args.rows - guess, groups_of(args.rows - guess), GUESSED);
+    if (guesses) start(guess, args.rows - guess, groups_of(args.rows - guess), S::kGuessed);
   });
   if (!found) {
     if (args.early_reads) grid_dependency_wait<kArch>();
@@ -227,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
       __syncwarp();
       fill_step = 0, fill_group = 0, fill_slot = 0;
     }
-    start(tile.row, tile.rows, groups, S::kUnits - 1 - (guessed ? GUESSED : 0));
+    start(tile.row, tile.rows, groups, S::kUnits - 1 - (guessed ? S::kGuessed : 0));
   }
 
   // What the thread has of y in the end: an element of the rows that the block owns.
@@ -330,12 +323,8 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
 }
 
 template <class T, int kGroups, bool kFast>
-Status launch(const Launcher& launcher, const SgmvArgs& args_) {
+Status launch(const Launcher& launcher, const SgmvArgs& args) {
   LaunchShape shape;
-  SgmvArgs args = args_;
-#ifdef PUNICA_TUNE
-  args.tune = tune_guess;
-#endif
   shape.grid = static_cast<unsigned>(max_tiles(args, kGroups * 16) * kCluster);
   shape.block = kThreads;
   shape.shared_bytes = Stream<kGroups>::kRingBytes + Stream<kGroups>::kReceivedBytes;

@@ -11,9 +11,9 @@ namespace punica::cuda {
 // A block's rows and their weights.
 template <class T>
 struct SgmvTile {
-  int64_t row;  // the first row in x and y
-  int rows;     // 1..64, or what else a tile has
-  const T* w;   // the layer's weights of the segment
+  int64_t row;     // the first row in x and y
+  int rows;        // 1..64, or what else a tile has
+  const T* w;      // the layer's weights of the segment
   uint32_t tiles;  // of all segments; more than there are if not known
 };
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     end = __shfl_sync(0xffffffffu, segment.end, from);
     address = __shfl_sync(0xffffffffu, address, from);
   } else {
-    constexpr int kEach = 1024 / kThreads;  // adjacent segments of a thread: a round covers 1024
+    constexpr int kEach = 4;  // adjacent segments of a thread: a round covers 1024 of them with 256 threads
     // The address if all segments before are of one tile, asked for with the tables and not after them.
     const int64_t guess = min(int64_t{tile}, args.num_segments - 1);
     const int64_t guessed = args.w_ptr[guess];

@@ -460,10 +460,18 @@ int main(int argc, char** argv) {
   }
   // Other shares of a long d_in among blocks.
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
-    for (const auto [d_in, d_out] : {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}, {16400, 16}}) {
+    for (const auto [d_in, d_out] :
+         {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}, {16400, 16}, {16400, 40}}) {
       failed += !half.run(layout, d_in, d_out);
       failed += !bfloat16.run(layout, d_in, d_out);
       shapes += 2;
+    }
+  }
+  // More rows than there are blocks at once, in the tiles that long segments are cut into.
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const int64_t d_out : {16, 40, 64, 200}) {
+      failed += !bfloat16.run(layout, 1024, d_out, {4500, 70, 1, 3000, 64});
+      ++shapes;
     }
   }
   // More segments than a block looks at in one round.
