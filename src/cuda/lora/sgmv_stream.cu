@@ -32,8 +32,6 @@ template <int kGroups>
 struct Stream {
   static constexpr int kRows = kGroups * 16;
   static constexpr int kUnits = kGroups == 1 ? 3 : 6;
-  // Units of the ring that are asked for before it is known where the tile is: behind them W has to wait.
-  static constexpr int kGuessed = kGroups == 1 ? 2 : 3;
   static constexpr int kRingBytes = kWarps * kUnits * kUnitBytes;
   // Of y, of a block of the cluster.
   static constexpr int kElements = kRows * kCols / kCluster;
@@ -98,6 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Stream<kGroups>;
   constexpr int kRows = S::kRows, kElements = S::kElements;
+  // Units of the ring that are asked for before it is known where the tile is: behind them W has to wait.
+  [[maybe_unused]] constexpr int kGuessed = kGroups == 1 ? 2 : 3;
   extern __shared__ __align__(128) unsigned char memory[];
   float* const parts = reinterpret_cast<float*>(memory);  // over the ring, in the end: [warp][row][column]
   float* const received = reinterpret_cast<float*>(memory + S::kRingBytes);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
   SgmvTile<T> tile;
   // Behind the tables and before W no more than a part of the ring, or W would wait for all of it.
   const bool found = find_tile<kRows, kThreads>(args, number, scratch, &tile, [&] {
-    if (guesses) start(guess, args.rows - guess, groups_of(args.rows - guess), S::kGuessed);
+    if (guesses) start(guess, args.rows - guess, groups_of(args.rows - guess), kGuessed);
   });
   if (!found) {
     if (args.early_reads) grid_dependency_wait<kArch>();
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
       __syncwarp();
       fill_step = 0, fill_group = 0, fill_slot = 0;
     }
-    start(tile.row, tile.rows, groups, S::kUnits - 1 - (guessed ? S::kGuessed : 0));
+    start(tile.row, tile.rows, groups, S::kUnits - 1 - (guessed ? kGuessed : 0));
   }
 
   // What the thread has of y in the end: an element of the rows that the block owns.
