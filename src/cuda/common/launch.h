@@ -64,7 +64,7 @@ class Launcher {
   template <auto kKernel, class... Args>
   Status launch(const LaunchShape& shape, const Args&... args) const {
     if (shape.shared_bytes > 0) {
-      if (const cudaError_t error = allow_shared<kKernel>(shape.shared_bytes); error != cudaSuccess) {
+      if (const cudaError_t error = allow_shared<kKernel>(shape.shared_bytes, arch); error != cudaSuccess) {
         return to_status(op_, error);
       }
     }
@@ -97,9 +97,10 @@ class Launcher {
   static constexpr int kMaxShared = 227 << 10;
 
   // Raises the kernel's limit of dynamic shared memory, once a device, and asks for the largest carve-out: a
-  // multiprocessor that has to change it for the next kernel must first run empty.
+  // multiprocessor that has to change it for the next kernel must first run empty. On sm_90 it also allows clusters of
+  // 16 blocks.
   template <auto kKernel>
-  static cudaError_t allow_shared(size_t bytes) {
+  static cudaError_t allow_shared(size_t bytes, Arch arch) {
     static std::atomic<uint64_t> done{0};
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
@@ -116,6 +117,9 @@ class Launcher {
     if (error != cudaSuccess) return error;
     error =
         cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error == cudaSuccess && arch == Arch::kSm90) {
+      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
   }

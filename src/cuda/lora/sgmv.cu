@@ -14,6 +14,8 @@ namespace {
 // From here on the sum is long enough to share among warps and blocks.
 constexpr int64_t kDeepIn = 256;
 constexpr int64_t kDeepOut = 512;
+// Up to here the sums are small.
+constexpr int64_t kStreamOut = 16;
 // Up to here the weights of a product are in registers.
 constexpr int64_t kExpandIn = 16;
 // From here on, on sm_90, products of warpgroups pay.
@@ -51,9 +53,13 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   if (args.num_segments == 0 || args.rows == 0 || args.d_in == 0 || args.d_out == 0) return {};
   return on_device(op, params.y.device, context, [&](const Launcher& launcher) {
     if (params.y.dtype == DType::kFloat32) return launch_sgmv_float(launcher, params.weights, args);
-    if (is_deep(args.d_in, args.d_out) && args.d_out <= 16 && params.weights == SgmvWeights::kOutIn &&
-        launcher.arch == Arch::kSm90) {
-      return launch_sgmv_stream(launcher, params.y.dtype, args);
+    if (is_deep(args.d_in, args.d_out) && launcher.arch == Arch::kSm90) {
+      const bool out_in = params.weights == SgmvWeights::kOutIn;
+      if (args.d_out > kStreamOut) {
+        return out_in ? launch_sgmv_shrink_out_in(launcher, params.y.dtype, args)
+                      : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
+      }
+      if (out_in) return launch_sgmv_stream(launcher, params.y.dtype, args);
     }
     if (is_deep(args.d_in, args.d_out)) return launch_sgmv_deep(launcher, params.weights, params.y.dtype, args);
     if (is_sgmv_ring(launcher, args)) return launch_sgmv_ring(launcher, params.weights, params.y.dtype, args);

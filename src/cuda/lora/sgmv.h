@@ -49,7 +49,10 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 
 // float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// Otherwise where d_in is large and d_out small.
+// The same with d_out above 16 and at most 512, W in either layout.
+Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+// Otherwise where d_in is large and d_out small: on the sm_80 path, and W [d_in, d_out] with d_out at most 16.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 on sm_90 where d_in is at most 128, y is large and all is aligned: y is what moves. The bits are
 // those of launch_sgmv_expand and launch_sgmv_wide.

@@ -1,8 +1,9 @@
-// sgmv for float16 and bfloat16 where d_in is large and d_out small (shrinks).
+// sgmv for float16 and bfloat16 where d_in is large and d_out small (shrinks), on the sm_80 path; on the sm_90 path for
+// W [d_in, d_out] with d_out at most 16.
 //
 // x is read once from memory, and its rows are long: a tile of 64 rows alone would leave most of the device idle. So
-// the sum is cut in three ways, all of them functions of d_in and d_out: a cluster of two or four blocks shares d_in
-// in contiguous parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128
+// the sum is cut in three ways, all of them functions of d_in and d_out: a cluster of two blocks shares d_in in
+// contiguous parts (sm_90; one block does all on the sm_80 path), a block walks over its part in steps of 128
 // through a ring of shared memory that cp.async fills, and in each step every warp (or pair of warps) takes some of the
 // eight K slices of 16. The warps' sums are added in order of the warps, the blocks' sums, which travel through
 // distributed shared memory, in order of the blocks.
@@ -16,7 +17,6 @@ namespace {
 constexpr int kStep = 128;
 constexpr int kSlices = kStep / 16;
 constexpr int64_t kClusterIn = 1024;
-constexpr int64_t kClusterOut = 128;  // beyond, blocks are many: four to a cluster and two to a multiprocessor
 
 template <int kCluster, bool kInOut, int kCols>
 struct Deep {
@@ -175,12 +175,13 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 
 template <class T, bool kInOut, int kCols>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  if (launcher.arch == Arch::kSm80) return launch<Arch::kSm80, T, kInOut, kCols, 1>(launcher, args);
-  if (args.d_in < kClusterIn) return launch<Arch::kSm90, T, kInOut, kCols, 1>(launcher, args);
-  if constexpr (kCols == 64) {
-    if (args.d_out > kClusterOut) return launch<Arch::kSm90, T, kInOut, kCols, 4>(launcher, args);
+  if constexpr (kInOut && kCols == 16) {
+    if (launcher.arch == Arch::kSm90) {
+      return args.d_in < kClusterIn ? launch<Arch::kSm90, T, kInOut, kCols, 1>(launcher, args)
+                                    : launch<Arch::kSm90, T, kInOut, kCols, 2>(launcher, args);
+    }
   }
-  return launch<Arch::kSm90, T, kInOut, kCols, 2>(launcher, args);
+  return launch<Arch::kSm80, T, kInOut, kCols, 1>(launcher, args);
 }
 
 template <class T, bool kInOut>

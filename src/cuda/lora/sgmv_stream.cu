@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Stream<kGroups>;
   constexpr int kRows = S::kRows, kElements = S::kElements;
+  // Units of the ring that are asked for before it is known where the tile is: behind them W has to wait.
+  [[maybe_unused]] constexpr int kGuessed = kGroups == 1 ? 2 : 3;
   extern __shared__ __align__(128) unsigned char memory[];
   float* const parts = reinterpret_cast<float*>(memory);  // over the ring, in the end: [warp][row][column]
   float* const received = reinterpret_cast<float*>(memory + S::kRingBytes);
@@ -142,9 +144,9 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
     }
     copy_commit();
   };
-  const auto start = [&](int64_t first_row, int64_t rows, int groups) {
+  const auto start = [&](int64_t first_row, int64_t rows, int groups, int units) {
 #pragma unroll 1
-    for (int i = 0; i < S::kUnits - 1; ++i) fill(first_row, rows, groups);
+    for (int i = 0; i < units; ++i) fill(first_row, rows, groups);
   };
   const auto groups_of = [&](int64_t rows) { return static_cast<int>((min(rows, int64_t{kRows}) + 15) / 16); };
 
@@ -160,10 +162,14 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
       if (row < args.rows && k < part_end) prefetch_line(static_cast<const T*>(args.x) + row * args.x_stride + k);
     }
     grid_dependency_wait<kArch>();
-    if (kFast && guess < args.rows) start(guess, args.rows - guess, groups_of(args.rows - guess));
   }
+  const bool guesses = kFast && !args.early_reads && guess < args.rows;
   SgmvTile<T> tile;
-  if (!find_tile<kRows, kThreads>(args, number, scratch, &tile)) {
+  // Behind the tables and before W no more than a part of the ring, or W would wait for all of it.
+  const bool found = find_tile<kRows, kThreads>(args, number, scratch, &tile, [&] {
+    if (guesses) start(guess, args.rows - guess, groups_of(args.rows - guess), kGuessed);
+  });
+  if (!found) {
     if (args.early_reads) grid_dependency_wait<kArch>();
     copy_wait<0>();
     return;  // the other blocks of the cluster find the same
@@ -207,11 +213,14 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
   }
   if (args.early_reads) grid_dependency_wait<kArch>();
   const int groups = groups_of(tile.rows);
-  if (kFast && (args.early_reads || tile.row != guess || groups != groups_of(args.rows - guess))) {
-    copy_wait<0>();
-    __syncwarp();
-    fill_step = 0, fill_group = 0, fill_slot = 0;
-    start(tile.row, tile.rows, groups);
+  if constexpr (kFast) {
+    const bool guessed = guesses && tile.row == guess && groups == groups_of(args.rows - guess);
+    if (!guessed) {
+      copy_wait<0>();
+      __syncwarp();
+      fill_step = 0, fill_group = 0, fill_slot = 0;
+    }
+    start(tile.row, tile.rows, groups, S::kUnits - 1 - (guessed ? kGuessed : 0));
   }
 
   // What the thread has of y in the end: an element of the rows that the block owns.

@@ -11,9 +11,10 @@ namespace punica::cuda {
 // A block's rows and their weights.
 template <class T>
 struct SgmvTile {
-  int64_t row;  // the first row in x and y
-  int rows;     // 1..64, or what else a tile has
-  const T* w;   // the layer's weights of the segment
+  int64_t row;     // the first row in x and y
+  int rows;        // 1..64, or what else a tile has
+  const T* w;      // the layer's weights of the segment
+  uint32_t tiles;  // of all segments; more than there are if not known
 };
 
 template <int kThreads>
@@ -29,18 +30,30 @@ struct SgmvSegment {
   uint32_t tiles;
 };
 
-// Segment i cut to the rows there are; one that is empty, backward or behind the table has no tiles of kRows rows.
+// A segment cut to the rows there are; one that is empty or backward has no tiles of kRows rows.
 template <int kRows>
-__device__ __forceinline__ SgmvSegment load_segment(const SgmvArgs& args, int64_t i) {
-  SgmvSegment segment = {0, 0, 0};
-  if (i < args.num_segments) {
-    segment.start = max(int64_t{args.s_start[i]}, int64_t{0});
-    segment.end = min(int64_t{args.s_end[i]}, args.rows);
-    if (segment.end > segment.start) {
-      segment.tiles = static_cast<uint32_t>((segment.end - segment.start + kRows - 1) / kRows);
-    }
+__device__ __forceinline__ SgmvSegment cut_segment(const SgmvArgs& args, int32_t start, int32_t end) {
+  SgmvSegment segment = {max(int64_t{start}, int64_t{0}), min(int64_t{end}, args.rows), 0};
+  if (segment.end > segment.start) {
+    segment.tiles = static_cast<uint32_t>((segment.end - segment.start + kRows - 1) / kRows);
   }
   return segment;
+}
+
+// kEach adjacent entries of a table from `first`, a multiple of kEach, on; zeros behind its end.
+template <int kEach>
+__device__ __forceinline__ void load_entries(const int32_t* table, int64_t first, int64_t count,
+                                             int32_t (&entries)[kEach]) {
+  if (kEach % 4 == 0 && first + kEach <= count && reinterpret_cast<uintptr_t>(table) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(table + first + i);
+      entries[i] = four.x, entries[i + 1] = four.y, entries[i + 2] = four.z, entries[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) entries[i] = first + i < count ? table[first + i] : 0;
+  }
 }
 
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane) {
@@ -53,18 +66,23 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value, int lane)
 }
 
 // Finds tile number `tile` in the order of the segments; false if there are fewer. The same answer in all threads of
-// the block, all of which call it. Whatever the tables hold, the rows found are rows of x and y.
-template <int kRows = kSgmvRows, int kThreads = kSgmvThreads, class T>
+// the block, all of which call it. Whatever the tables hold, the rows found are rows of x and y. meanwhile() is called
+// once, when the first part of the tables has been asked for.
+template <int kRows = kSgmvRows, int kThreads = kSgmvThreads, class T, class Meanwhile>
 __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch<kThreads>& scratch,
-                                          SgmvTile<T>* found) {
+                                          SgmvTile<T>* found, Meanwhile meanwhile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t row, end;
   int64_t address;
   if (args.num_segments <= 32) {
     // Each warp for itself, without a barrier.
-    const SgmvSegment segment = load_segment<kRows>(args, lane);
-    address = lane < args.num_segments ? args.w_ptr[lane] : 0;
-    const uint32_t before = warp_inclusive_sum(segment.tiles, lane) - segment.tiles;
+    const bool is_there = lane < args.num_segments;
+    const int32_t first = is_there ? args.s_start[lane] : 0, behind = is_there ? args.s_end[lane] : 0;
+    address = is_there ? args.w_ptr[lane] : 0;
+    meanwhile();
+    const SgmvSegment segment = cut_segment<kRows>(args, first, behind);
+    const uint32_t sum = warp_inclusive_sum(segment.tiles, lane), before = sum - segment.tiles;
+    found->tiles = __shfl_sync(0xffffffffu, sum, 31);
     const unsigned owner = __ballot_sync(0xffffffffu, tile - before < segment.tiles);
     if (owner == 0) return false;
     const int from = __ffs(owner) - 1;
@@ -72,18 +90,23 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     end = __shfl_sync(0xffffffffu, segment.end, from);
     address = __shfl_sync(0xffffffffu, address, from);
   } else {
-    constexpr int kEach = 4;  // adjacent segments of a thread: a round covers 1024
+    constexpr int kEach = 4;  // adjacent segments of a thread: a round covers 1024 of them with 256 threads
+    // The address if all segments before are of one tile, asked for with the tables and not after them.
+    const int64_t guess = min(int64_t{tile}, args.num_segments - 1);
+    const int64_t guessed = args.w_ptr[guess];
     if (threadIdx.x == 0) scratch.found = 0;
     uint32_t rest = tile;  // tiles from the first one of this round on
-    bool done = false;
+    bool done = false, is_first = true;
     for (int64_t base = 0; base < args.num_segments && !done; base += kEach * kThreads) {
-      SgmvSegment segments[kEach];
+      int32_t start[kEach], end[kEach];
+      const int64_t first = base + int64_t{threadIdx.x} * kEach;
+      load_entries(args.s_start, first, args.num_segments, start);
+      load_entries(args.s_end, first, args.num_segments, end);
+      if (is_first) meanwhile();
+      is_first = false;
       uint32_t tiles = 0;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        segments[i] = load_segment<kRows>(args, base + int64_t{threadIdx.x} * kEach + i);
-        tiles += segments[i].tiles;
-      }
+      for (int i = 0; i < kEach; ++i) tiles += cut_segment<kRows>(args, start[i], end[i]).tiles;
       const uint32_t sum = warp_inclusive_sum(tiles, lane);
       if (lane == 31) scratch.warp_tiles[warp] = sum;
       __syncthreads();
@@ -94,16 +117,18 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
         all += scratch.warp_tiles[i];
       }
       done = rest < all;
+      found->tiles = args.num_segments <= kEach * kThreads ? all : 0xffffffffu;
       if (done) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          if (rest - before < segments[i].tiles) {
-            scratch.segment = base + int64_t{threadIdx.x} * kEach + i;
-            scratch.row = segments[i].start + int64_t{rest - before} * kRows;
-            scratch.end = segments[i].end;
+          const SgmvSegment segment = cut_segment<kRows>(args, start[i], end[i]);
+          if (rest - before < segment.tiles) {
+            scratch.segment = first + i;
+            scratch.row = segment.start + int64_t{rest - before} * kRows;
+            scratch.end = segment.end;
             scratch.found = 1;
           }
-          before += segments[i].tiles;
+          before += segment.tiles;
         }
       }
       rest -= all;
@@ -113,12 +138,18 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
     if (!done || scratch.found == 0) return false;
     row = scratch.row;
     end = scratch.end;
-    address = args.w_ptr[scratch.segment];
+    address = scratch.segment == guess ? guessed : args.w_ptr[scratch.segment];
   }
   found->row = row;
   found->rows = static_cast<int>(min(end - row, int64_t{kRows}));
   found->w = reinterpret_cast<const T*>(address) + args.w_offset;
   return true;
+}
+
+template <int kRows = kSgmvRows, int kThreads = kSgmvThreads, class T>
+__device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, SgmvScratch<kThreads>& scratch,
+                                          SgmvTile<T>* found) {
+  return find_tile<kRows>(args, tile, scratch, found, [] {});
 }
 
 // Asks for the first lines of the tables: enough for 32 segments.

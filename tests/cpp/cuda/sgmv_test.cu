@@ -17,6 +17,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "punica/cuda.h"
@@ -457,14 +458,31 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
     }
   }
+  // Other shares of a long d_in among blocks.
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const auto [d_in, d_out] :
+         {std::pair{256, 1}, {300, 33}, {776, 24}, {8192, 16}, {8200, 72}, {14336, 200}, {16400, 16}, {16400, 40}}) {
+      failed += !half.run(layout, d_in, d_out);
+      failed += !bfloat16.run(layout, d_in, d_out);
+      shapes += 2;
+    }
+  }
+  // More rows than there are blocks at once, in the tiles that long segments are cut into.
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const int64_t d_out : {16, 40, 64, 200}) {
+      failed += !bfloat16.run(layout, 1024, d_out, {4500, 70, 1, 3000, 64});
+      ++shapes;
+    }
+  }
   // More segments than a block looks at in one round.
   std::vector<int> many;
   for (int i = 0; i < 2600; ++i) many.push_back(i % 5 == 0 ? 0 : i % 97 == 1 ? 70 : 1);
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
     failed += !bfloat16.run(layout, 1024, 16, many);
+    failed += !half.run(layout, 1024, 48, many);
     failed += !bfloat16.run(layout, 16, 520, many);
     failed += !single.run(layout, 64, 16, many);
-    shapes += 3;
+    shapes += 4;
   }
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
     // A large y has a kernel of its own where d_in is small.
