@@ -20,6 +20,7 @@ struct Args {
   int64_t output_stride, input_stride, residual_stride;  // elements between rows
   int64_t rows;
   int64_t columns;
+  float inverse_columns;
   float epsilon;
 };
 
@@ -167,24 +168,35 @@ struct Squares {
   __device__ __forceinline__ float total() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 };
 
-// The sum over the `num_warps` warps of a row, in every thread of them; `partial` is shared memory. All threads of the
-// block call it.
-__device__ __forceinline__ float row_sum(float value, int num_warps, float (&partial)[32]) {
+// Each warp's part of a row's sum, in shared memory.
+struct alignas(16) Partial {
+  float of_warp[32];
+
+  __device__ __forceinline__ float sum_of_four(int first) const {
+    const float4 p = *reinterpret_cast<const float4*>(&of_warp[first]);
+    return (p.x + p.y) + (p.z + p.w);
+  }
+};
+
+// The sum over the `num_warps` warps of a row (1, 4, 8 or more), in every thread of them. All threads of the block call
+// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees.
+__device__ __forceinline__ float row_sum(float value, int num_warps, Partial& partial) {
   value = warp_sum(value);
   if (num_warps == 1) return value;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  if (threadIdx.x % 32 == 0) partial.of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   if (num_warps > 8) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    return warp_sum(lane < num_warps ? partial[lane] : 0.0f);
+    return warp_sum(lane < num_warps ? partial.of_warp[lane] : 0.0f);
   }
-  float sum = partial[0];
-  for (int i = 1; i < num_warps; ++i) sum += partial[i];
-  return sum;
+  const float sum = partial.sum_of_four(0);
+  return num_warps == 4 ? sum : sum + partial.sum_of_four(4);
 }
 
+// Two units in the last place at most from the rounded root (CUDA's bound for rsqrtf): a correctly rounded root and a
+// division cost as much as the sum.
 __device__ __forceinline__ float scale_of(float sum, const Args& args) {
-  return __frsqrt_rn(sum / static_cast<float>(args.columns) + args.epsilon);
+  return rsqrtf(fmaf(sum, args.inverse_columns, args.epsilon));
 }
 
 template <class T>
@@ -212,7 +224,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
     constexpr Access kRows = kStreaming ? Access::kStreaming : Access::kOnce;
     constexpr int kBatch = kChunks < 4 ? kChunks : 4;
     static_assert(kChunks % kBatch == 0);
-    __shared__ float partial[2][32];
+    __shared__ Partial partial[2];
 
     launch_dependents<kArch>();
     const int thread = static_cast<int>(threadIdx.x) % kThreads;
@@ -290,7 +302,7 @@ template <Arch kArch, class T, bool kVector>
 __global__ void __launch_bounds__(1024) rms_norm_in_two_passes(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kSize = Chunk<T>::kSize;
-    __shared__ float partial[2][32];
+    __shared__ Partial partial[2];
 
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();
