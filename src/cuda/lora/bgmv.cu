@@ -69,18 +69,19 @@ int tune(const char* name, int otherwise) {
 constexpr int tune(const char*, int otherwise) { return otherwise; }
 #endif
 
-template <class T, int kRanks, int kChunk>
+template <class T, int kRanks, int kChunk, bool kWhole, bool kRing>
 Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
   args.resident = std::min(args.steps, kChunk);
-  if (args.resident < args.steps) args.group_rows = 1;
+  if (args.resident < args.steps) args.group_rows = 1;  // kRing
   return for_parts(args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits),
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tile_count);
                      shape.block = dim3(32 * kWarps);
                      shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
-                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk>>(shape, part);
+                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(
+                         shape, part);
                    });
 }
 
@@ -111,6 +112,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   int ranks = args.steps <= 2 ? 4 : 2;
   while (ranks > 1 && args.batch * div_up(args.h_out, ranks * tiles) < 128) ranks /= 2;
   ranks = tune("BGMV_R", 0) ? tune("BGMV_R", 0) : ranks;
+  if (args.steps > 2 && ranks == 4) ranks = 2;
   args.group_rows = kGroupRows;
   while (args.group_rows > 1 && args.batch / args.group_rows * div_up(args.h_out, ranks * tiles) < 256) {
     args.group_rows /= 2;
@@ -118,13 +120,18 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   args.group_rows = tune("BGMV_M", args.group_rows);
   if (args.vectors && args.batch > 1 && tune("BGMV_D", 0) == 1) return launch_dense<T, 2, 4>(launcher, args);
   if (args.vectors && args.batch > 1 && tune("BGMV_D", 0) == 2) return launch_dense<T, 4, 4>(launcher, args);
+  const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
   switch (ranks) {
     case 1:
-      return launch_diagonal<T, 1, 8>(launcher, args);
+      return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
+                                      : launch_diagonal<T, 1, 8, false, true>(launcher, args);
     case 2:
-      return launch_diagonal<T, 2, 4>(launcher, args);
+      return !whole            ? launch_diagonal<T, 2, 4, false, true>(launcher, args)
+             : args.steps <= 4 ? launch_diagonal<T, 2, 4, true, false>(launcher, args)
+                               : launch_diagonal<T, 2, 4, true, true>(launcher, args);
     default:
-      return launch_diagonal<T, 4, 2>(launcher, args);
+      return whole ? launch_diagonal<T, 4, 2, true, false>(launcher, args)
+                   : launch_diagonal<T, 4, 2, false, false>(launcher, args);
   }
 }
 

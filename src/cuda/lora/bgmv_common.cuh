@@ -11,17 +11,18 @@ namespace punica::cuda::bgmv {
 #ifdef PUNICA_BGMV_STAMPS
 static __device__ long long* g_stamps;
 static __device__ unsigned long long g_stamp_count;
+static __device__ long long stamp_elements, stamp_r;
 __device__ __forceinline__ long long now() { long long t; asm volatile("mov.u64 %0, %clock64;" : "=l"(t) :: "memory"); return t; }
 #define BGMV_STAMP(i) stamps_[i] = now()
 #define BGMV_STAMP_AT(i) stamps_[i] = now()
-#define BGMV_STAMP_NONE , nullptr
+#define BGMV_STAMP_NONE
 #define BGMV_STAMP_MEMBER long long* stamps_;
 #define BGMV_STAMP_ARG , stamps_
 #define BGMV_STAMP_PARAM , long long* stamps_
 #define BGMV_STAMP_END(i) stamps_[i] = now(); if (threadIdx.x == 0) save_stamps(stamps_, args.layer_offset, args.h_in)
 __device__ __forceinline__ void save_stamps(long long* s, long long layer, int h_in) {
   unsigned sm; asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
-  unsigned long long at = atomicAdd(&g_stamp_count, 1ull);
+  unsigned long long at = (layer / ((long long)max(h_in, 1) * 0 + stamp_elements) * 2 + (h_in == stamp_r)) * 2048 + blockIdx.y * gridDim.x + blockIdx.x;
   if (at < 200000) { long long* to = g_stamps + at * 16; to[0] = sm; to[1] = layer; to[2] = blockIdx.x; to[3] = blockIdx.y; to[4] = h_in; for (int i = 0; i < 8; ++i) to[5 + i] = s[i]; }
 }
 #else

@@ -17,12 +17,24 @@ inline constexpr int kSlices = 8;         // of K in a step, one a column
 inline constexpr int kDiagonalStep = 256;  // elements of K of a warp and step: 8 a lane, in the order of lanes
 // A block's shared memory: this, the weights, what unaligned weights need besides, the sums.
 struct alignas(128) DiagonalShared {
+  uint64_t full;
   BulkGroup group;
 };
+
+// Bytes of a row of aligned weights in shared memory: all of K, or as much as is there at a time.
+__device__ __forceinline__ int diagonal_pitch(const BgmvArgs& args) {
+  return 2 * min(args.h_in, args.resident << args.k_warp_bits << 8);
+}
 
 constexpr size_t diagonal_shared_bytes(int group_rows, int ranks, int warps, int resident) {
   return sizeof(DiagonalShared) + size_t{512 + 16} * resident * ranks * warps +
          sizeof(float) * kSlices * group_rows * ranks * warps;
+}
+
+template <int kRanks, int kWarps>
+__device__ __forceinline__ float* diagonal_sums(const BgmvArgs& args, DiagonalShared& shared) {
+  return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&shared + 1) +
+                                  args.resident * kRanks * kWarps * (512 + 16));
 }
 
 // The 16 aligned bytes at `window`, of which those in [begin, end) are read.
@@ -85,9 +97,6 @@ struct DiagonalWarp {
   __device__ __forceinline__ Words<4>* extra(int step, int rank) const {
     Words<4>* const images = reinterpret_cast<Words<4>*>(&shared + 1) + args.resident * kRanks * kWarps * 32;
     return images + (step * kRanks + rank) * kWarps + static_cast<int>(threadIdx.x / 32);
-  }
-  __device__ __forceinline__ float* sums() const {
-    return reinterpret_cast<float*>(reinterpret_cast<Words<4>*>(&shared + 1) + args.resident * kRanks * kWarps * 33);
   }
   // Element of K of this lane.
   __device__ __forceinline__ int k_of(int step) const {
@@ -163,7 +172,7 @@ struct DiagonalWarp {
   // Adds nothing up yet: the diagonals of this warp go to shared memory.
   __device__ __forceinline__ void store(float (&sum)[2 * kPairs], int row) const {
     const int g = lane / 4, t = lane % 4;
-    float* const to = sums() + (row * kRanks * kWarps + static_cast<int>(threadIdx.x / 32)) * kSlices + g;
+    float* const to = diagonal_sums<kRanks, kWarps>(args, shared) + (row * kRanks * kWarps + static_cast<int>(threadIdx.x / 32)) * kSlices + g;
     if (t == g / 2) {
 #pragma unroll
       for (int q = 0; q < kRanks; ++q) to[q * kWarps * kSlices] = sum[q];
@@ -241,111 +250,112 @@ struct DiagonalOutput {
   }
 };
 
-template <Arch kArch>
-__device__ __forceinline__ void diagonal_wait(const BgmvArgs& args) {
-  if (args.early_reads) {
-    grid_dependency_wait<kArch>();
+// Asks for the first weights of a block, aligned ones, by one warp. Where all of K fits they lie next to each other in
+// memory: one copy.
+template <class T, int kRanks, int kWarps>
+__device__ __forceinline__ void diagonal_start(const BgmvArgs& args, DiagonalShared& shared, int m_block) {
+  const int lane = threadIdx.x % 32;
+  const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
+                     static_cast<int64_t>(m_block) * args.h_in;
+  const int rows = min(args.h_out - m_block, kRanks * kWarps >> args.k_warp_bits);
+  const int pitch = diagonal_pitch(args);
+  unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+  if (lane == 0) barrier_expect(&shared.full, rows * pitch);
+  if (pitch == 2 * args.h_in) {
+    if (lane == 0) bulk_copy(image, w, rows * pitch, &shared.full);
   } else {
-    launch_dependents<kArch>();
+    __syncwarp();
+    if (lane < rows) bulk_copy(image + lane * pitch, w + static_cast<int64_t>(lane) * args.h_in, pitch, &shared.full);
   }
 }
 
-// What a block does once its group is known, with everything aligned. What a warp does from the wait on is what a chain
-// of kernels waits for, with all warps of a multiprocessor at it at once: as few instructions as possible. DiagonalWarp
-// does the same in general. The weights of kChunk steps are in flight or in use at a time; if there are more, the group
-// is one row.
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk>
+// What a block does once its group is known and its first weights are on the way, with everything aligned. What a warp
+// does from the wait on is what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few
+// instructions as possible. DiagonalWarp does the same in general.
+//
+// kWhole: all warps share K, and all their steps are whole. kRing: not all of K may be in shared memory at a time; then
+// the group is one row, and a lane copies the rest itself, step by step, to where it has read.
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
 __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, DiagonalShared& shared,
                                                        int m_block BGMV_STAMP_PARAM) {
   constexpr int kPairs = (kRanks + 1) / 2;
-  constexpr int kPlace = 512 * kWarps;  // bytes from an output's piece to the next one's
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int h_in = args.h_in, steps = args.steps, count = shared.group.count;
-  const int m0 = m_block + (warp >> args.k_warp_bits) * kRanks;
-  const int k_lane = (warp & ((1 << args.k_warp_bits) - 1)) * kDiagonalStep + 8 * lane;
-  const int k_stride = kDiagonalStep << args.k_warp_bits;
-  const uint32_t image = shared_address(&shared + 1) + 16 * threadIdx.x;
-  const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                     static_cast<int64_t>(m0) * h_in + k_lane;
-  const int outputs = args.h_out - m0;
-  const auto start_step = [&](int i, int step) {
-    const T* from = w + static_cast<int64_t>(step) * k_stride;
-    const bool inside = k_lane + step * k_stride < h_in;
-#pragma unroll
-    for (int q = 0; q < kRanks; ++q) {
-      const int bytes = inside && q < outputs ? 16 : 0;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(image + (i * kRanks + q) * kPlace), "l"(from),
-                   "r"(bytes)
-                   : "memory");
-      from += h_in;
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (i < steps) start_step(i, i);
-    copy_commit();
-  }
+  const int k_warp_bits = kWhole ? 3 : args.k_warp_bits;
+  static_assert(kWarps == 8);
+  const int k_lane = (warp & ((1 << k_warp_bits) - 1)) * kDiagonalStep + 8 * lane;
+  const int stride = kDiagonalStep << k_warp_bits;
+  const auto inside = [&](int step) { return kWhole ? step < steps : k_lane + step * stride < h_in; };
+  const int pitch = diagonal_pitch(args);
+  const uint32_t image =
+      shared_address(&shared + 1) + (kWhole ? 0 : (warp >> k_warp_bits) * kRanks * pitch) + 2 * k_lane;
   const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
   const T* x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
-  float* const sums =
-      reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&shared + 1) + args.resident * kRanks * kPlace);
+  float* const sums = diagonal_sums<kRanks, kWarps>(args, shared);
   float* to = sums + (t == g / 2 ? warp * kSlices + g : 0);
-  const auto load_x = [&](const T* row, int step) {
-    return load_if(k_lane + step * k_stride < h_in, row + static_cast<int64_t>(step) * k_stride);
-  };
   BGMV_STAMP_AT(2);
-  diagonal_wait<kArch>(args);
+  if (args.early_reads) grid_dependency_wait<kArch>();
   BGMV_STAMP_AT(3);
+
   Words<4> xs[kChunk];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) xs[i] = load_x(x, i);
+  for (int i = 0; i < kChunk; ++i) xs[i] = load_if(inside(i), x + i * stride);
   T y_before = from_float<T>(0.0f);
   if (output.stores) y_before = *output.y;
-  __syncwarp();  // keeps the loads before the wait for the weights
+  barrier_wait<false>(&shared.full, 0);
   BGMV_STAMP_AT(4);
-  const bool odd = g % 2 != 0;
 #pragma unroll 1
   for (int row = 1;; ++row) {
     const bool last = row == count;
-    const T* next = x;
-    if (!last) next = static_cast<const T*>(args.x) + shared.group.rows[row] * args.x_stride + k_lane;
+    if (!last) x = static_cast<const T*>(args.x) + shared.group.rows[row] * args.x_stride + k_lane;
     float sum[2 * kPairs] = {};
 #pragma unroll 1
-    for (int begin = 0; begin < steps; begin += kChunk) {
+    for (int begin = 0; begin < (kRing ? steps : 1); begin += kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if (i == 0 || begin + i < steps) {
-          copy_wait<kChunk - 1>();
-          Words<4> a[2 * kPairs];
+        if (i > 0 && begin + i >= steps) break;
+        if (kRing && begin > 0) copy_wait<kChunk - 1>();
+        Words<4> a[2 * kPairs];
 #pragma unroll
-          for (int q = 0; q < 2 * kPairs; ++q) {
-            a[q] = Words<4>{};
-            if (q < kRanks) {
-              asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                           : "=r"(a[q].values[0]), "=r"(a[q].values[1]), "=r"(a[q].values[2]), "=r"(a[q].values[3])
-                           : "r"(image + (i * kRanks + q) * kPlace)
-                           : "memory");
+        for (int q = 0; q < 2 * kPairs; ++q) {
+          if (!kWhole || q >= kRanks) a[q] = Words<4>{};
+          if (q < kRanks && (kWhole || inside(begin + i))) {
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(a[q].values[0]), "=r"(a[q].values[1]), "=r"(a[q].values[2]), "=r"(a[q].values[3])
+                         : "r"(image + q * pitch + 2 * i * stride)
+                         : "memory");
+          }
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          float product[4];
+          step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], xs[i]);
+          sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
+          sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+        }
+        // What has this place next.
+        if (kRing && steps > kChunk) {
+          const int step = begin + kChunk + i;
+          if (inside(step)) {
+            const T* w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
+                         static_cast<int64_t>(m_block) * h_in + k_lane + step * stride;
+#pragma unroll
+            for (int q = 0; q < kRanks; ++q) {
+              if (m_block + q < args.h_out) {
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + q * pitch + 2 * i * stride),
+                             "l"(w)
+                             : "memory");
+              }
+              w += h_in;
             }
           }
-#pragma unroll
-          for (int p = 0; p < kPairs; ++p) {
-            float product[4];
-            step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], xs[i]);
-            sum[2 * p] += odd ? product[1] : product[0];
-            sum[2 * p + 1] += odd ? product[3] : product[2];
-          }
-          // What has this place next.
-          if (begin + kChunk < steps) {
-            start_step(i, begin + kChunk + i);
-            xs[i] = load_x(x, begin + kChunk + i);
-          } else if (!last) {
-            xs[i] = load_x(next, i);
-          }
+          xs[i] = load_if(inside(step), x + step * stride);
           copy_commit();
+        } else if (!last) {
+          xs[i] = load_if(inside(i), x + i * stride);
         }
       }
     }
-    x = next;
     if (t == g / 2) {
 #pragma unroll
       for (int q = 0; q < kRanks; ++q) to[q * kWarps * kSlices] = sum[q];
@@ -372,16 +382,22 @@ __device__ __noinline__ void diagonal_block_general(const BgmvArgs& args, Diagon
                                              min(args.h_out - m0, kRanks),
                                              warp & (k_warps - 1),
                                              static_cast<int>(threadIdx.x % 32)};
-  work.run([&] { diagonal_wait<kArch>(args); });
+  work.run([&] {
+    if (args.early_reads) grid_dependency_wait<kArch>();
+  });
   __syncthreads();
   const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
   const T y_before = output.stores ? *output.y : from_float<T>(0.0f);
-  output.add(args, work.sums(), shared.group.count, y_before);
+  output.add(args, diagonal_sums<kRanks, kWarps>(args, shared), shared.group.count, y_before);
+}
+
+__device__ __forceinline__ bool diagonal_aligned(const BgmvArgs& args, const DiagonalShared& shared) {
+  return args.vectors && (shared.group.weights + 2 * args.layer_offset) % 16 == 0;
 }
 
 // Grid: (rows, blocks that share the outputs).
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 4 : 6) bgmv_diagonal_kernel(
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
+__global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
     const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
@@ -409,15 +425,24 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 4 : 6) bgmv_diagona
       }
     }
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group, [] {});
+    if (warp == 0) {
+      find_group_by_warp(args, block, &shared.group, [&] {
+        if (lane == 0) {
+          barrier_init(&shared.full, 1);
+          barrier_init_fence();
+        }
+      });
+      if (shared.group.count > 0 && diagonal_aligned(args, shared)) {
+        diagonal_start<T, kRanks, kWarps>(args, shared, m_block);
+      }
+    }
+    if (!args.early_reads) launch_dependents<kArch>();
     __syncthreads();
     BGMV_STAMP(1);
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
-      return;
-    }
-    if (args.vectors && (shared.group.weights + 2 * args.layer_offset) % 16 == 0) {
-      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk>(args, shared, m_block BGMV_STAMP_ARG);
+    } else if (diagonal_aligned(args, shared)) {
+      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m_block BGMV_STAMP_ARG);
     } else {
       diagonal_block_general<kArch, T, kRanks, kWarps>(args, shared, m_block);
     }
