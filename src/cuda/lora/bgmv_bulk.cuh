@@ -38,11 +38,10 @@ struct BlockRow {
   }
 };
 
-// The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp. `meanwhile` is called
-// while the loads are on their way.
-template <int kWords, class Meanwhile>
+// The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp.
+template <int kWords>
 __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockRow& block, int64_t run, int n,
-                                              BulkGroup* group, Meanwhile meanwhile) {
+                                              BulkGroup* group) {
   const int lane = threadIdx.x % 32;
   const int64_t* const indices = args.indices + run;
   const int64_t index = args.one_adapter ? 0 : args.indices[block.b];
@@ -53,7 +52,6 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
   for (int i = 0; i < kWords; ++i) addresses[i] = 32 * i + lane < args.num_adapters ? args.w_ptr[32 * i + lane] : 0;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) mine[i] = 32 * i + lane < n ? indices[32 * i + lane] : -1;
-  meanwhile();
   int count = 0;
   if (index >= 0 && index < args.num_adapters) {
     int64_t weights;
@@ -107,17 +105,15 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
 }
 
 // By the whole of one warp; groups have up to args.group_rows rows, a power of two. On return the warp sees `group`.
-template <class Meanwhile>
-__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group,
-                                                   Meanwhile meanwhile) {
+__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group) {
   const int64_t run = block.b & ~int64_t{kScanRows - 1};
   const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
   if (n <= 32) {
-    find_group_in<1>(args, block, run, n, group, meanwhile);
+    find_group_in<1>(args, block, run, n, group);
   } else if (n <= 64) {
-    find_group_in<2>(args, block, run, n, group, meanwhile);
+    find_group_in<2>(args, block, run, n, group);
   } else {
-    find_group_in<4>(args, block, run, n, group, meanwhile);
+    find_group_in<4>(args, block, run, n, group);
   }
 }
 

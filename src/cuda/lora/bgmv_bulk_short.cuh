@@ -319,14 +319,15 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
         }
       }
     }
+    // Before any load: the fence waits for those.
+    if (threadIdx.x == 0) {
+      barrier_init(&shared.full, 1);
+      barrier_init_fence();
+    }
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) {
-      find_group_by_warp(args, block, &shared.group, [&] {
-        if (lane == 0) {
-          barrier_init(&shared.full, 1);
-          barrier_init_fence();
-        }
-      });
+      __syncwarp();
+      find_group_by_warp(args, block, &shared.group);
       if (shared.group.count > 0) {
         const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
         unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);

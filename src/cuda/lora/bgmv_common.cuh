@@ -23,7 +23,7 @@ __device__ __forceinline__ long long now() { long long t; asm volatile("mov.u64 
 __device__ __forceinline__ void save_stamps(long long* s, long long layer, int h_in) {
   unsigned sm; asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
   unsigned long long at = (layer / ((long long)max(h_in, 1) * 0 + stamp_elements) * 2 + (h_in == stamp_r)) * 2048 + blockIdx.y * gridDim.x + blockIdx.x;
-  if (at < 200000) { long long* to = g_stamps + at * 16; to[0] = sm; to[1] = layer; to[2] = blockIdx.x; to[3] = blockIdx.y; to[4] = h_in; for (int i = 0; i < 8; ++i) to[5 + i] = s[i]; }
+  if (at < 200000) { long long* to = g_stamps + at * 16; to[0] = sm; to[1] = layer; to[2] = blockIdx.x; to[3] = blockIdx.y; to[4] = h_in; for (int i = 0; i < 8; ++i) to[5 + i] = s[i]; long long g; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(g) :: "memory"); to[13] = g - (now() - s[7]) / 2; }
 }
 #else
 #define BGMV_STAMP(i)

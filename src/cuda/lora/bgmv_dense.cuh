@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
     const int m_block =
         (args.first_tile + static_cast<int>(blockIdx.y)) * (Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group, [] {});
+    if (warp == 0) find_group_by_warp(args, block, &shared.group);
     if (!args.early_reads) launch_dependents<kArch>();
     __syncthreads();
     const int count = shared.group.count;

@@ -424,14 +424,15 @@ __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
         }
       }
     }
+    // Before any load: the fence waits for those.
+    if (threadIdx.x == 0) {
+      barrier_init(&shared.full, 1);
+      barrier_init_fence();
+    }
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) {
-      find_group_by_warp(args, block, &shared.group, [&] {
-        if (lane == 0) {
-          barrier_init(&shared.full, 1);
-          barrier_init_fence();
-        }
-      });
+      __syncwarp();
+      find_group_by_warp(args, block, &shared.group);
       if (shared.group.count > 0 && diagonal_aligned(args, shared)) {
         diagonal_start<T, kRanks, kWarps>(args, shared, m_block);
       }
