@@ -49,7 +49,7 @@ Status for_parts(BgmvArgs args, int64_t tiles, Launch launch) {
 }
 
 // Blocks below which there is room to spare: two of them a multiprocessor. Nothing that depends on it changes bits.
-constexpr int64_t kFewBlocks = 264;
+constexpr int64_t kFewBlocks = 256;
 
 // ---- sm_90 ---------------------------------------------------------------------------------------------------------
 
@@ -85,9 +85,20 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
                    });
 }
 
-template <class T, int kOut, int kRow>
+// Whether bgmv_dense_kernel takes less time, by measured times. Both take it in proportion to K, the one for every wave
+// of tiles, the other for every row and four outputs that a multiprocessor has.
+bool prefer_dense(const BgmvArgs& args) {
+  if (!args.one_adapter || !args.vectors) return false;
+  using Tile = DenseTile<kDenseOut, kDenseRow>;
+  const int64_t tiles = div_up(args.batch, Tile::kRows) *
+                        div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
+  const int64_t diagonal = args.batch * div_up(args.h_out, 4 * kDenseWarps >> args.k_warp_bits);
+  return 6.0 * static_cast<double>(div_up(tiles, 132)) < 1.75 / 528 * static_cast<double>(diagonal);
+}
+
+template <class T>
 Status launch_dense(const Launcher& launcher, BgmvArgs args) {
-  using Tile = DenseTile<kOut, kRow>;
+  using Tile = DenseTile<kDenseOut, kDenseRow>;
   args.group_rows = Tile::kRows;
   return for_parts(args, div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits),
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
@@ -95,7 +106,7 @@ Status launch_dense(const Launcher& launcher, BgmvArgs args) {
                      shape.grid = dim3(row_blocks(part, rows), tile_count);
                      shape.block = dim3(kDenseThreads);
                      shape.shared_bytes = Tile::kSharedBytes;
-                     return launcher.launch<bgmv_dense_kernel<Arch::kSm90, T, kOut, kRow>>(shape, part);
+                     return launcher.launch<bgmv_dense_kernel<Arch::kSm90, T, kDenseOut, kDenseRow>>(shape, part);
                    });
 }
 
@@ -118,8 +129,9 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
     args.group_rows /= 2;
   }
   args.group_rows = tune("BGMV_M", args.group_rows);
-  if (args.vectors && args.batch > 1 && tune("BGMV_D", 0) == 1) return launch_dense<T, 2, 4>(launcher, args);
-  if (args.vectors && args.batch > 1 && tune("BGMV_D", 0) == 2) return launch_dense<T, 4, 4>(launcher, args);
+  if (tune("BGMV_D", 2) == 1 ? args.vectors && args.batch > 1 : tune("BGMV_D", 2) == 2 && prefer_dense(args)) {
+    return launch_dense<T>(launcher, args);
+  }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
   switch (ranks) {
     case 1:
@@ -157,8 +169,9 @@ template <class T, int kSteps>
 Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   // As many outputs a block as make 16 KiB of weights; fewer where the batch is small.
   int rounds = kBulkRounds<kSteps>;
+  const int64_t groups = args.one_adapter ? div_up(args.batch, kGroupRows) : args.batch;
   while (rounds > 1 && (rounds * kBlockRoundRows * args.h_in > 8192 ||
-                        args.batch * div_up(args.h_out, rounds * kBlockRoundRows) < kFewBlocks)) {
+                        groups * div_up(args.h_out, rounds * kBlockRoundRows) < kFewBlocks)) {
     rounds /= 2;
   }
   rounds = std::min(tune("BGMV_ER", rounds), kBulkRounds<kSteps>);

@@ -1,16 +1,17 @@
 // dispatch_bgmv of float16 and bfloat16 where h_in is long (shrink) and many rows share an adapter, on sm_90: the sums of
 // bgmv_diagonal.cuh, term by term, with every element of the tensor-core product in use.
 //
-// A warp takes a tile of outputs and rows and one of the shares of K. Of that it takes slice after slice (the rows of a
-// diagonal there), so that no more than one slice's sums are open at a time. Its operands come to it through a ring in
-// shared memory that no other warp looks at, each lane's by that lane: nothing waits but for copies, until the warps'
-// sums meet.
+// A warp takes a tile of outputs and rows and one of the shares of K. Of that it takes two neighbouring slices after the
+// other two (slices are the rows of a diagonal there), so that the sums of no more are open at a time. Its operands, 128
+// bytes of a row at a time, come to it through a ring in shared memory that no other warp looks at: nothing waits but for
+// copies, until the warps' sums meet.
 #pragma once
 
 #include "src/cuda/lora/bgmv_diagonal.cuh"
 
 namespace punica::cuda::bgmv {
 
+inline constexpr int kDenseOut = 2, kDenseRow = 4;  // of a warp's tile, see there
 inline constexpr int kDenseThreads = 256;
 inline constexpr int kDenseWarps = kDenseThreads / 32;
 
@@ -18,11 +19,12 @@ inline constexpr int kDenseWarps = kDenseThreads / 32;
 template <int kOut, int kRow>
 struct DenseTile {
   static constexpr int kOutputs = 16 * kOut, kRows = 8 * kRow;
-  static constexpr int kPieces = 2 * kOut + kRow;  // of 16 bytes, of a lane and unit
-  static constexpr int kStages = (192 << 10) / (kPieces * 16 * kDenseThreads);
+  static constexpr int kLines = kOutputs + kRows;  // of 128 bytes, of a warp and unit
+  static constexpr int kStageBytes = 128 * kLines * kDenseWarps;
+  static constexpr int kStages = (192 << 10) / kStageBytes;
   static constexpr int kPitch = kOutputs + 4;  // floats; of the sums of a row
   static constexpr size_t kSharedBytes =
-      sizeof(DiagonalShared) + std::max(kStages * kPieces * 16 * kDenseThreads, kDenseWarps * kRows * kPitch * 4);
+      sizeof(DiagonalShared) + std::max(kStages * kStageBytes, kDenseWarps * kRows * kPitch * 4);
 };
 
 // Grid: (rows, blocks that share the outputs).
@@ -30,7 +32,7 @@ template <Arch kArch, class T, int kOut, int kRow>
 __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     using Tile = DenseTile<kOut, kRow>;
-    constexpr int kStages = Tile::kStages, kPieces = Tile::kPieces;
+    constexpr int kStages = Tile::kStages;
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(bulk_shared);
@@ -53,28 +55,35 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
     const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0;
     const int m0 = m_block + (warp >> args.k_warp_bits) * Tile::kOutputs;
     const int outputs = args.h_out - m0;
-    const T* const w_lane = w + static_cast<int64_t>(m0 + g) * h_in;
-    const T* x_lane[kRow];
+    // A copy of a warp takes four rows; this lane's part of it.
+    const int copy_row = lane / 8, copy_piece = lane % 8;
+    const T* const w_lane = w + static_cast<int64_t>(m0 + copy_row) * h_in;
+    const T* x_lane[2 * kRow];
 #pragma unroll
-    for (int n = 0; n < kRow; ++n) {
-      const int row = 8 * n + g;
-      x_lane[n] = static_cast<const T*>(args.x) + shared.group.rows[row < count ? row : 0] * args.x_stride;
+    for (int i = 0; i < 2 * kRow; ++i) {
+      const int row = 4 * i + copy_row;
+      x_lane[i] = static_cast<const T*>(args.x) + shared.group.rows[row < count ? row : 0] * args.x_stride;
     }
-    // A unit: of a slice, what lies in one step. Slice after slice; this lane's first element of K.
-    const int units = kSlices * args.steps;
-    const auto k_of = [&](int slice, int step) {
-      return (((step << args.k_warp_bits) + (warp & (k_warps - 1))) * kSlices + slice) * 32 + 8 * t;
+    // A unit: of two slices, what lies in one step. This lane's first element of K.
+    constexpr int kPairs = kSlices / 2;
+    const auto k_of = [&](int pair, int step) {
+      return ((step << args.k_warp_bits) + (warp & (k_warps - 1))) * kDiagonalStep + 64 * pair + 8 * copy_piece;
     };
-    Words<4>* const places = reinterpret_cast<Words<4>*>(&shared + 1) + tid;
-    int copy_slice = 0, copy_step = 0, copy_stage = 0;
+    // Odd rows have their halves exchanged, so that the eight lanes of an access, two rows of 64 bytes, meet no conflict.
+    unsigned char* const lines = reinterpret_cast<unsigned char*>(&shared + 1) + 128 * Tile::kLines * warp;
+    unsigned char* const copy_to = lines + 128 * copy_row + 16 * (copy_piece ^ (copy_row % 2 * 4));
+    const unsigned char* const read_from = lines + 128 * g;
+    const auto place = [&](int stage, int line) {
+      return reinterpret_cast<Words<4>*>(copy_to + stage * Tile::kStageBytes + 128 * line);
+    };
+    int copy_pair = 0, copy_step = 0, copy_stage = 0;
     const auto start_w = [&](int k, int stage) {
 #pragma unroll
-      for (int i = 0; i < 2 * kOut; ++i) {
-        Words<4>* const to = places + (stage * kPieces + i) * kDenseThreads;
-        const T* const from = w_lane + static_cast<int64_t>(8 * i) * h_in + k;
-        const bool valid = k < h_in && 8 * i + g < outputs;
+      for (int i = 0; i < 4 * kOut; ++i) {
+        const T* const from = w_lane + static_cast<int64_t>(4 * i) * h_in + k;
+        const bool valid = k < h_in && 4 * i + copy_row < outputs;
         if (aligned) {
-          start_copy<4>(to, from, valid);
+          start_copy<4>(place(stage, 4 * i), from, valid);
         } else {
           Words<4> piece = {};
           if (valid) {
@@ -83,27 +92,26 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
             piece = shift_windows(load_window(window, begin, begin + 16), load_window(window + 16, begin, begin + 16),
                                   static_cast<int>(begin & 15), 8);
           }
-          *to = piece;
+          *place(stage, 4 * i) = piece;
         }
       }
     };
     const auto start_x = [&](int k, int stage) {
 #pragma unroll
-      for (int n = 0; n < kRow; ++n) {
-        start_copy<4>(places + (stage * kPieces + 2 * kOut + n) * kDenseThreads, x_lane[n] + k,
-                      k < h_in && 8 * n + g < count);
+      for (int i = 0; i < 2 * kRow; ++i) {
+        start_copy<4>(place(stage, Tile::kOutputs + 4 * i), x_lane[i] + k, k < h_in && 4 * i + copy_row < count);
       }
     };
     const auto advance = [&] {
       copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
       if (++copy_step == args.steps) {
         copy_step = 0;
-        ++copy_slice;
+        ++copy_pair;
       }
     };
     const auto start_unit = [&] {
-      if (copy_slice < kSlices) {
-        const int k = k_of(copy_slice, copy_step);
+      if (copy_pair < kPairs) {
+        const int k = k_of(copy_pair, copy_step);
         start_w(k, copy_stage);
         start_x(k, copy_stage);
         advance();
@@ -111,7 +119,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
       copy_commit();
     };
     if (args.early_reads) {
-      for (int i = 0; i < min(kStages - 1, units); ++i) start_w(k_of(i / args.steps, i % args.steps), i);
+      const int units = min(kStages - 1, kPairs * args.steps);
+      for (int i = 0; i < units; ++i) start_w(k_of(i / args.steps, i % args.steps), i);
       grid_dependency_wait<kArch>();
       for (int i = 0; i < kStages - 1; ++i) {
         if (i < units) {
@@ -124,37 +133,46 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
       for (int i = 0; i < kStages - 1; ++i) start_unit();
     }
 
-    float total[kOut][kRow][4], sum[kOut][kRow][4];
+    float total[kOut][kRow][4], sum[2][kOut][kRow][4];
     int stage = 0;
 #pragma unroll 1
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-      for (int i = 0; i < kOut * kRow * 4; ++i) sum[i / 4 / kRow][i / 4 % kRow][i % 4] = 0;
+      for (int i = 0; i < kOut * kRow * 4; ++i) {
+        sum[0][i / 4 / kRow][i / 4 % kRow][i % 4] = sum[1][i / 4 / kRow][i / 4 % kRow][i % 4] = 0;
+      }
 #pragma unroll 1
       for (int step = 0; step < args.steps; ++step) {
         copy_wait<kStages - 2>();
-        Words<4> a[2 * kOut];
+        __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 2 * kOut; ++i) a[i] = read_copy(places + (stage * kPieces + i) * kDenseThreads);
+        for (int slice = 0; slice < 2; ++slice) {
+          const unsigned char* const from = read_from + stage * Tile::kStageBytes + 16 * ((4 * slice + t) ^ (g % 2 * 4));
+          Words<4> a[2 * kOut];
 #pragma unroll
-        for (int n = 0; n < kRow; ++n) {
-          const Words<4> x = read_copy(places + (stage * kPieces + 2 * kOut + n) * kDenseThreads);
+          for (int i = 0; i < 2 * kOut; ++i) a[i] = read_copy(reinterpret_cast<const Words<4>*>(from + 128 * 8 * i));
 #pragma unroll
-          for (int m = 0; m < kOut; ++m) {
-            float product[1][4] = {};
-            step_product<T>(product, a[2 * m], a[2 * m + 1], x);
+          for (int n = 0; n < kRow; ++n) {
+            const Words<4> x = read_copy(reinterpret_cast<const Words<4>*>(from + 128 * (Tile::kOutputs + 8 * n)));
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[m][n][e] += product[0][e];
+            for (int m = 0; m < kOut; ++m) {
+              float product[4];
+              step_product_from_zero<T>(product, a[2 * m], a[2 * m + 1], x);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sum[slice][m][n][e] += product[e];
+            }
           }
         }
+        __syncwarp();  // all lanes have read
         stage = stage + 1 == kStages ? 0 : stage + 1;
         start_unit();
       }
 #pragma unroll
       for (int i = 0; i < kOut * kRow * 4; ++i) {
         float& to = total[i / 4 / kRow][i / 4 % kRow][i % 4];
-        const float of_slice = sum[i / 4 / kRow][i / 4 % kRow][i % 4];
-        to = slice == 0 ? of_slice : to + of_slice;
+        const float first = sum[0][i / 4 / kRow][i / 4 % kRow][i % 4];
+        to = pair == 0 ? first : to + first;
+        to += sum[1][i / 4 / kRow][i / 4 % kRow][i % 4];
       }
     }
 
