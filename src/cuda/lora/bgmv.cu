@@ -69,7 +69,7 @@ int tune(const char* name, int otherwise) {
 constexpr int tune(const char*, int otherwise) { return otherwise; }
 #endif
 
-template <class T, int kRanks, int kChunk, bool kWhole, bool kRing>
+template <class T, int kRanks, int kChunk, bool kWhole, bool kRing, bool kBulk>
 Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
   args.resident = std::min(args.steps, kChunk);
@@ -80,7 +80,7 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
                      shape.grid = dim3(row_blocks(part, rows), tile_count);
                      shape.block = dim3(32 * kWarps);
                      shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
-                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(
+                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, kBulk>>(
                          shape, part);
                    });
 }
@@ -133,17 +133,19 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
     return launch_dense<T>(launcher, args);
   }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  const bool bulk = tune("BGMV_T", 1) == 1;
   switch (ranks) {
     case 1:
-      return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
-                                      : launch_diagonal<T, 1, 8, false, true>(launcher, args);
+      return !whole || args.steps > 8 ? launch_diagonal<T, 1, 8, false, true, true>(launcher, args)
+             : bulk                   ? launch_diagonal<T, 1, 8, true, false, true>(launcher, args)
+                                      : launch_diagonal<T, 1, 8, true, false, false>(launcher, args);
     case 2:
-      return !whole            ? launch_diagonal<T, 2, 4, false, true>(launcher, args)
-             : args.steps <= 4 ? launch_diagonal<T, 2, 4, true, false>(launcher, args)
-                               : launch_diagonal<T, 2, 4, true, true>(launcher, args);
+      return !whole            ? launch_diagonal<T, 2, 4, false, true, true>(launcher, args)
+             : args.steps <= 4 ? (bulk ? launch_diagonal<T, 2, 4, true, false, true>(launcher, args) : launch_diagonal<T, 2, 4, true, false, false>(launcher, args))
+                               : (bulk ? launch_diagonal<T, 2, 4, true, true, true>(launcher, args) : launch_diagonal<T, 2, 4, true, true, false>(launcher, args));
     default:
-      return whole ? launch_diagonal<T, 4, 2, true, false>(launcher, args)
-                   : launch_diagonal<T, 4, 2, false, false>(launcher, args);
+      return !whole ? launch_diagonal<T, 4, 2, false, false, true>(launcher, args)
+             : bulk ? launch_diagonal<T, 4, 2, true, false, true>(launcher, args) : launch_diagonal<T, 4, 2, true, false, false>(launcher, args);
   }
 }
 

@@ -319,38 +319,38 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
         }
       }
     }
-    // Before any load: the fence waits for those.
-    if (threadIdx.x == 0) {
+    if (!args.early_reads) grid_dependency_wait<kArch>();
+    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    // By another warp, for the fence takes as long as a load.
+    if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
       barrier_init_fence();
     }
-    if (!args.early_reads) grid_dependency_wait<kArch>();
+    __syncthreads();
+    if (shared.group.count == 0) {
+      if (args.early_reads) grid_dependency_wait<kArch>();
+      return;
+    }
     if (warp == 0) {
-      __syncwarp();
-      find_group_by_warp(args, block, &shared.group);
-      if (shared.group.count > 0) {
-        const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-        unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-        const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
-        if (lane == 0) {
-          barrier_expect(&shared.full, run.whole);
-          run.copy_whole(image, &shared.full);
-        }
-        if (run.head + run.tail > 0 && lane < 8) run.copy_edges(image, lane);
+      const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
+      unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+      const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
+      if (lane == 0) {
+        barrier_expect(&shared.full, run.whole);
+        run.copy_whole(image, &shared.full);
+      }
+      if (run.head + run.tail > 0) {
+        if (lane < 8) run.copy_edges(image, lane);
       }
     }
     if (!args.early_reads) launch_dependents<kArch>();
-    __syncthreads();  // the group, the barrier, what the first warp copied itself
     BGMV_STAMP(1);
     BGMV_STAMP(2);
     const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
     const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
+    if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
     const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
     const int count = shared.group.count;
-    if (count == 0) {
-      if (args.early_reads) grid_dependency_wait<kArch>();
-      return;
-    }
     if (vectors && count <= 2 && (args.wide_y || kRounds == 1)) {
       bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
     } else if (vectors && count > 2) {

@@ -269,13 +269,22 @@ __device__ __forceinline__ void diagonal_start(const BgmvArgs& args, DiagonalSha
   }
 }
 
+// copy_wait() for a number that is known when loops are unrolled.
+__device__ __forceinline__ void copy_wait_first(int pending) {
+  if (pending == 0) copy_wait<0>();
+  if (pending == 1) copy_wait<1>();
+  if (pending == 2) copy_wait<2>();
+  if (pending == 3) copy_wait<3>();
+  if (pending >= 4) copy_wait<4>();
+}
+
 // What a block does once its group is known and its first weights are on the way, with everything aligned. What a warp
 // does from the wait on is what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few
 // instructions as possible. DiagonalWarp does the same in general.
 //
 // kWhole: all warps share K, and all their steps are whole. kRing: not all of K may be in shared memory at a time; then
 // the group is one row, and a lane copies the rest itself, step by step, to where it has read.
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing, bool kBulk>
 __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, DiagonalShared& shared,
                                                        int m_block BGMV_STAMP_PARAM) {
   constexpr int kPairs = (kRanks + 1) / 2;
@@ -289,6 +298,25 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
   const int pitch = diagonal_pitch(args);
   const uint32_t image =
       shared_address(&shared + 1) + (kWhole ? 0 : (warp >> k_warp_bits) * kRanks * pitch) + 2 * k_lane;
+  const auto start_step = [&](int i, int step) {
+    if (inside(step)) {
+      const T* w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
+                   static_cast<int64_t>(m_block) * h_in + k_lane + step * stride;
+#pragma unroll
+      for (int q = 0; q < kRanks; ++q) {
+        if (m_block + q < args.h_out) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + q * pitch + 2 * i * stride), "l"(w)
+                       : "memory");
+        }
+        w += h_in;
+      }
+    }
+    copy_commit();
+  };
+  if constexpr (!kBulk) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) start_step(i, i);
+  }
   const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
   const T* x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
   float* const sums = diagonal_sums<kRanks, kWarps>(args, shared);
@@ -302,7 +330,11 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
   for (int i = 0; i < kChunk; ++i) xs[i] = load_if(inside(i), x + i * stride);
   T y_before = from_float<T>(0.0f);
   if (output.stores) y_before = *output.y;
-  barrier_wait<false>(&shared.full, 0);
+  if constexpr (kBulk) {
+    barrier_wait<false>(&shared.full, 0);
+  } else {
+    __syncwarp();  // keeps the loads before the wait for the weights
+  }
   BGMV_STAMP_AT(4);
 #pragma unroll 1
   for (int row = 1;; ++row) {
@@ -314,7 +346,13 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if (i > 0 && begin + i >= steps) break;
-        if (kRing && begin > 0) copy_wait<kChunk - 1>();
+        if constexpr (kBulk) {
+          if (kRing && begin > 0) copy_wait<kChunk - 1>();
+        } else if (kRing) {
+          copy_wait<kChunk - 1>();
+        } else if (row == 1) {
+          copy_wait_first(kChunk - 1 - i);
+        }
         Words<4> a[2 * kPairs];
 #pragma unroll
         for (int q = 0; q < 2 * kPairs; ++q) {
@@ -336,21 +374,8 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
         // What has this place next.
         if (kRing && steps > kChunk) {
           const int step = begin + kChunk + i;
-          if (inside(step)) {
-            const T* w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                         static_cast<int64_t>(m_block) * h_in + k_lane + step * stride;
-#pragma unroll
-            for (int q = 0; q < kRanks; ++q) {
-              if (m_block + q < args.h_out) {
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + q * pitch + 2 * i * stride),
-                             "l"(w)
-                             : "memory");
-              }
-              w += h_in;
-            }
-          }
+          start_step(i, step);
           xs[i] = load_if(inside(step), x + step * stride);
-          copy_commit();
         } else if (!last) {
           xs[i] = load_if(inside(i), x + i * stride);
         }
@@ -396,7 +421,7 @@ __device__ __forceinline__ bool diagonal_aligned(const BgmvArgs& args, const Dia
 }
 
 // Grid: (rows, blocks that share the outputs).
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing, bool kBulk>
 __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
     const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
@@ -424,26 +449,23 @@ __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
         }
       }
     }
-    // Before any load: the fence waits for those.
-    if (threadIdx.x == 0) {
+    if (!args.early_reads) grid_dependency_wait<kArch>();
+    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    // By another warp, for the fence takes as long as a load.
+    if (kBulk && threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
       barrier_init_fence();
     }
-    if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) {
-      __syncwarp();
-      find_group_by_warp(args, block, &shared.group);
-      if (shared.group.count > 0 && diagonal_aligned(args, shared)) {
-        diagonal_start<T, kRanks, kWarps>(args, shared, m_block);
-      }
+    __syncthreads();
+    if (kBulk && warp == 0 && shared.group.count > 0 && diagonal_aligned(args, shared)) {
+      diagonal_start<T, kRanks, kWarps>(args, shared, m_block);
     }
     if (!args.early_reads) launch_dependents<kArch>();
-    __syncthreads();
     BGMV_STAMP(1);
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
     } else if (diagonal_aligned(args, shared)) {
-      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m_block BGMV_STAMP_ARG);
+      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing, kBulk>(args, shared, m_block BGMV_STAMP_ARG);
     } else {
       diagonal_block_general<kArch, T, kRanks, kWarps>(args, shared, m_block);
     }
