@@ -172,11 +172,14 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   // As many outputs a block as make 16 KiB of weights; fewer where the batch is small.
   int rounds = kBulkRounds<kSteps>;
   const int64_t groups = args.one_adapter ? div_up(args.batch, kGroupRows) : args.batch;
-  while (rounds > 1 && (rounds * kBlockRoundRows * args.h_in > 8192 ||
+  while (rounds > 1 && (rounds * kBlockRoundRows * args.h_in > tune("BGMV_EL", 8192) ||
                         groups * div_up(args.h_out, rounds * kBlockRoundRows) < kFewBlocks)) {
     rounds /= 2;
   }
   rounds = std::min(tune("BGMV_ER", rounds), kBulkRounds<kSteps>);
+  if constexpr (kBulkRounds<kSteps> >= 8) {
+    if (rounds == 8) return launch_bulk_short<T, kSteps, 8>(launcher, args);
+  }
   if constexpr (kBulkRounds<kSteps> >= 4) {
     if (rounds == 4) return launch_bulk_short<T, kSteps, 4>(launcher, args);
   }

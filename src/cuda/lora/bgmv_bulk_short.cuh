@@ -18,7 +18,7 @@ inline constexpr int kSumPitch = kRoundRows + 4;
 // Products over K come in kSteps steps of 32 elements, 0 standing for a half one. A block takes its outputs in kRounds
 // rounds; at most:
 template <int kSteps>
-inline constexpr int kBulkRounds = kSteps == 0 ? 4 : kSteps <= 2 ? 2 : 1;
+inline constexpr int kBulkRounds = kSteps == 0 ? 8 : kSteps <= 2 ? 2 : 1;
 
 struct BulkShortShared {
   uint64_t full;
@@ -176,6 +176,10 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   }
 }
 
+// Rows that bgmv_bulk_short_few() takes, as many as have their sums in shared memory at a time.
+template <int kRounds>
+inline constexpr int kFewRows = kRounds == 8 ? 1 : 2;
+
 // One or two rows. A lane ends with kRounds outputs of each: neighbouring ones if everything is aligned. What comes after the wait is
 // what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few instructions as possible.
 template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
@@ -184,7 +188,7 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   constexpr int kPitch = kRoundRows * kRounds + 4;
-  static_assert(2 * kPitch <= kGroupRows * kSumPitch);
+  static_assert(kFewRows<kRounds> * kPitch <= kGroupRows * kSumPitch);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int h_in = args.h_in, count = shared.group.count;
   const int k_lane = 2 * kCount * t;
@@ -197,7 +201,7 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
   T* const y = static_cast<T*>(args.y) + m_first + own;
   T* const y0 = y + shared.group.rows[0] * args.y_stride;
   T* const y1 = y + shared.group.rows[count - 1] * args.y_stride;
-  const bool second = count > 1;
+  const bool second = kFewRows<kRounds> > 1 && count > 1;
   const unsigned char* upper =
       reinterpret_cast<const unsigned char*>(&shared + 1) + shift + 2 * ((first + g) * h_in + k_lane);
   float* const sums = shared.sums[warp];
@@ -277,7 +281,7 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
 template <Arch kArch, class T, int kSteps, int kRounds>
 __device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
                                                        BulkShortShared& shared BGMV_STAMP_PARAM) {
-  if (shared.group.count <= 2) {
+  if (shared.group.count <= kFewRows<kRounds>) {
     bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
     return;
   }
@@ -290,9 +294,7 @@ __device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int
 
 // Grid: (rows, blocks that share the outputs).
 template <Arch kArch, class T, int kSteps, int kRounds>
-__global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
-                                                : kSteps == 2 ? 7
-                                                              : 5) bgmv_bulk_short_kernel(
+__global__ void __launch_bounds__(kBulkThreads, kRounds == 8 || kSteps == 4 ? 5 : kSteps == 0 ? 8 : 7) bgmv_bulk_short_kernel(
     const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
@@ -351,9 +353,9 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
     if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
     const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
     const int count = shared.group.count;
-    if (vectors && count <= 2 && (args.wide_y || kRounds == 1)) {
+    if (vectors && count <= kFewRows<kRounds> && (args.wide_y || kRounds == 1)) {
       bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
-    } else if (vectors && count > 2) {
+    } else if (vectors && count > kFewRows<kRounds>) {
       if (args.early_reads) grid_dependency_wait<kArch>();
 #pragma unroll 1
       for (int column = 0; column < count; column += kGroupRows) {

@@ -223,7 +223,10 @@ struct DiagonalOutput {
   T* y;
 
   __device__ __forceinline__ DiagonalOutput(const BgmvArgs& args, const DiagonalShared& shared, int m_block) {
-    const int tid = threadIdx.x, rank = tid / kWarps % kRanks;
+    // Not threadIdx.x: all this is computed twice rather than kept in registers.
+    int tid;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(tid));
+    const int rank = tid / kWarps % kRanks;
     row = tid / (kRanks * kWarps);
     part = tid % kWarps;
     const int m = m_block + (part >> args.k_warp_bits) * kRanks + rank;
@@ -317,7 +320,6 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) start_step(i, i);
   }
-  const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
   const T* x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
   float* const sums = diagonal_sums<kRanks, kWarps>(args, shared);
   float* to = sums + (t == g / 2 ? warp * kSlices + g : 0);
@@ -329,7 +331,10 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) xs[i] = load_if(inside(i), x + i * stride);
   T y_before = from_float<T>(0.0f);
-  if (output.stores) y_before = *output.y;
+  {
+    const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
+    if (output.stores) y_before = *output.y;
+  }
   if constexpr (kBulk) {
     barrier_wait<false>(&shared.full, 0);
   } else {
@@ -391,6 +396,7 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
   BGMV_STAMP_AT(5);
   __syncthreads();
   BGMV_STAMP_AT(6);
+  const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
   output.add(args, sums, count, y_before);
   BGMV_STAMP_END(7);
 }
