@@ -69,7 +69,7 @@ int tune(const char* name, int otherwise) {
 constexpr int tune(const char*, int otherwise) { return otherwise; }
 #endif
 
-template <class T, int kRanks, int kChunk, bool kWhole, bool kRing, bool kBulk>
+template <class T, int kRanks, int kChunk, bool kWhole, bool kRing>
 Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
   args.resident = std::min(args.steps, kChunk);
@@ -80,20 +80,22 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
                      shape.grid = dim3(row_blocks(part, rows), tile_count);
                      shape.block = dim3(32 * kWarps);
                      shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
-                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, kBulk>>(
+                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(
                          shape, part);
                    });
 }
 
-// Whether bgmv_dense_kernel takes less time, by measured times. Both take it in proportion to K, the one for every wave
-// of tiles, the other for every row and four outputs that a multiprocessor has.
+// Whether bgmv_dense_kernel takes less time than bgmv_diagonal_kernel, by measured times in us. The one takes it for
+// every wave of tiles and step, the other for every row, four outputs and step that a multiprocessor has.
 bool prefer_dense(const BgmvArgs& args) {
   if (!args.one_adapter || !args.vectors) return false;
   using Tile = DenseTile<kDenseOut, kDenseRow>;
   const int64_t tiles = div_up(args.batch, Tile::kRows) *
                         div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
-  const int64_t diagonal = args.batch * div_up(args.h_out, 4 * kDenseWarps >> args.k_warp_bits);
-  return 6.0 * static_cast<double>(div_up(tiles, 132)) < 1.75 / 528 * static_cast<double>(diagonal);
+  const int64_t work = args.batch * div_up(args.h_out, 4 * kDenseWarps >> args.k_warp_bits) * args.steps;
+  const double dense = (3.5 + 4.5 * args.steps) * static_cast<double>(div_up(tiles, 132)) *
+                       (args.k_warp_bits < 3 ? 1.4 : 1.0);
+  return dense < 1.5 + 0.0011 * (args.steps > 4 ? 2.2 : 1.0) * static_cast<double>(work);
 }
 
 template <class T>
@@ -122,6 +124,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   // From here on nothing changes bits. Outputs of a warp: the more, the less often x is read; the fewer, the more blocks.
   int ranks = args.steps <= 2 ? 4 : 2;
   while (ranks > 1 && args.batch * div_up(args.h_out, ranks * tiles) < 128) ranks /= 2;
+  args.late = tune("BGMV_L", 0);
   ranks = tune("BGMV_R", 0) ? tune("BGMV_R", 0) : ranks;
   if (args.steps > 2 && ranks == 4) ranks = 2;
   args.group_rows = kGroupRows;
@@ -133,27 +136,27 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
     return launch_dense<T>(launcher, args);
   }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
-  const bool bulk = tune("BGMV_T", 1) == 1;
   switch (ranks) {
     case 1:
-      return !whole || args.steps > 8 ? launch_diagonal<T, 1, 8, false, true, true>(launcher, args)
-             : bulk                   ? launch_diagonal<T, 1, 8, true, false, true>(launcher, args)
-                                      : launch_diagonal<T, 1, 8, true, false, false>(launcher, args);
+      return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
+                                      : launch_diagonal<T, 1, 8, false, true>(launcher, args);
     case 2:
-      return !whole            ? launch_diagonal<T, 2, 4, false, true, true>(launcher, args)
-             : args.steps <= 4 ? (bulk ? launch_diagonal<T, 2, 4, true, false, true>(launcher, args) : launch_diagonal<T, 2, 4, true, false, false>(launcher, args))
-                               : (bulk ? launch_diagonal<T, 2, 4, true, true, true>(launcher, args) : launch_diagonal<T, 2, 4, true, true, false>(launcher, args));
+      return !whole            ? launch_diagonal<T, 2, 4, false, true>(launcher, args)
+             : args.steps <= 4 ? launch_diagonal<T, 2, 4, true, false>(launcher, args)
+                               : launch_diagonal<T, 2, 4, true, true>(launcher, args);
     default:
-      return !whole ? launch_diagonal<T, 4, 2, false, false, true>(launcher, args)
-             : bulk ? launch_diagonal<T, 4, 2, true, false, true>(launcher, args) : launch_diagonal<T, 4, 2, true, false, false>(launcher, args);
+      return whole ? launch_diagonal<T, 4, 2, true, false>(launcher, args)
+                   : launch_diagonal<T, 4, 2, false, false>(launcher, args);
   }
 }
 
 template <class T, int kSteps, int kRounds>
 Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
   args.group_rows = kMaxGroupRows;
+  // In a chain, where weights are there early, what one row after the other takes is what others wait for.
+  const int64_t wanted = args.early_reads && kSteps == 0 ? 2 * kFewBlocks : kFewBlocks;
   while (args.group_rows > 1 &&
-         args.batch / args.group_rows * div_up(args.h_out, kRounds * kBlockRoundRows) < kFewBlocks) {
+         args.batch / args.group_rows * div_up(args.h_out, kRounds * kBlockRoundRows) < wanted) {
     args.group_rows /= 2;
   }
   args.group_rows = tune("BGMV_EM", args.group_rows);
@@ -175,6 +178,10 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   while (rounds > 1 && (rounds * kBlockRoundRows * args.h_in > tune("BGMV_EL", 8192) ||
                         groups * div_up(args.h_out, rounds * kBlockRoundRows) < kFewBlocks)) {
     rounds /= 2;
+  }
+  // Alone, twice as many blocks if all run at once: their loads start earlier.
+  if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
+    rounds = 2;
   }
   rounds = std::min(tune("BGMV_ER", rounds), kBulkRounds<kSteps>);
   if constexpr (kBulkRounds<kSteps> >= 8) {

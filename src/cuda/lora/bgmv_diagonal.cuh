@@ -17,15 +17,11 @@ inline constexpr int kSlices = 8;         // of K in a step, one a column
 inline constexpr int kDiagonalStep = 256;  // elements of K of a warp and step: 8 a lane, in the order of lanes
 // A block's shared memory: this, the weights, what unaligned weights need besides, the sums.
 struct alignas(128) DiagonalShared {
-  uint64_t full;
   BulkGroup group;
 };
 
-// Bytes of a row of aligned weights in shared memory: all of K, or as much as is there at a time.
-__device__ __forceinline__ int diagonal_pitch(const BgmvArgs& args) {
-  return 2 * min(args.h_in, args.resident << args.k_warp_bits << 8);
-}
-
+// A block's shared memory: DiagonalShared; the weights, 512 bytes of an output, step and warp; what unaligned weights need
+// besides, 16 bytes each; the sums of all slices.
 constexpr size_t diagonal_shared_bytes(int group_rows, int ranks, int warps, int resident) {
   return sizeof(DiagonalShared) + size_t{512 + 16} * resident * ranks * warps +
          sizeof(float) * kSlices * group_rows * ranks * warps;
@@ -53,24 +49,40 @@ __device__ __forceinline__ Words<4> load_window(uintptr_t window, uintptr_t begi
   return r;
 }
 
-// The 16 bytes that begin `shift` bytes after those of `low`, zeros from element `count` on.
+// The 16 bytes that begin `shift` bytes after those of `low`, zeros from element `count` on. `shift` is the same in all
+// lanes.
 __device__ __forceinline__ Words<4> shift_windows(const Words<4>& low, const Words<4>& high, int shift, int count) {
-  uint32_t v[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = low.values[i];
-    v[i + 4] = high.values[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 6; ++i) v[i] = (shift & 8) != 0 ? v[i + 2] : v[i];
-#pragma unroll
-  for (int i = 0; i < 5; ++i) v[i] = (shift & 4) != 0 ? v[i + 1] : v[i];
   Words<4> r;
+  const uint32_t odd = (shift & 2) * 8;
+  const auto shifted = [&](int word) {
+    uint32_t v[8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    r.values[i] = __funnelshift_r(v[i], v[i + 1], (shift & 2) * 8);
-    if (2 * i >= count) r.values[i] = 0;
-    if (2 * i + 1 == count) r.values[i] &= 0xffffu;
+    for (int i = 0; i < 4; ++i) {
+      v[i] = low.values[i];
+      v[i + 4] = high.values[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r.values[i] = __funnelshift_r(v[word + i], v[min(word + i + 1, 7)], odd);
+  };
+  switch (shift >> 2) {
+    case 0:
+      shifted(0);
+      break;
+    case 1:
+      shifted(1);
+      break;
+    case 2:
+      shifted(2);
+      break;
+    default:
+      shifted(3);
+  }
+  if (count < 8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (2 * i >= count) r.values[i] = 0;
+      if (2 * i + 1 == count) r.values[i] &= 0xffffu;
+    }
   }
   return r;
 }
@@ -115,13 +127,21 @@ struct DiagonalWarp {
         *to = load_window(window, begin, end);
       }
     };
+    const bool at_begin = w == layer;  // of the layer's weights
+    const int inner = at_begin || h_in < 16 ? 0 : reinterpret_cast<uintptr_t>(w + int64_t{kRanks + 1} * h_in) <= end ? kRanks : 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int k = k_of(from + step);
       for (int q = 0; q < outputs; ++q) {
         const uintptr_t window = reinterpret_cast<uintptr_t>(w + static_cast<int64_t>(q) * h_in + k) & ~uintptr_t{15};
-        if (k - 8 < h_in) copy(place(step, q) + lane, window);
-        if (lane == 31 && k < h_in) copy(extra(step, q), window + 16);
+        if (q < inner) {
+          // The rows before and after are weights too.
+          if (k - 8 < h_in) start_copy<4>(place(step, q) + lane, reinterpret_cast<const void*>(window), true);
+          if (lane == 31 && k < h_in) start_copy<4>(extra(step, q), reinterpret_cast<const void*>(window + 16), true);
+        } else {
+          if (k - 8 < h_in) copy(place(step, q) + lane, window);
+          if (lane == 31 && k < h_in) copy(extra(step, q), window + 16);
+        }
       }
     }
     copy_commit();
@@ -253,25 +273,6 @@ struct DiagonalOutput {
   }
 };
 
-// Asks for the first weights of a block, aligned ones, by one warp. Where all of K fits they lie next to each other in
-// memory: one copy.
-template <class T, int kRanks, int kWarps>
-__device__ __forceinline__ void diagonal_start(const BgmvArgs& args, DiagonalShared& shared, int m_block) {
-  const int lane = threadIdx.x % 32;
-  const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                     static_cast<int64_t>(m_block) * args.h_in;
-  const int rows = min(args.h_out - m_block, kRanks * kWarps >> args.k_warp_bits);
-  const int pitch = diagonal_pitch(args);
-  unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-  if (lane == 0) barrier_expect(&shared.full, rows * pitch);
-  if (pitch == 2 * args.h_in) {
-    if (lane == 0) bulk_copy(image, w, rows * pitch, &shared.full);
-  } else {
-    __syncwarp();
-    if (lane < rows) bulk_copy(image + lane * pitch, w + static_cast<int64_t>(lane) * args.h_in, pitch, &shared.full);
-  }
-}
-
 // copy_wait() for a number that is known when loops are unrolled.
 __device__ __forceinline__ void copy_wait_first(int pending) {
   if (pending == 0) copy_wait<0>();
@@ -287,7 +288,7 @@ __device__ __forceinline__ void copy_wait_first(int pending) {
 //
 // kWhole: all warps share K, and all their steps are whole. kRing: not all of K may be in shared memory at a time; then
 // the group is one row, and a lane copies the rest itself, step by step, to where it has read.
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing, bool kBulk>
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
 __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, DiagonalShared& shared,
                                                        int m_block BGMV_STAMP_PARAM) {
   constexpr int kPairs = (kRanks + 1) / 2;
@@ -298,17 +299,17 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
   const int k_lane = (warp & ((1 << k_warp_bits) - 1)) * kDiagonalStep + 8 * lane;
   const int stride = kDiagonalStep << k_warp_bits;
   const auto inside = [&](int step) { return kWhole ? step < steps : k_lane + step * stride < h_in; };
-  const int pitch = diagonal_pitch(args);
-  const uint32_t image =
-      shared_address(&shared + 1) + (kWhole ? 0 : (warp >> k_warp_bits) * kRanks * pitch) + 2 * k_lane;
+  const int m0 = m_block + (kWhole ? 0 : (warp >> k_warp_bits) * kRanks);
+  constexpr int kPlace = 512 * kWarps;  // bytes from an output's piece to the next one's
+  const uint32_t image = shared_address(&shared + 1) + 16 * threadIdx.x;
   const auto start_step = [&](int i, int step) {
     if (inside(step)) {
       const T* w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                   static_cast<int64_t>(m_block) * h_in + k_lane + step * stride;
+                   static_cast<int64_t>(m0) * h_in + k_lane + step * stride;
 #pragma unroll
       for (int q = 0; q < kRanks; ++q) {
-        if (m_block + q < args.h_out) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + q * pitch + 2 * i * stride), "l"(w)
+        if (m0 + q < args.h_out) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + (i * kRanks + q) * kPlace), "l"(w)
                        : "memory");
         }
         w += h_in;
@@ -316,10 +317,9 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
     }
     copy_commit();
   };
-  if constexpr (!kBulk) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) start_step(i, i);
-  }
+  for (int i = 0; i < kChunk; ++i) start_step(i, i);
+  if (!args.early_reads && args.late) launch_dependents<kArch>();
   const T* x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
   float* const sums = diagonal_sums<kRanks, kWarps>(args, shared);
   float* to = sums + (t == g / 2 ? warp * kSlices + g : 0);
@@ -335,11 +335,7 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
     const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
     if (output.stores) y_before = *output.y;
   }
-  if constexpr (kBulk) {
-    barrier_wait<false>(&shared.full, 0);
-  } else {
-    __syncwarp();  // keeps the loads before the wait for the weights
-  }
+  __syncwarp();  // keeps the loads before the wait for the weights
   BGMV_STAMP_AT(4);
 #pragma unroll 1
   for (int row = 1;; ++row) {
@@ -351,9 +347,7 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if (i > 0 && begin + i >= steps) break;
-        if constexpr (kBulk) {
-          if (kRing && begin > 0) copy_wait<kChunk - 1>();
-        } else if (kRing) {
+        if (kRing && steps > kChunk) {
           copy_wait<kChunk - 1>();
         } else if (row == 1) {
           copy_wait_first(kChunk - 1 - i);
@@ -365,7 +359,7 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
           if (q < kRanks && (kWhole || inside(begin + i))) {
             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(a[q].values[0]), "=r"(a[q].values[1]), "=r"(a[q].values[2]), "=r"(a[q].values[3])
-                         : "r"(image + q * pitch + 2 * i * stride)
+                         : "r"(image + (i * kRanks + q) * kPlace)
                          : "memory");
           }
         }
@@ -427,7 +421,7 @@ __device__ __forceinline__ bool diagonal_aligned(const BgmvArgs& args, const Dia
 }
 
 // Grid: (rows, blocks that share the outputs).
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing, bool kBulk>
+template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
 __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
     const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
@@ -457,21 +451,13 @@ __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(
     }
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) find_group_by_warp(args, block, &shared.group);
-    // By another warp, for the fence takes as long as a load.
-    if (kBulk && threadIdx.x == 32) {
-      barrier_init(&shared.full, 1);
-      barrier_init_fence();
-    }
     __syncthreads();
-    if (kBulk && warp == 0 && shared.group.count > 0 && diagonal_aligned(args, shared)) {
-      diagonal_start<T, kRanks, kWarps>(args, shared, m_block);
-    }
-    if (!args.early_reads) launch_dependents<kArch>();
+    if (!args.early_reads && !args.late) launch_dependents<kArch>();
     BGMV_STAMP(1);
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
     } else if (diagonal_aligned(args, shared)) {
-      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing, kBulk>(args, shared, m_block BGMV_STAMP_ARG);
+      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m_block BGMV_STAMP_ARG);
     } else {
       diagonal_block_general<kArch, T, kRanks, kWarps>(args, shared, m_block);
     }
