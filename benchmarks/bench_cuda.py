@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cuda_attention
 import cuda_grid
 import cuda_report
 import cuda_works
@@ -31,7 +32,14 @@ import torch
 from cuda_harness import FloorLibrary
 from works import overhead
 
-GROUPS = {"BGMV": cuda_works.bgmv_rows, "SGMV": cuda_works.sgmv_rows, "RMS norm": cuda_works.norm_rows}
+GROUPS = {
+    "BGMV": cuda_works.bgmv_rows,
+    "SGMV": cuda_works.sgmv_rows,
+    "RMS norm": cuda_works.norm_rows,
+    "Decode attention": cuda_attention.decode_rows,
+    "Prefill attention": cuda_attention.prefill_rows,
+    "KV writes": cuda_attention.write_rows,
+}
 OVERHEAD = "Call overhead"
 OVERHEAD_GOALS = {"rms_norm": 1.5, "dispatch_bgmv": 1.5, "batch_decode": 2.2, "batch_prefill": 2.2}
 

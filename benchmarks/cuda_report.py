@@ -34,11 +34,12 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     for group in dict.fromkeys(row["group"] for row in result["rows"]):
-        lines += [f"| {group} | ours | TB/s | floor | goal | others |", "|---|---:|---:|---:|---:|---|"]
+        rated = "TFLOP/s" if group == "Prefill attention" else "TB/s"
+        lines += [f"| {group} | ours | {rated} | floor | goal | others |", "|---|---:|---:|---:|---:|---|"]
         for row in (row for row in result["rows"] if row["group"] == group):
             rivals = "; ".join(f"{name} {number(value)}" for name, value in row["rivals"].items())
             goal = f"{number(row['goal'])} ({verdict(row)})" if row["goal"] is not None else "–"
-            rate = number(row.get("terabytes_per_second"))
+            rate = number(row.get("teraflop_per_second" if rated == "TFLOP/s" else "terabytes_per_second"))
             cells = [row["work"], f"**{number(row['ours'])}**", rate, number(row["floor"]), goal, rivals]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -55,7 +56,8 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     rows = [row for row in result["rows"] if row["group"] != "Call overhead"]
     colors = {"torch: index_select + bmm": "#e07b39", "torch: matmul (one adapter)": "#b5446e",
               "torch: bmm over equal segments": "#8a63b8", "torch: _grouped_mm, add_": "#c2a300",
-              "torch: F.rms_norm": "#777777"}  # fmt: skip
+              "torch: F.rms_norm": "#777777", "torch: cuDNN, contiguous": "#4c9f38",
+              "torch: FlashAttention-2, contiguous": "#d1495b"}  # fmt: skip
     figure, axes = plt.subplots(figsize=(11, 0.34 * len(rows) + 1.6), layout="constrained")
     seen: set[str] = set()
     for y, row in enumerate(rows):
@@ -79,7 +81,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("% of the rate of a kernel that only moves the same bytes")
+    axes.set_xlabel("% of the rate of a kernel that only moves the same bytes; prefill: of a large matrix product")
     axes.set_title(f"{result['device']}: share of the practical floor (longer is better)", loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.045), ncols=4, fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -147,28 +147,28 @@ void probe(int64_t batch, int64_t h_in, int64_t h_out, int64_t adapters, int64_t
   }
 }
 
-// A shrink and the expand that reads what it wrote, in turn, on distinct adapters: us a pair. A kernel that finds no
-// room beside the one before it shows here.
-void probe_layer(int64_t batch, int64_t h, int64_t r) {
-  const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / (4 * batch * h * r), 4, 300);
+// A shrink and the expand that reads what it wrote, in turn: us a call. A kernel that finds no room beside the one
+// before it shows here.
+void probe_layer(int64_t batch, int64_t adapters, int64_t h, int64_t r) {
+  const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / (4 * adapters * h * r), 4, 300);
   const int64_t elements = h * r * sets;
   uint16_t *w, *x, *y, *v;
   int64_t *indices, *w_ptr;
-  must(cudaMalloc(&w, 2 * batch * elements * 2));
+  must(cudaMalloc(&w, 2 * adapters * elements * 2));
   must(cudaMalloc(&x, batch * h * sets * 2));
   must(cudaMalloc(&y, batch * h * sets * 2));
   must(cudaMalloc(&v, batch * r * sets * 2));
   must(cudaMalloc(&indices, batch * 8));
-  must(cudaMalloc(&w_ptr, 2 * batch * 8));
-  fill<<<1024, 256>>>(w, 2 * batch * elements);
+  must(cudaMalloc(&w_ptr, 2 * adapters * 8));
+  fill<<<1024, 256>>>(w, 2 * adapters * elements);
   fill<<<1024, 256>>>(x, batch * h * sets);
   fill<<<1024, 256>>>(y, batch * h * sets);
   fill<<<1024, 256>>>(v, batch * r * sets);
-  std::vector<int64_t> host_indices(batch), host_ptr(2 * batch);
-  for (int64_t b = 0; b < batch; ++b) host_indices[b] = (b * 37 + 11) % batch;
-  for (int64_t a = 0; a < 2 * batch; ++a) host_ptr[a] = reinterpret_cast<int64_t>(w + a * elements);
+  std::vector<int64_t> host_indices(batch), host_ptr(2 * adapters);
+  for (int64_t b = 0; b < batch; ++b) host_indices[b] = (b * 37 + 11) % adapters;
+  for (int64_t a = 0; a < 2 * adapters; ++a) host_ptr[a] = reinterpret_cast<int64_t>(w + a * elements);
   must(cudaMemcpy(indices, host_indices.data(), batch * 8, cudaMemcpyHostToDevice));
-  must(cudaMemcpy(w_ptr, host_ptr.data(), 2 * batch * 8, cudaMemcpyHostToDevice));
+  must(cudaMemcpy(w_ptr, host_ptr.data(), 2 * adapters * 8, cudaMemcpyHostToDevice));
   must(cudaDeviceSynchronize());
   const auto chain = [&](bool early) {
     return time_graph([&](cudaStream_t stream) {
@@ -181,7 +181,7 @@ void probe_layer(int64_t batch, int64_t h, int64_t r) {
                  const auto narrow = view(v + set * batch * r, punica::DType::kBFloat16, {batch, r});
                  p.x = half == 0 ? wide(x) : narrow;
                  p.y = half == 0 ? narrow : wide(y);
-                 p.w_ptr = view(w_ptr + half * batch, punica::DType::kInt64, {batch});
+                 p.w_ptr = view(w_ptr + half * adapters, punica::DType::kInt64, {adapters});
                  p.indices = view(indices, punica::DType::kInt64, {batch});
                  p.layer_idx = set;
                  p.scale = 1e-3f;
@@ -195,13 +195,12 @@ void probe_layer(int64_t batch, int64_t h, int64_t r) {
                }
              }
            }) /
-           sets;
+           (2 * sets);
   };
   const double early = chain(true), standard = chain(false);
-  std::printf(
-      "shrink + expand, B=%lld distinct, h=%lld, r=%lld: chain %.2f, default %.2f us, floor of its bytes %.2f\n",
-      static_cast<long long>(batch), static_cast<long long>(h), static_cast<long long>(r), early, standard,
-      2.0 * batch * (2 * h * r + 3 * h + 3 * r) / 4.5e6);
+  std::printf("shrink and expand, mean, B=%lld, %lld adapters, h=%lld, r=%lld: chain %.2f, default %.2f us\n",
+              static_cast<long long>(batch), static_cast<long long>(adapters), static_cast<long long>(h),
+              static_cast<long long>(r), early, standard);
   for (void* memory : {static_cast<void*>(w), static_cast<void*>(x), static_cast<void*>(y), static_cast<void*>(v),
                        static_cast<void*>(indices), static_cast<void*>(w_ptr)}) {
     must(cudaFree(memory));
@@ -234,7 +233,8 @@ int main(int argc, char** argv) {
     probe(row.batch, row.h, row.r, row.adapters, row.offset);
     probe(row.batch, row.r, row.h, row.adapters, row.offset);
   }
-  probe_layer(64, 4096, 16);
-  probe_layer(1, 4096, 16);
+  for (const auto& row : {rows[0], rows[3], rows[4], rows[6], rows[8], rows[12]}) {
+    probe_layer(row.batch, row.adapters, row.h, row.r);
+  }
   return 0;
 }

@@ -10,7 +10,7 @@ import math
 import punica_kernels as pk
 import torch
 from punica_kernels import reference
-from tolerances import assert_close, assert_close_lse, score_error
+from tolerances import assert_close, assert_close_lse, score_error, weight_rounding
 from torch import Tensor
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -245,6 +245,6 @@ def check_attention(
         )  # fmt: skip
     else:
         e = torch.zeros_like(exact_lse)
-    assert_close(o, exact, terms=spread, extra=torch.expm1(2 * e)[:, :, None] * spread)
+    assert_close(o, exact, terms=spread, extra=(torch.expm1(2 * e)[:, :, None] + weight_rounding(q)) * spread)
     assert_close_lse(lse, exact_lse, e)
     return o, lse

@@ -15,6 +15,9 @@ off by up to e = 4 * 2^-24 * sm_scale * sum_d |q_d k_d| (and sum_d |q_d k_d| <= 
 factor of at most exp(2 e) after the normalisation: (exp(2 e) - 1) * sum_j p_j |v_j|. A soft cap has a slope of at most
 1 and is computed in float32 itself: e += 4 * 2^-24 * cap. Rotation: an angle is right to 1e-5 rad, so a rotated score
 to 2e-5 * sm_scale * |q| |k|, which goes into e in the same way.
+
+On tensor cores (CUDA, float16 and bfloat16) the weights p_j, and q and k where they are rotated, are rounded to the
+type, whose unit is u = 2^-11 or 2^-8: u * sum_j p_j |v_j| more, and with rotation 2.1 u * sm_scale * |q| |k| more in e.
 """
 
 import math
@@ -25,6 +28,7 @@ from torch import Tensor
 UNIT32 = 2.0**-24
 RTOL = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 ANGLE = 1e-5  # rad
+TENSOR_CORE_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 
 
 def assert_close(ours: Tensor, exact: Tensor, *, terms: Tensor | float = 0.0, extra: Tensor | float = 0.0) -> None:
@@ -50,7 +54,14 @@ def score_error(q: Tensor, keys: Tensor, sm_scale: float, soft_cap: float = 0.0,
     """e of the module's text for each row and head of q [rows, H, D], keys [any, D]: a bound over all of the keys."""
     products = q.double().norm(dim=-1) * keys.double().norm(dim=-1).amax()
     e = 4 * UNIT32 * (abs(sm_scale) * products + soft_cap)
-    return e + 2 * ANGLE * abs(sm_scale) * products if rotated else e
+    if not rotated:
+        return e
+    return e + (2 * ANGLE + 2.1 * weight_rounding(q)) * abs(sm_scale) * products
+
+
+def weight_rounding(q: Tensor) -> float:
+    """The unit to which attention may round the weights of the keys."""
+    return TENSOR_CORE_UNIT[q.dtype] if q.is_cuda else 0.0
 
 
 def assert_close_lse(ours: Tensor, exact: Tensor, e: Tensor) -> None:

@@ -1,13 +1,15 @@
-// batch_prefill and batch_decode on CUDA devices: from params to launches of the general kernel (general.cuh), and in
-// decode of the one that merges (merge.cuh).
+// batch_prefill and batch_decode on CUDA devices: from params to launches. The fast decode (decode.h) serves what it
+// can; the general kernel (general.cuh) the rest, and in decode the one that merges (merge.cuh).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
 
 #include "src/cuda/attention/args.cuh"
+#include "src/cuda/attention/decode.h"
 #include "src/cuda/attention/general.cuh"
 #include "src/cuda/attention/merge.cuh"
+#include "src/cuda/attention/prefill.h"
 #include "src/cuda/backend.h"
 #include "src/cuda/common/device.cuh"
 #include "src/cuda/common/launch.h"
@@ -126,48 +128,78 @@ Status run(const Launcher& launcher, const AttentionParams& p, const AttentionAr
   return launcher.launch<merge_kernel<kArch, T>>(shape, args, static_cast<int>(head_blocks));
 }
 
-Status attend(const char* op, const AttentionParams& p, const AttentionArgs& args, int64_t blocks,
-              const Context& context) {
-  return on_device(op, p.q.device, context, [&](const Launcher& launcher) {
-    return with_type(p.q.dtype, [&](auto type) {
-      using T = decltype(type);
-      if (launcher.arch == Arch::kSm90) return run<Arch::kSm90, T>(launcher, p, args, blocks);
-      return run<Arch::kSm80, T>(launcher, p, args, blocks);
-    });
+Status attend(const Launcher& launcher, const AttentionParams& p, const AttentionArgs& args, int64_t blocks) {
+  return with_type(p.q.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (launcher.arch == Arch::kSm90) return run<Arch::kSm90, T>(launcher, p, args, blocks);
+    return run<Arch::kSm80, T>(launcher, p, args, blocks);
   });
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const BatchPrefillParams& /*params*/) { return 0; }
+bool decode_serves(DType dtype, int64_t head_dim) {
+  return dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256);
+}
+
+bool decode_serves(const BatchDecodeParams& params) {
+  const double limit = 0x1p31 - 2 * kSplitTokens, batch = static_cast<double>(params.kv.num_sequences());
+  const double tokens = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
+  const double splits = (batch + tokens / kSplitTokens) * static_cast<double>(params.q.shape[1]);
+  return decode_serves(params.q.dtype, params.q.shape[2]) && tokens < limit && splits < limit &&
+         static_cast<double>(params.kv.page_size) < limit;
+}
+
+Status launch_decode(const Launcher& launcher, DType dtype, const AttentionArgs& args, const RopeTable* rope) {
+  return dtype == DType::kFloat16 ? launch_decode_float16(launcher, args, rope)
+                                  : launch_decode_bfloat16(launcher, args, rope);
+}
+
+int64_t workspace_bytes(const BatchPrefillParams& params) { return prefill_workspace_bytes(params); }
 
 int64_t workspace_bytes(const BatchDecodeParams& params) {
   const int64_t slots = num_slots(params);
-  return slots == 0 ? 0 : slots * slot_bytes(params) + kAlignment;
+  if (slots == 0) return 0;
+  return slots * slot_bytes(params) + 2 * kAlignment + kMaxDecodeWorkers * static_cast<int64_t>(sizeof(DecodePiece));
 }
 
 Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   if (params.q.numel() == 0 || params.kv.num_sequences() == 0) return {};
   const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
-  // Each sequence may have one tile that is not full.
-  const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
-  return attend("batch_prefill", params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks), context);
+  return on_device("batch_prefill", params.q.device, context, [&](const Launcher& launcher) {
+    if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args);
+    // Each sequence may have one tile that is not full.
+    const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
+    return attend(launcher, params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks));
+  });
 }
 
 Status batch_decode(const BatchDecodeParams& params, const Context& context) {
   if (params.q.numel() == 0) return {};
   AttentionArgs args = make_args(params, nullptr);
-  args.head_tiles = (args.group_size + kTileRows - 1) / kTileRows;
+  const bool fast = decode_serves(params);
+  const int tile = fast ? decode_head_tile(args.group_size, args.head_dim) : kTileRows;
+  args.head_tiles = (args.group_size + tile - 1) / tile;
   // Without a workspace every block takes whole sequences.
   if (params.tmpbuf.has_value()) args.num_slots = num_slots(params);
   if (args.num_slots > 0) {
     const int64_t address = reinterpret_cast<int64_t>(params.tmpbuf.data);
-    args.partial_states = reinterpret_cast<float2*>((address + kAlignment - 1) / kAlignment * kAlignment);
-    args.partial_sums = reinterpret_cast<float*>(args.partial_states + args.num_slots * args.num_heads());
+    args.partial_sums = reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    args.partial_states =
+        reinterpret_cast<float2*>(args.partial_sums + args.num_slots * args.num_heads() * args.head_dim);
+  }
+  if (fast) {
+    return on_device("batch_decode", params.q.device, context, [&](const Launcher& launcher) {
+      return launch_decode(
+          launcher, params.q.dtype, args,
+          params.rope_theta ? &rope_table(*params.rope_theta, params.rope_scale, args.head_dim) : nullptr);
+    });
   }
   const int64_t items =
       std::max(args.num_slots, args.num_sequences) * args.num_kv_heads * static_cast<int64_t>(args.head_tiles);
-  return attend("batch_decode", params, args, std::min(items, kMaxDecodeBlocks), context);
+  return on_device("batch_decode", params.q.device, context, [&](const Launcher& launcher) {
+    return attend(launcher, params, args, std::min(items, kMaxDecodeBlocks));
+  });
 }
 
 }  // namespace punica::cuda

@@ -1,6 +1,6 @@
 // init_kv and append_kv on CUDA devices: copies of rows of k and v to their places in the paged cache, in one pass.
 //
-// A block takes a few tokens. It finds the sequence of each (init_kv: every thread compares some entries of
+// init_kv: a block takes a few tokens. It finds the sequence of each (every thread compares some entries of
 // seqlen_indptr with the block's rows, so that no table, however malformed, makes a row miss its sequence), then the
 // place of each in its page, then copies. Source rows are loaded before the places are known, all of a thread's loads
 // before its first store. The copy knows no data type, only the widest access that every row allows.
@@ -68,19 +68,13 @@ __global__ void __launch_bounds__(kThreads) kv_write_kernel(const __grid_constan
     const int64_t first = static_cast<int64_t>(blockIdx.x) * tokens;
     for (int t = thread; t < tokens; t += num_threads) sequences[t] = -1;
     __syncthreads();
-    if (args.seqlen_indptr == nullptr) {
-      for (int t = thread; t < tokens; t += num_threads) {
-        if (first + t < args.num_rows) sequences[t] = static_cast<int>(first + t);
-      }
-    } else {
-      for (int64_t i = thread; i < args.num_sequences; i += num_threads) {
-        const int64_t begin = clamp_row(args.seqlen_indptr[i], args.num_rows) - first;
-        const int64_t end = clamp_row(args.seqlen_indptr[i + 1], args.num_rows) - first;
-        const int last = static_cast<int>(end < tokens ? end : tokens);
-        // Of sequences that overlap, which a valid table has not, the last one has the row.
-        for (int t = begin > 0 ? static_cast<int>(begin < tokens ? begin : tokens) : 0; t < last; ++t) {
-          atomicMax(&sequences[t], static_cast<int>(i));
-        }
+    for (int64_t i = thread; i < args.num_sequences; i += num_threads) {
+      const int64_t begin = clamp_row(args.seqlen_indptr[i], args.num_rows) - first;
+      const int64_t end = clamp_row(args.seqlen_indptr[i + 1], args.num_rows) - first;
+      const int last = static_cast<int>(end < tokens ? end : tokens);
+      // Of sequences that overlap, which a valid table has not, the last one has the row.
+      for (int t = begin > 0 ? static_cast<int>(begin < tokens ? begin : tokens) : 0; t < last; ++t) {
+        atomicMax(&sequences[t], static_cast<int>(i));
       }
     }
     __syncthreads();
@@ -120,6 +114,55 @@ __global__ void __launch_bounds__(kThreads) kv_write_kernel(const __grid_constan
   }
 }
 
+// append_kv: row i is the newest token of sequence i. A decode step is short, so every thread finds the place of its
+// row by itself, side by side with the loads of the row, instead of waiting for others to find it.
+template <Arch kArch, class V>
+__global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_constant__ KvWriteArgs args) {
+  if constexpr (kCompiled<kArch>) {
+    launch_dependents<kArch>();
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    const unsigned char* k = args.k + row * args.k_stride;
+    const unsigned char* v = args.v + row * args.v_stride;
+    const bool inside = row < args.num_rows;
+    if constexpr (kArch == Arch::kSm90) {
+      // Rows and tables are on their way into the second-level cache while this waits.
+      const int64_t offset = threadIdx.x * static_cast<int64_t>(sizeof(V));
+      if (inside && offset % kLineBytes == 0 && threadIdx.x < args.row_vectors) {
+        prefetch_line(k + offset);
+        prefetch_line(v + offset);
+      }
+      const int64_t line = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.y * blockDim.x + threadIdx.x;
+      if (!args.early_reads && line * (kLineBytes / 8) < args.num_page_ptrs) {
+        prefetch_line(args.kv_ptrs + line * (kLineBytes / 8));
+      }
+      if (!args.early_reads && inside && threadIdx.x == 0) {
+        prefetch_line(args.kv_indptr + row);
+        prefetch_line(args.last_page_offset + row);
+      }
+    }
+    if (!args.early_reads) grid_dependency_wait<kArch>();
+    unsigned char* place = inside && args.early_reads ? place_of(args, row, row) : nullptr;
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    if (!inside) return;
+    for (int64_t e = threadIdx.x; e < args.row_vectors; e += blockDim.x) {
+      const V key = *reinterpret_cast<const V*>(k + e * static_cast<int64_t>(sizeof(V)));
+      const V value = *reinterpret_cast<const V*>(v + e * static_cast<int64_t>(sizeof(V)));
+      if (place == nullptr) place = place_of(args, row, row);
+      if (place == nullptr) return;
+      int64_t head;
+      if (args.row_vectors <= INT32_MAX) {
+        head = static_cast<uint32_t>(e) / static_cast<uint32_t>(args.head_vectors);
+      } else {
+        head = e / args.head_vectors;
+      }
+      const int64_t vector = e - head * args.head_vectors;
+      unsigned char* to = place + head * args.head_stride + vector * static_cast<int64_t>(sizeof(V));
+      *reinterpret_cast<V*>(to + args.key_offset) = key;
+      *reinterpret_cast<V*>(to + args.value_offset) = value;
+    }
+  }
+}
+
 template <class V, int kTokens>
 Status launch_write(const Launcher& launcher, KvWriteArgs args) {
   constexpr int64_t kWarp = 32;
@@ -136,8 +179,13 @@ Status launch_write(const Launcher& launcher, KvWriteArgs args) {
   }
   shape.grid.x = static_cast<unsigned>(blocks);
   static_assert(kTokens * kThreads / kWarp <= kMaxBlockTokens);
-  if (launcher.arch == Arch::kSm90) return launcher.launch<kv_write_kernel<Arch::kSm90, V, kTokens>>(shape, args);
-  return launcher.launch<kv_write_kernel<Arch::kSm80, V, kTokens>>(shape, args);
+  if constexpr (kTokens == 1) {
+    if (launcher.arch == Arch::kSm90) return launcher.launch<kv_append_kernel<Arch::kSm90, V>>(shape, args);
+    return launcher.launch<kv_append_kernel<Arch::kSm80, V>>(shape, args);
+  } else {
+    if (launcher.arch == Arch::kSm90) return launcher.launch<kv_write_kernel<Arch::kSm90, V, kTokens>>(shape, args);
+    return launcher.launch<kv_write_kernel<Arch::kSm80, V, kTokens>>(shape, args);
+  }
 }
 
 template <int kTokens>

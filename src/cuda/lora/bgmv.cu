@@ -7,11 +7,13 @@
 // another for sm_80. Which one, and how K is split, follows from h_in, the data type and the code path.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
-#include "src/cuda/lora/bgmv_bulk_long.cuh"
 #include "src/cuda/lora/bgmv_bulk_short.cuh"
+#include "src/cuda/lora/bgmv_dense.cuh"
+#include "src/cuda/lora/bgmv_diagonal.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
@@ -47,48 +49,156 @@ Status for_parts(BgmvArgs args, int64_t tiles, Launch launch) {
 }
 
 // Blocks below which there is room to spare: two of them a multiprocessor. Nothing that depends on it changes bits.
-constexpr int64_t kFewBlocks = 264;
+constexpr int64_t kFewBlocks = 256;
 
 // ---- sm_90 ---------------------------------------------------------------------------------------------------------
 
-template <class T>
-Status launch_bulk_long(const Launcher& launcher, BgmvArgs args) {
-  const int64_t steps = div_up(args.h_in, kBulkStep);
-  args.rank_bits = 0;
-  while ((1 << args.rank_bits) < kBulkRanks && (kBulkSteps << args.rank_bits) < steps) ++args.rank_bits;
-  args.steps = static_cast<int>(div_up(steps, 1 << args.rank_bits));
-  const int64_t tiles = div_up(args.h_out, kBulkRows);
-  return for_parts(args, tiles, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
-    LaunchShape shape;
-    shape.grid = dim3(rows << part.rank_bits, tile_count);
-    shape.block = dim3(kBulkThreads);
-    shape.shared_bytes = bulk_long_shared_bytes(div_up(part.steps, kBulkSteps));
-    shape.cluster = 1u << part.rank_bits;
-    return launcher.launch<bgmv_bulk_long_kernel<Arch::kSm90, T>>(shape, part);
-  });
+// Blocks along x: see BlockRow.
+unsigned row_blocks(const BgmvArgs& args, unsigned rows) {
+  if (!args.one_adapter) return rows;
+  return static_cast<unsigned>(rows / kScanRows * (kScanRows / args.group_rows) +
+                               div_up(rows % kScanRows, args.group_rows));
 }
 
-template <class T, int kSteps>
-Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
-  // As many outputs a block as make 16 KiB of weights; fewer where the batch is small.
-  args.rounds = kBulkRounds<kSteps>;
-  while (args.rounds > 1 && (args.rounds * kBlockRoundRows * args.h_in > 8192 ||
-                             args.batch * div_up(args.h_out, args.rounds * kBlockRoundRows) < kFewBlocks)) {
-    args.rounds /= 2;
-  }
-  return for_parts(args, div_up(args.h_out, args.rounds * kBlockRoundRows),
-                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+#ifdef PUNICA_BGMV_TUNE
+int tune(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text != nullptr ? atoi(text) : otherwise;
+}
+#else
+constexpr int tune(const char*, int otherwise) { return otherwise; }
+#endif
+
+template <class T, int kRanks, int kChunk, bool kWhole, bool kRing>
+Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
+  constexpr int kWarps = kDiagonalWarps;
+  args.resident = std::min(args.steps, kChunk);
+  if (args.resident < args.steps) args.group_rows = 1;  // kRing
+  return for_parts(args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits),
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
-                     shape.grid = dim3(rows, tiles);
-                     shape.block = dim3(kBulkThreads);
-                     shape.shared_bytes = bulk_short_shared_bytes(part.h_in, part.rounds);
-                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps>>(shape, part);
+                     shape.grid = dim3(row_blocks(part, rows), tile_count);
+                     shape.block = dim3(32 * kWarps);
+                     shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
+                     return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(
+                         shape, part);
+                   });
+}
+
+// Whether bgmv_dense_kernel takes less time than bgmv_diagonal_kernel, by measured times in us. The one takes it for
+// every wave of tiles and step, the other for every row, four outputs and step that a multiprocessor has.
+bool prefer_dense(const BgmvArgs& args) {
+  if (!args.one_adapter || !args.vectors) return false;
+  using Tile = DenseTile<kDenseOut, kDenseRow>;
+  const int64_t tiles = div_up(args.batch, Tile::kRows) *
+                        div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
+  const int64_t work = args.batch * div_up(args.h_out, 4 * kDenseWarps >> args.k_warp_bits) * args.steps;
+  const double dense = (3.5 + 4.5 * args.steps) * static_cast<double>(div_up(tiles, 132)) *
+                       (args.k_warp_bits < 3 ? 1.4 : 1.0);
+  return dense < 1.5 + 0.0011 * (args.steps > 4 ? 2.2 : 1.0) * static_cast<double>(work);
+}
+
+template <class T>
+Status launch_dense(const Launcher& launcher, BgmvArgs args) {
+  using Tile = DenseTile<kDenseOut, kDenseRow>;
+  args.group_rows = Tile::kRows;
+  return for_parts(args, div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits),
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(row_blocks(part, rows), tile_count);
+                     shape.block = dim3(kDenseThreads);
+                     shape.shared_bytes = Tile::kSharedBytes;
+                     return launcher.launch<bgmv_dense_kernel<Arch::kSm90, T, kDenseOut, kDenseRow>>(shape, part);
                    });
 }
 
 template <class T>
-Status launch_sm90(const Launcher& launcher, const BgmvArgs& args) {
-  if (args.h_in > kShortMax) return launch_bulk_long<T>(launcher, args);
+Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
+  constexpr int kWarps = kDiagonalWarps;
+  // As many warps share K as have two steps each; this fixes the order of the sums.
+  const int64_t steps = div_up(args.h_in, kDiagonalStep);
+  args.k_warp_bits = 0;
+  while ((1 << args.k_warp_bits) < kWarps && (2 << args.k_warp_bits) < steps) ++args.k_warp_bits;
+  args.steps = static_cast<int>(div_up(steps, 1 << args.k_warp_bits));
+  const int tiles = kWarps >> args.k_warp_bits;
+  // From here on nothing changes bits. Outputs of a warp: the more, the less often x is read; the fewer, the more blocks.
+  int ranks = args.steps <= 2 ? 4 : 2;
+  while (ranks > 1 && args.batch * div_up(args.h_out, ranks * tiles) < 128) ranks /= 2;
+  args.late = tune("BGMV_L", 0);
+  ranks = tune("BGMV_R", 0) ? tune("BGMV_R", 0) : ranks;
+  if (args.steps > 2 && ranks == 4) ranks = 2;
+  args.group_rows = kGroupRows;
+  while (args.group_rows > 1 && args.batch / args.group_rows * div_up(args.h_out, ranks * tiles) < 256) {
+    args.group_rows /= 2;
+  }
+  args.group_rows = tune("BGMV_M", args.group_rows);
+  if (tune("BGMV_D", 2) == 1 ? args.vectors && args.batch > 1 : tune("BGMV_D", 2) == 2 && prefer_dense(args)) {
+    return launch_dense<T>(launcher, args);
+  }
+  const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  switch (ranks) {
+    case 1:
+      return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
+                                      : launch_diagonal<T, 1, 8, false, true>(launcher, args);
+    case 2:
+      return !whole            ? launch_diagonal<T, 2, 4, false, true>(launcher, args)
+             : args.steps <= 4 ? launch_diagonal<T, 2, 4, true, false>(launcher, args)
+                               : launch_diagonal<T, 2, 4, true, true>(launcher, args);
+    default:
+      return whole ? launch_diagonal<T, 4, 2, true, false>(launcher, args)
+                   : launch_diagonal<T, 4, 2, false, false>(launcher, args);
+  }
+}
+
+template <class T, int kSteps, int kRounds>
+Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
+  args.group_rows = kMaxGroupRows;
+  // In a chain, where weights are there early, what one row after the other takes is what others wait for.
+  const int64_t wanted = args.early_reads && kSteps == 0 ? 2 * kFewBlocks : kFewBlocks;
+  while (args.group_rows > 1 &&
+         args.batch / args.group_rows * div_up(args.h_out, kRounds * kBlockRoundRows) < wanted) {
+    args.group_rows /= 2;
+  }
+  args.group_rows = tune("BGMV_EM", args.group_rows);
+  return for_parts(args, div_up(args.h_out, kRounds * kBlockRoundRows),
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+                     LaunchShape shape;
+                     shape.grid = dim3(row_blocks(part, rows), tiles);
+                     shape.block = dim3(kBulkThreads);
+                     shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
+                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                   });
+}
+
+template <class T, int kSteps>
+Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
+  // As many outputs a block as make 16 KiB of weights; fewer where the batch is small.
+  int rounds = kBulkRounds<kSteps>;
+  const int64_t groups = args.one_adapter ? div_up(args.batch, kGroupRows) : args.batch;
+  while (rounds > 1 && (rounds * kBlockRoundRows * args.h_in > tune("BGMV_EL", 8192) ||
+                        groups * div_up(args.h_out, rounds * kBlockRoundRows) < kFewBlocks)) {
+    rounds /= 2;
+  }
+  // Alone, twice as many blocks if all run at once: their loads start earlier.
+  if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
+    rounds = 2;
+  }
+  rounds = std::min(tune("BGMV_ER", rounds), kBulkRounds<kSteps>);
+  if constexpr (kBulkRounds<kSteps> >= 8) {
+    if (rounds == 8) return launch_bulk_short<T, kSteps, 8>(launcher, args);
+  }
+  if constexpr (kBulkRounds<kSteps> >= 4) {
+    if (rounds == 4) return launch_bulk_short<T, kSteps, 4>(launcher, args);
+  }
+  if constexpr (kBulkRounds<kSteps> >= 2) {
+    if (rounds == 2) return launch_bulk_short<T, kSteps, 2>(launcher, args);
+  }
+  return launch_bulk_short<T, kSteps, 1>(launcher, args);
+}
+
+template <class T>
+Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
+  if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
          : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)
                            : launch_bulk_short<T, 4>(launcher, args);
@@ -157,6 +267,7 @@ Status launch(const Launcher& launcher, BgmvArgs args) {
                  args.h_in % lane_elements == 0;
   args.wide_y = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.y_stride * sizeof(T) % 16 == 0 &&
                 args.h_out * sizeof(T) % 16 == 0;
+  args.one_adapter = kArch == Arch::kSm90 && sizeof(T) == 2 && args.num_adapters == 1;
   if constexpr (sizeof(T) == 4) {
     return launch_float32<kArch>(launcher, args);
   } else if constexpr (kArch == Arch::kSm90) {

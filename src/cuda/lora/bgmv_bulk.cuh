@@ -15,52 +15,137 @@ inline constexpr int kBulkWarps = kBulkThreads / 32;
 
 // ---- Rows that share an adapter: find_group() for one warp ---------------------------------------------------------
 
+inline constexpr int kMaxGroupRows = 64;
+
 struct BulkGroup {
-  int64_t weights;           // address of the adapter
-  int64_t rows[kGroupRows];  // of the columns below count
-  int count;                 // 0: the block has nothing to do
+  int64_t weights;              // address of the adapter
+  int count;                    // 0: the block has nothing to do
+  int64_t rows[kMaxGroupRows];  // of the columns below count
 };
 
-// By the whole of one warp. `meanwhile` is called while the first loads are on their way. On return the warp sees
-// `group`.
-template <class Meanwhile>
-__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, int64_t b, BulkGroup* group,
-                                                   Meanwhile meanwhile) {
-  constexpr int kWords = kScanRows / 32;
+// Block x of a launch looks at the row b of the batch. Where there is one adapter the blocks of a run are numbered by
+// groups instead, so that no block is started in vain: `before` rows of the run are those of earlier blocks.
+struct BlockRow {
+  int64_t b;  // if all rows of the run have the adapter
+  int before;
+
+  __device__ __forceinline__ explicit BlockRow(const BgmvArgs& args) : b(args.first_row + blockIdx.x), before(0) {
+    if (args.one_adapter) {
+      const unsigned groups = kScanRows / args.group_rows;
+      before = static_cast<int>(blockIdx.x % groups) * args.group_rows;
+      b = args.first_row + static_cast<int64_t>(blockIdx.x / groups) * kScanRows + before;
+    }
+  }
+};
+
+// The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp.
+template <int kWords>
+__device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockRow& block, int64_t run, int n,
+                                              BulkGroup* group) {
   const int lane = threadIdx.x % 32;
-  const int64_t run = b - b % kScanRows;
-  const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
-  const int64_t index = args.indices[b];
-  int64_t mine[kWords];
+  const int64_t* const indices = args.indices + run;
+  const int64_t index = args.one_adapter ? 0 : args.indices[block.b];
+  int64_t mine[kWords], addresses[kWords];
+  // The first addresses come along with the indices, so that the one that is needed, if it is among them, takes no
+  // second wait for memory.
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) mine[i] = 32 * i + lane < n ? args.indices[run + 32 * i + lane] : -1;
-  meanwhile();
+  for (int i = 0; i < kWords; ++i) addresses[i] = 32 * i + lane < args.num_adapters ? args.w_ptr[32 * i + lane] : 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) mine[i] = 32 * i + lane < n ? indices[32 * i + lane] : -1;
   int count = 0;
   if (index >= 0 && index < args.num_adapters) {
-    const int64_t weights = args.w_ptr[index];
-    const int me = static_cast<int>(b - run);
+    int64_t weights;
+    if (index < 32 * kWords) {
+      const int at = static_cast<int>(index);
+      // By masks: of a choice the compiler would make an array in local memory.
+      int64_t chosen = addresses[0];
+      if constexpr (kWords > 1) {
+        chosen = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) chosen |= addresses[i] & -static_cast<int64_t>(at / 32 == i);
+      }
+      weights = __shfl_sync(0xffffffffu, chosen, at % 32);
+    } else {
+      weights = args.w_ptr[index];
+    }
     uint32_t votes[kWords];
-    int before = 0, total = 0;
+    int total = 0, before = block.before;
+    // The column of this lane's row in word i, before those of earlier blocks are taken off.
+    int columns[kWords];
+    const uint32_t below = (1u << lane) - 1;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       votes[i] = __ballot_sync(0xffffffffu, mine[i] == index);
-      const uint32_t earlier = me >= 32 * (i + 1) ? 0xffffffffu : me <= 32 * i ? 0u : (1u << (me % 32)) - 1;
-      before += __popc(votes[i] & earlier);
+      columns[i] = total + __popc(votes[i] & below);
       total += __popc(votes[i]);
     }
-    if (before % kGroupRows == 0) {
-      count = min(total - before, kGroupRows);
-      int column = __popc(votes[0] & ((1u << lane) - 1)) - before;
+    if (!args.one_adapter) {
+      // How many rows of the adapter come before the block's: the column of that row.
+      const int me = static_cast<int>(block.b - run);
+      int of_word = columns[0];
+      if constexpr (kWords > 1) {
+        of_word = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) of_word |= columns[i] & -static_cast<int>(me / 32 == i);
+      }
+      before = __shfl_sync(0xffffffffu, of_word, me % 32);
+    }
+    if ((before & (args.group_rows - 1)) == 0 && before < total) {
+      count = min(total - before, args.group_rows);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        if (mine[i] == index && column >= 0 && column < kGroupRows) group->rows[column] = run + 32 * i + lane;
-        if (i + 1 < kWords) column += __popc(votes[i] >> lane) + __popc(votes[i + 1] & ((1u << lane) - 1));
+        const int column = columns[i] - before;
+        if (mine[i] == index && column >= 0 && column < count) group->rows[column] = run + 32 * i + lane;
       }
       if (lane == 0) group->weights = weights;
     }
   }
   if (lane == 0) group->count = count;
   __syncwarp();
+}
+
+// By the whole of one warp; groups have up to args.group_rows rows, a power of two. On return the warp sees `group`.
+__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group) {
+  const int64_t run = block.b & ~int64_t{kScanRows - 1};
+  const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
+  if (n <= 32) {
+    find_group_in<1>(args, block, run, n, group);
+  } else if (n <= 64) {
+    find_group_in<2>(args, block, run, n, group);
+  } else {
+    find_group_in<4>(args, block, run, n, group);
+  }
+}
+
+// ---- A product that starts from zero -------------------------------------------------------------------------------
+
+// d = a @ b, otherwise mma_m16n8k16.
+template <class T>
+__device__ __forceinline__ void mma_from_zero(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                              uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
+  }
+}
+
+// step_product() of four words that starts from zero, one product after the other.
+template <class T>
+__device__ __forceinline__ void step_product_from_zero(float (&d)[4], const Words<4>& upper, const Words<4>& lower,
+                                                       const Words<4>& x) {
+  mma_from_zero<T>(d, upper.values[0], lower.values[0], upper.values[1], lower.values[1], x.values[0], x.values[1]);
+  const uint32_t a[4] = {upper.values[2], lower.values[2], upper.values[3], lower.values[3]};
+  const uint32_t b[2] = {x.values[2], x.values[3]};
+  mma_m16n8k16<T>(d, a, b);
 }
 
 // ---- Barriers in shared memory: an arrival says how many bytes to wait for -----------------------------------------
@@ -202,33 +287,6 @@ __device__ __forceinline__ T bits_as(uint16_t bits) {
   } else {
     return __ushort_as_bfloat16(bits);
   }
-}
-
-// ---- Clusters ------------------------------------------------------------------------------------------------------
-
-// Orders nothing but the barriers' initialisation, which has its own fence.
-__device__ __forceinline__ void cluster_arrive() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Stores two floats to the same variable of a block of the cluster and tells that block's barrier of eight bytes.
-__device__ __forceinline__ void store_to_rank(float* variable, int rank, float a, float b, uint64_t* barrier) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile(
-      "{\n.reg .b32 to, at;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 at, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [at];\n}" ::"r"(
-          shared_address(variable)),
-      "r"(shared_address(barrier)), "r"(rank), "f"(a), "f"(b)
-      : "memory");
-#endif
 }
 
 }  // namespace punica::cuda::bgmv

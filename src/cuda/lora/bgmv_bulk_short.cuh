@@ -15,11 +15,10 @@ inline constexpr int kBlockRoundRows = kRoundRows * kBulkWarps;  // of a block
 // Lanes (g, t) store to 2t * kSumPitch + g and read 16 bytes at g * kSumPitch + 8t: no conflicts.
 inline constexpr int kSumPitch = kRoundRows + 4;
 
-// Products over K come in kSteps steps of 32 elements, 0 standing for a half one.
+// Products over K come in kSteps steps of 32 elements, 0 standing for a half one. A block takes its outputs in kRounds
+// rounds; at most:
 template <int kSteps>
-inline constexpr int kBulkRounds = kSteps == 0   ? 4
-                                   : kSteps <= 2 ? 2
-                                                 : 1;  // of a block, at most
+inline constexpr int kBulkRounds = kSteps == 0 ? 8 : kSteps <= 2 ? 2 : 1;
 
 struct BulkShortShared {
   uint64_t full;
@@ -33,17 +32,57 @@ constexpr size_t bulk_short_shared_bytes(int h_in, int rounds) {
   return sizeof(BulkShortShared) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
 }
 
-template <Arch kArch, class T, int kSteps, bool kVectors>
-__device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                BulkShortShared& shared) {
+// Adds the products of two rows of W, whose pieces lie at `upper` and `lower`, to two chains. `swap`: read the steps of a
+// pair in the other order; where rows lie a multiple of 128 bytes apart, every other lane's do so, and the eight lanes of
+// an access, two rows of 64 bytes, meet no bank conflict.
+template <class T, int kSteps, bool kVectors>
+__device__ __forceinline__ void image_products(float (&sum)[2][4], const unsigned char* upper,
+                                               const unsigned char* lower, int count, bool swap,
+                                               const Words<4> (&xs)[kSteps]) {
+  if constexpr (kVectors) {
+#pragma unroll
+    for (int s = 0; s < kSteps; s += 2) {
+      const int k0 = 32 * (s + swap), k1 = 32 * (s + !swap);
+      const Words<4> a0 = read_image<4, true>(upper + 2 * k0, count - k0);
+      const Words<4> b0 = read_image<4, true>(lower + 2 * k0, count - k0);
+      const Words<4> a1 = read_image<4, true>(upper + 2 * k1, count - k1);
+      const Words<4> b1 = read_image<4, true>(lower + 2 * k1, count - k1);
+      Words<4> a, b;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a.values[i] = swap ? a1.values[i] : a0.values[i];
+        b.values[i] = swap ? b1.values[i] : b0.values[i];
+      }
+      step_product<T>(sum, a, b, xs[s]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a.values[i] = swap ? a0.values[i] : a1.values[i];
+        b.values[i] = swap ? b0.values[i] : b1.values[i];
+      }
+      step_product<T>(sum, a, b, xs[s + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const Words<4> a = read_image<4, false>(upper + 64 * s, count - 32 * s);
+      const Words<4> b = read_image<4, false>(lower + 64 * s, count - 32 * s);
+      step_product<T>(sum, a, b, xs[s]);
+    }
+  }
+}
+
+// Eight rows of the group at most, from `first_column` on.
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+__device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift, int64_t m_first, int rows, int first_column,
+                                                BulkShortShared& shared BGMV_STAMP_PARAM) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
-  constexpr int kRounds = kBulkRounds<kSteps>;
   // A tile of 16 outputs has two chains of products, or its two tiles do.
   constexpr int kSums = kSteps == 0 ? 1 : 2, kUnroll = kSteps == 0 ? 2 : 1;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const int h_in = args.h_in, count = shared.group.count;
-  const int64_t batch_row = shared.group.rows[g < count ? g : 0];
+  const int h_in = args.h_in, count = min(shared.group.count - first_column, kGroupRows);
+  const int64_t* const group_rows = shared.group.rows + first_column;
+  const int64_t batch_row = group_rows[g < count ? g : 0];
   const unsigned char* const image = reinterpret_cast<const unsigned char*>(&shared + 1) + shift;
 
   const int k_lane = 2 * kCount * t;
@@ -63,9 +102,8 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
     before[r] = load_if(args.wide_y && row < y_count, y + row);
   }
   barrier_wait<false>(&shared.full, 0);
+  BGMV_STAMP_AT(4);
 
-  // Rows that lie a multiple of 128 bytes apart: odd ones read the steps of a pair in the other order, so that the
-  // eight lanes of an access, two rows of 64 bytes, meet no conflict.
   const bool swap = kSteps > 0 && h_in % 64 == 0 && g % 2 != 0;
   float* const sums = shared.sums[warp];
   const auto multiply = [&](int row) {
@@ -79,35 +117,8 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
         const Words<kCount> a = read_image<kCount, kVectors>(upper, h_in - k_lane);
         const Words<kCount> b = read_image<kCount, kVectors>(lower, h_in - k_lane);
         step_product<T>(sum, a, b, xs[0]);
-      } else if constexpr (!kVectors) {
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const Words<4> a = read_image<4, false>(upper + 64 * s, h_in - k_lane - 32 * s);
-          const Words<4> b = read_image<4, false>(lower + 64 * s, h_in - k_lane - 32 * s);
-          step_product<T>(sum, a, b, xs[s]);
-        }
       } else {
-#pragma unroll
-        for (int s = 0; s < kSteps; s += 2) {
-          const int k0 = 32 * (s + swap), k1 = 32 * (s + !swap);
-          const Words<4> a0 = read_image<4, kVectors>(upper + 2 * k0, h_in - k_lane - k0);
-          const Words<4> b0 = read_image<4, kVectors>(lower + 2 * k0, h_in - k_lane - k0);
-          const Words<4> a1 = read_image<4, kVectors>(upper + 2 * k1, h_in - k_lane - k1);
-          const Words<4> b1 = read_image<4, kVectors>(lower + 2 * k1, h_in - k_lane - k1);
-          Words<4> a, b;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            a.values[i] = swap ? a1.values[i] : a0.values[i];
-            b.values[i] = swap ? b1.values[i] : b0.values[i];
-          }
-          step_product<T>(sum, a, b, xs[s]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            a.values[i] = swap ? a0.values[i] : a1.values[i];
-            b.values[i] = swap ? b0.values[i] : b1.values[i];
-          }
-          step_product<T>(sum, a, b, xs[s + 1]);
-        }
+        image_products<T, kSteps, kVectors>(sum, upper, lower, h_in - k_lane, swap, xs);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -128,6 +139,8 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
       const int row = (r * kBulkWarps + warp) * kRoundRows;
       if (row >= rows) break;
       multiply(row);
+      BGMV_STAMP_AT(5);
+      BGMV_STAMP_AT(6);
       if (row < y_count) {
         const float4 low = *reinterpret_cast<const float4*>(own_sums);
         const float4 high = *reinterpret_cast<const float4*>(own_sums + 4);
@@ -155,7 +168,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
       // A lane an output, neighbouring lanes neighbouring ones.
       if (row + lane < rows) {
         for (int column = 0; column < count; ++column) {
-          T* const to = static_cast<T*>(args.y) + shared.group.rows[column] * args.y_stride + m_first + row + lane;
+          T* const to = static_cast<T*>(args.y) + group_rows[column] * args.y_stride + m_first + row + lane;
           *to = from_float<T>(fmaf(args.scale, sums[column * kSumPitch + lane], to_float(*to)));
         }
       }
@@ -163,59 +176,195 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   }
 }
 
+// Rows that bgmv_bulk_short_few() takes, as many as have their sums in shared memory at a time.
+template <int kRounds>
+inline constexpr int kFewRows = kRounds == 8 ? 1 : 2;
+
+// One or two rows. A lane ends with kRounds outputs of each: neighbouring ones if everything is aligned. What comes after the wait is
+// what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few instructions as possible.
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+__device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int shift, int64_t m_first, int rows,
+                                                    BulkShortShared& shared BGMV_STAMP_PARAM) {
+  constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
+  constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
+  constexpr int kPitch = kRoundRows * kRounds + 4;
+  static_assert(kFewRows<kRounds> * kPitch <= kGroupRows * kSumPitch);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int h_in = args.h_in, count = shared.group.count;
+  const int k_lane = 2 * kCount * t;
+  const T* const x =
+      static_cast<const T*>(args.x) + shared.group.rows[g < count ? g : 0] * args.x_stride + k_lane;
+  const int x_count = g < count ? h_in - k_lane : 0;
+  // Output i of this lane: own + i * kStride.
+  constexpr int kStride = kVectors ? 1 : 32;
+  const int first = warp * kRoundRows * kRounds, own = first + lane * (kVectors ? kRounds : 1);
+  T* const y = static_cast<T*>(args.y) + m_first + own;
+  T* const y0 = y + shared.group.rows[0] * args.y_stride;
+  T* const y1 = y + shared.group.rows[count - 1] * args.y_stride;
+  const bool second = kFewRows<kRounds> > 1 && count > 1;
+  const unsigned char* upper =
+      reinterpret_cast<const unsigned char*>(&shared + 1) + shift + 2 * ((first + g) * h_in + k_lane);
+  float* const sums = shared.sums[warp];
+  const bool swap = kSteps > 0 && h_in % 64 == 0 && g % 2 != 0;
+  if (args.early_reads) grid_dependency_wait<kArch>();
+  BGMV_STAMP_AT(3);
+
+  Words<kCount> xs[kLoads];
+#pragma unroll
+  for (int s = 0; s < kLoads; ++s) xs[s] = load_x<kCount, kVectors>(x + s * 32, x_count - s * 32);
+  using Outputs = Vec<T, kRounds>;
+  const auto load_y = [&](const T* from) {
+    Outputs r = {};
+    if constexpr (kVectors) {
+      if (own < rows) r = load<T, kRounds>(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        if (own + i * kStride < rows) r.values[i] = from[i * kStride];
+      }
+    }
+    return r;
+  };
+  const Outputs before0 = load_y(y0);
+  Outputs before1 = {};
+  if (second) before1 = load_y(y1);
+  barrier_wait<false>(&shared.full, 0);
+  BGMV_STAMP_AT(4);
+#pragma unroll
+  for (int j = 0; j < 2 * kRounds; ++j) {
+    float sum[4];
+    const unsigned char* const lower = upper + 16 * h_in;
+    if constexpr (kSteps == 0) {
+      const Words<2> a = read_image<2, kVectors>(upper, h_in - k_lane);
+      const Words<2> b = read_image<2, kVectors>(lower, h_in - k_lane);
+      mma_from_zero<T>(sum, a.values[0], b.values[0], a.values[1], b.values[1], xs[0].values[0], xs[0].values[1]);
+    } else {
+      float chains[2][4] = {};
+      image_products<T, kSteps, kVectors>(chains, upper, lower, h_in - k_lane, swap, xs);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[e] = chains[0][e] + chains[1][e];
+    }
+    if (t == 0) {
+      float* const to = sums + 16 * j + g;
+      to[0] = sum[0];
+      to[8] = sum[2];
+      if (second) {
+        to[kPitch] = sum[1];
+        to[kPitch + 8] = sum[3];
+      }
+    }
+    upper += 32 * h_in;
+  }
+  __syncwarp();
+  BGMV_STAMP_AT(5);
+  BGMV_STAMP_AT(6);
+  const auto finish = [&](T* to, const Outputs& before, const float* from) {
+    Outputs after;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      after.values[i] = from_float<T>(fmaf(args.scale, from[own - first + i * kStride], to_float(before.values[i])));
+    }
+    if constexpr (kVectors) {
+      if (own < rows) store<T, kRounds>(to, after);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        if (own + i * kStride < rows) to[i * kStride] = after.values[i];
+      }
+    }
+  };
+  finish(y0, before0, sums);
+  if (second) finish(y1, before1, sums + kPitch);
+}
+
+// A function of its own: what it needs takes no registers of the common way.
+template <Arch kArch, class T, int kSteps, int kRounds>
+__device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
+                                                       BulkShortShared& shared BGMV_STAMP_PARAM) {
+  if (shared.group.count <= kFewRows<kRounds>) {
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
+    return;
+  }
+  if (args.early_reads) grid_dependency_wait<kArch>();
+#pragma unroll 1
+  for (int column = 0; column < shared.group.count; column += kGroupRows) {
+    bgmv_bulk_short<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, column, shared BGMV_STAMP_ARG);
+  }
+}
+
 // Grid: (rows, blocks that share the outputs).
-template <Arch kArch, class T, int kSteps>
-__global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
-                                                : kSteps == 2 ? 7
-                                                              : 5) bgmv_bulk_short_kernel(const BgmvArgs args) {
+template <Arch kArch, class T, int kSteps, int kRounds>
+__global__ void __launch_bounds__(kBulkThreads, kRounds == 8 || kSteps == 4 ? 5 : kSteps == 0 ? 8 : 7) bgmv_bulk_short_kernel(
+    const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
     if (args.early_reads) launch_dependents<kArch>();
+#ifdef PUNICA_BGMV_STAMPS
+    long long stamps_[9];
+#endif
+    BGMV_STAMP(0);
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t b = args.first_row + blockIdx.x;
-    const int block_rows = args.rounds * kBlockRoundRows;
+    const BlockRow block(args);
+    constexpr int block_rows = kRounds * kBlockRoundRows;
     const int64_t m_first = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
     const int rows = static_cast<int>(min(args.h_out - m_first, static_cast<int64_t>(block_rows)));
     if (warp == kBulkWarps - 1) {
       // A line of y or x a lane.
-      if (64 * lane < rows) {
-        prefetch_line(static_cast<const T*>(args.y) + b * args.y_stride + m_first + 64 * lane);
-      } else if (31 - lane <= (args.h_in - 1) / 64) {
-        prefetch_line(static_cast<const T*>(args.x) + b * args.x_stride + 64 * (31 - lane));
+      const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
+      for (int i = 0; i < guesses; ++i) {
+        if (64 * lane < rows) {
+          prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
+        } else if (31 - lane <= (args.h_in - 1) / 64) {
+          prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
+        }
       }
     }
     if (!args.early_reads) grid_dependency_wait<kArch>();
+    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    // By another warp, for the fence takes as long as a load.
+    if (threadIdx.x == 32) {
+      barrier_init(&shared.full, 1);
+      barrier_init_fence();
+    }
+    __syncthreads();
+    if (shared.group.count == 0) {
+      if (args.early_reads) grid_dependency_wait<kArch>();
+      return;
+    }
     if (warp == 0) {
-      find_group_by_warp(args, b, &shared.group, [&] {
-        if (lane == 0) {
-          barrier_init(&shared.full, 1);
-          barrier_init_fence();
-        }
-      });
-      if (shared.group.count > 0) {
-        const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-        unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-        const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
-        if (lane == 0) {
-          barrier_expect(&shared.full, run.whole);
-          run.copy_whole(image, &shared.full);
-        }
-        if (run.head + run.tail > 0 && lane < 8) run.copy_edges(image, lane);
+      const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
+      unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+      const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
+      if (lane == 0) {
+        barrier_expect(&shared.full, run.whole);
+        run.copy_whole(image, &shared.full);
+      }
+      if (run.head + run.tail > 0) {
+        if (lane < 8) run.copy_edges(image, lane);
       }
     }
     if (!args.early_reads) launch_dependents<kArch>();
-    __syncthreads();  // the group, the barrier, what the first warp copied itself
-    if (args.early_reads) grid_dependency_wait<kArch>();
-    if (shared.group.count == 0) return;
+    BGMV_STAMP(1);
+    BGMV_STAMP(2);
     const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
     const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
-    if (args.vectors && w % (kSteps == 0 ? 8 : 16) == 0) {
-      bgmv_bulk_short<kArch, T, kSteps, true>(args, shift, m_first, rows, shared);
+    if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
+    const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
+    const int count = shared.group.count;
+    if (vectors && count <= kFewRows<kRounds> && (args.wide_y || kRounds == 1)) {
+      bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
+    } else if (vectors && count > kFewRows<kRounds>) {
+      if (args.early_reads) grid_dependency_wait<kArch>();
+#pragma unroll 1
+      for (int column = 0; column < count; column += kGroupRows) {
+        bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, column, shared BGMV_STAMP_ARG);
+      }
     } else {
-      bgmv_bulk_short<kArch, T, kSteps, false>(args, shift, m_first, rows, shared);
+      bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, shift, m_first, rows, shared BGMV_STAMP_ARG);
     }
+    BGMV_STAMP_END(7);
   }
 }
 

@@ -8,6 +8,33 @@
 
 namespace punica::cuda::bgmv {
 
+#ifdef PUNICA_BGMV_STAMPS
+static __device__ long long* g_stamps;
+static __device__ unsigned long long g_stamp_count;
+static __device__ long long stamp_elements, stamp_r;
+__device__ __forceinline__ long long now() { long long t; asm volatile("mov.u64 %0, %clock64;" : "=l"(t) :: "memory"); return t; }
+#define BGMV_STAMP(i) stamps_[i] = now()
+#define BGMV_STAMP_AT(i) stamps_[i] = now()
+#define BGMV_STAMP_NONE
+#define BGMV_STAMP_MEMBER long long* stamps_;
+#define BGMV_STAMP_ARG , stamps_
+#define BGMV_STAMP_PARAM , long long* stamps_
+#define BGMV_STAMP_END(i) stamps_[i] = now(); if (threadIdx.x == 0) save_stamps(stamps_, args.layer_offset, args.h_in)
+__device__ __forceinline__ void save_stamps(long long* s, long long layer, int h_in) {
+  unsigned sm; asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
+  unsigned long long at = (layer / ((long long)max(h_in, 1) * 0 + stamp_elements) * 2 + (h_in == stamp_r)) * 2048 + blockIdx.y * gridDim.x + blockIdx.x;
+  if (at < 200000) { long long* to = g_stamps + at * 16; to[0] = sm; to[1] = layer; to[2] = blockIdx.x; to[3] = blockIdx.y; to[4] = h_in; for (int i = 0; i < 8; ++i) to[5 + i] = s[i]; long long g; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(g) :: "memory"); to[13] = g - (now() - s[7]) / 2; }
+}
+#else
+#define BGMV_STAMP(i)
+#define BGMV_STAMP_AT(i)
+#define BGMV_STAMP_NONE
+#define BGMV_STAMP_MEMBER
+#define BGMV_STAMP_ARG
+#define BGMV_STAMP_PARAM
+#define BGMV_STAMP_END(i)
+#endif
+
 struct BgmvArgs {
   void* y;
   const void* x;
@@ -24,9 +51,12 @@ struct BgmvArgs {
                    // sm_80: and y two elements at a time
   bool wide_y;     // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
   int first_tile;  // of h_out, at blockIdx.y = 0
-  int rank_bits;   // long K on sm_90: log2 of the blocks of a cluster
-  int steps;       // long K: steps of a block (sm_90) or a warp (sm_80)
-  int rounds;      // short K on sm_90: of a block
+  bool late;
+  bool one_adapter;  // there is no other: see BlockRow
+  int group_rows;  // sm_90: rows of a group, at most; a power of two
+  int k_warp_bits;  // long K on sm_90: log2 of the warps that share K
+  int resident;    // long K on sm_90: steps of a warp whose weights are in shared memory at a time
+  int steps;       // long K: steps of a warp
   int team;        // float32: threads that share a row of W
 };
 

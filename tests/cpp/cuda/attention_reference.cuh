@@ -287,23 +287,34 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
   const int64_t begin = c.window < 0 || c.window >= position ? 0 : position - c.window;
   const double scale = c.sm_scale.value_or(1.0 / std::sqrt(static_cast<double>(c.dim)));
   std::vector<double> exact(static_cast<size_t>(heads * c.dim)), terms(exact.size());
+  // Tensor cores: weights and rotated q and k are rounded to the type.
+  const double unit = c.dtype == DType::kFloat32 ? 0 : c.dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+  std::vector<double> rounding(static_cast<size_t>(heads), unit + 4 * 0x1p-24);
+  std::vector<double> lse_rounding(static_cast<size_t>(heads), 0.0);
   for (int64_t head = 0; head < heads; ++head) {
     double log_sum = -INFINITY;
     if (position >= 0) {
       std::vector<double> query(static_cast<size_t>(c.dim)), scores, key(query.size());
       for (int64_t d = 0; d < c.dim; ++d) query[static_cast<size_t>(d)] = get(q.at(row, head, d), c.dtype);
       if (c.theta) rotate(query, static_cast<double>(position), c);
-      double top = -INFINITY, sum = 0;
+      double top = -INFINITY, sum = 0, largest_product = 0;
       for (int64_t t = begin; t <= position; ++t) {
         const unsigned char* from = key_at(t, 0, head / c.group);
         for (int64_t d = 0; d < c.dim; ++d) key[static_cast<size_t>(d)] = get(from + d * q.item, c.dtype);
         if (c.theta) rotate(key, static_cast<double>(t), c);
-        double s = scale * std::inner_product(query.begin(), query.end(), key.begin(), 0.0);
+        double s = scale * std::inner_product(query.begin(), query.end(), key.begin(), 0.0), products = 0;
+        for (size_t d = 0; d < key.size(); ++d) products += std::abs(query[d] * key[d]);
+        largest_product = std::max(largest_product, std::abs(scale) * products);
         if (c.cap > 0) s = c.cap * std::tanh(s / c.cap);
         scores.push_back(s);
         top = std::max(top, s);
       }
       for (double& s : scores) sum += s = std::exp(s - top);
+      if (c.theta && unit > 0) {
+        const double shift = 2.1 * unit * largest_product;  // of a score
+        rounding[static_cast<size_t>(head)] += std::exp(2 * shift) - 1;
+        lse_rounding[static_cast<size_t>(head)] = shift / std::log(2.0);
+      }
       log_sum = (top + std::log(sum)) / std::log(2.0);
       for (int64_t t = begin; t <= position; ++t) {
         const unsigned char* from = key_at(t, 1, head / c.group);
@@ -320,7 +331,8 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
       if (std::isinf(log_sum)) {
         EXPECT(got == -INFINITY, what + " lse of a row that sees nothing");
       } else {
-        const double error = std::abs(got - log_sum) / (2e-5 * std::max(1.0, std::abs(log_sum)));
+        const double error = std::abs(got - log_sum) /
+                             (2e-5 * std::max(1.0, std::abs(log_sum)) + lse_rounding[static_cast<size_t>(head)]);
         worst_lse = std::max(worst_lse, error);
         if (!(error <= 1)) fail(what + " lse: got " + std::to_string(got) + ", exact " + std::to_string(log_sum));
       }
@@ -331,7 +343,8 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
   for (const double value : exact) largest = std::max(largest, std::abs(value));
   for (size_t i = 0; i < exact.size(); ++i) {
     const double got = get(o.at(row) + static_cast<int64_t>(i) * o.item, c.dtype);
-    const double tolerance = rtol * std::abs(exact[i]) + rtol / 16 * largest + 4 * 0x1p-24 * terms[i];
+    const double tolerance =
+        rtol * std::abs(exact[i]) + rtol / 16 * largest + rounding[i / static_cast<size_t>(c.dim)] * terms[i];
     const double error = std::abs(got - exact[i]);
     if (position >= 0 && error > worst_output * tolerance) {
       worst_output = error / tolerance;

@@ -12,6 +12,7 @@
 
 #include "attention_reference.cuh"
 #include "punica/cuda.h"
+#include "src/cuda/attention/decode.h"
 #include "src/cuda/backend.h"
 #include "tests/cpp/cuda/part.h"
 
@@ -68,7 +69,8 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   }
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact(), what);
 
-  // The same bits without a workspace, from prefill with one query a sequence, and alone.
+  // The same bits without a workspace and alone. From prefill with one query a sequence, the same bits where one kernel
+  // serves both, and otherwise within the tolerance.
   Rows again(c.dtype, batch, q.heads, c.dim);
   p.o = again.view();
   p.tmpbuf = {};
@@ -76,6 +78,9 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   early.early_reads = true;
   run(cuda::batch_decode(p, early), what);
   for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " without a workspace");
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_decode(p, early), what);
+  for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " with early reads");
   std::vector<int32_t> qo(static_cast<size_t>(batch + 1));
   std::iota(qo.begin(), qo.end(), 0);
   const Table<int32_t> indptr(qo);
@@ -83,7 +88,12 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   auto prefill = make_params<BatchPrefillParams>(c, tables, prefilled, q, nullptr);
   prefill.qo_indptr = indptr.view();
   run(cuda::batch_prefill(prefill, {}), what);
-  for (int64_t i = 0; i < batch; ++i) EXPECT(prefilled.same(i, o, i), what + " by prefill");
+  const bool one_kernel = !cuda::decode_serves(c.dtype, c.dim);
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
+    if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
+    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
+  }
   for (int64_t i = 0; i < batch; ++i) {
     const size_t s = static_cast<size_t>(i);
     const Tables alone(cache.addresses, {cache.indptr[s], cache.indptr[s + 1]}, {cache.last[s]});
@@ -114,7 +124,11 @@ void test_chunks(const Case& c, int64_t length) {
     p.q.data = q.at(first);
     p.q.shape[0] = p.o.shape[0] = last - first;
     p.qo_indptr = indptr.view();
+    // With a workspace, short chunks of long contexts take another way to the same bits.
+    const Buffer tmpbuf(first > 0 ? cuda::workspace_bytes(p) : 0, 1);
+    if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
     run(cuda::batch_prefill(p, {}), what);
+    EXPECT(tmpbuf.guards_intact(), what);
   };
   chunk(0, length, whole);
   for (const int64_t size : {int64_t{1}, int64_t{4}, int64_t{17}, int64_t{100}}) {
@@ -260,15 +274,48 @@ void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::v
   EXPECT(cache.pool.guards_intact() && k.padding_intact() && v.padding_intact(), what);
 }
 
+// The fast decode: head dims, groups up to more than one tile of heads, pages of any size, ends of tiles and splits,
+// more sequences than a block has threads, windows, caps, rotation, by themselves and together.
+void test_fast_decode(bool small) {
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    std::vector<int64_t> lengths = {1, 15, 16, 17, 0, 63, 64, 65, 255, 256, 257, 0, 0, 513, 1300};
+    if (small) lengths = {1, 0, 257, 16};
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      for (const int64_t group : {1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 33}) {
+        if ((small || dim == 96 || dim == 256) && group != 1 && group != 7 && group != 17) continue;
+        test_decode({t, group > 8 ? 1 : 2, group, dim, 16}, lengths);
+      }
+      for (const int64_t page_size : {1, 3, 8, 32, 64, 100, 128}) {
+        if ((small || dim == 96) && page_size != 1 && page_size != 100) continue;
+        test_decode({t, 2, 4, dim, page_size}, lengths);
+      }
+      test_decode({t, 1, 5, dim, 16, 1e4}, lengths);
+      test_decode({t, 2, 9, dim, 1, 5e5, 8.0}, lengths);
+      test_decode({t, 2, 8, dim, 7, std::nullopt, 1.0, 0}, lengths);
+      test_decode({t, 1, 8, dim, 7, std::nullopt, 1.0, 255}, lengths);
+      test_decode({t, 1, 3, dim, 16, std::nullopt, 1.0, 256}, lengths);
+      test_decode({t, 2, 3, dim, 16, std::nullopt, 1.0, 700}, lengths);
+      test_decode({t, 2, 4, dim, 16, std::nullopt, 1.0, -1, 5.0, 0.5}, lengths);
+      test_decode({t, 1, 6, dim, 5, 1e4, 1.0, 300, 30.0}, lengths);
+    }
+    test_decode({t, 3, 3, 64, 16}, std::vector<int64_t>(small ? 3 : 140, 270));
+    test_decode({t, 8, 4, 128, 16}, std::vector<int64_t>(small ? 2 : 20, 800));
+  }
+}
+
 }  // namespace
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("skipped: no CUDA device\n");
     return 77;
   }
-  const bool small = argc > 1;  // any argument: small sizes, for compute-sanitizer
+  // Any argument: small sizes, for compute-sanitizer; but "fast": the fast decode alone; "small-fast": both.
+  const std::string argument = argc > 1 ? argv[1] : "";
+  const bool small = argc > 1 && argument != "fast";
+  const bool fast_alone = argument == "fast" || argument == "small-fast";
+  test_fast_decode(small);
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   std::vector<Case> cases;
   for (const DType t : kTypes) {
@@ -294,6 +341,7 @@ int main(int argc, char**) {
     };
     cases.insert(cases.end(), some.begin(), some.end());
   }
+  if (fast_alone) cases.clear();
   for (const Case& c : cases) {
     if (small) {
       test_prefill(c, {17, 5, 3, 0, 70}, {5, 0, 7, 2, 21});
@@ -307,7 +355,24 @@ int main(int argc, char**) {
     test_decode(c, lengths);
   }
   for (const DType t : kTypes) {
+    if (fast_alone) break;
     test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    if (!small) {
+      // Beyond a split of prefill.
+      test_chunks({t, 1, 4, 128, 16}, 4200);
+      for (const int64_t dim : {64, 128}) {
+        test_prefill({t, 2, 4, dim, 16}, {2100, 2048, 5000, 2049}, {60, 40, 33, 1});
+        test_prefill({t, 1, 3, dim, 48}, {2300, 4097}, {30, 4});
+        test_prefill({t, 1, 2, dim, 1, std::nullopt, 1.0, 2200}, {2300, 4700}, {30, 300});
+      }
+    }
+    // Groups and pages of tensor tiles, which float32 has not.
+    for (const int64_t dim : {64, 128}) {
+      for (const int64_t page_size : {1, 5, 8, 32, 96, 128, 256}) {
+        if (t == DType::kFloat32) continue;
+        test_prefill({t, 2, page_size == 5 ? 5 : 1, dim, page_size}, {129, 128, 20}, {129, 127, 20});
+      }
+    }
     test_chunks({t, 1, 3, 80, 5, 1e4}, small ? 40 : 310);
     test_chunks({t, 1, 7, 256, 16, std::nullopt, 1.0, 70}, small ? 40 : 310);
     test_far_positions(t);

@@ -1,0 +1,95 @@
+// From a call to the instance of decode_kernel that serves it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "src/cuda/attention/decode.cuh"
+#include "src/cuda/attention/decode.h"
+#include "src/cuda/attention/decode_merge.cuh"
+
+namespace punica::cuda {
+
+inline int64_t num_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return std::max(count, 1);
+}
+
+template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
+Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
+  using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
+  // What there may be to do at most, as far as the host knows.
+  const double tokens = static_cast<double>(args.num_page_ptrs) * static_cast<double>(args.page_size);
+  const double splits = (static_cast<double>(args.num_sequences) + tokens / kSplitTokens) * args.num_kv_heads *
+                        static_cast<double>(args.head_tiles);
+  const int64_t most = std::min<int64_t>(Shape::kBlocks * num_multiprocessors(), kMaxDecodeWorkers);
+  LaunchShape shape;
+  shape.grid.x = static_cast<unsigned>(
+      splits < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(splits)) : most);
+  shape.block.x = Shape::kThreads;
+  shape.shared_bytes = Shape::kSharedBytes;
+  // Behind the other partial results.
+  DecodePiece* pieces = nullptr;
+  if (args.num_slots > 0) {
+    const uintptr_t end = reinterpret_cast<uintptr_t>(args.partial_states + args.num_slots * args.num_heads());
+    pieces =
+        reinterpret_cast<DecodePiece*>((end + alignof(DecodePiece) - 1) / alignof(DecodePiece) * alignof(DecodePiece));
+  }
+  if constexpr (kRope) {
+    PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, true>>(
+        shape, args, pieces, launcher.early_reads, *rope)));
+  } else {
+    PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, false>>(
+        shape, args, pieces, launcher.early_reads, NoRope{})));
+  }
+  if (pieces == nullptr) return {};
+  const int64_t queries = args.num_sequences * args.num_kv_heads * args.head_tiles;
+  LaunchShape merge;
+  merge.grid.y = static_cast<unsigned>(std::min(args.group_size, Shape::kHeads));
+  const DecodePiece* const left = pieces;
+  const int tile_heads = Shape::kHeads;
+  if (queries <= shape.grid.x) {
+    merge.grid.x = static_cast<unsigned>(queries);
+    merge.block.x = 512;
+    return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, left, tile_heads);
+  }
+  merge.grid.x = shape.grid.x;
+  merge.block.x = 128;
+  return launcher.launch<merge_decode_kernel<kArch, T, kDim, 128>>(merge, args, left, tile_heads);
+}
+
+template <Arch kArch, class T, int kDim>
+Status launch_decode_dim(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
+  if constexpr (decode_head_tile(16, kDim) == 16) {
+    if (args.group_size > 8) {
+      return rope == nullptr ? launch_decode_kernel<kArch, T, kDim, 2, false>(launcher, args, rope)
+                             : launch_decode_kernel<kArch, T, kDim, 2, true>(launcher, args, rope);
+    }
+  }
+  return rope == nullptr ? launch_decode_kernel<kArch, T, kDim, 1, false>(launcher, args, rope)
+                         : launch_decode_kernel<kArch, T, kDim, 1, true>(launcher, args, rope);
+}
+
+template <Arch kArch, class T>
+Status launch_decode_arch(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
+  switch (args.head_dim) {
+    case 64:
+      return launch_decode_dim<kArch, T, 64>(launcher, args, rope);
+    case 96:
+      return launch_decode_dim<kArch, T, 96>(launcher, args, rope);
+    case 128:
+      return launch_decode_dim<kArch, T, 128>(launcher, args, rope);
+    default:
+      return launch_decode_dim<kArch, T, 256>(launcher, args, rope);
+  }
+}
+
+template <class T>
+Status launch_decode_type(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
+  if (launcher.arch == Arch::kSm90) return launch_decode_arch<Arch::kSm90, T>(launcher, args, rope);
+  return launch_decode_arch<Arch::kSm80, T>(launcher, args, rope);
+}
+
+}  // namespace punica::cuda

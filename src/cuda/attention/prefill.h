@@ -1,0 +1,19 @@
+// batch_prefill where tensor copies and warpgroup products serve it.
+#pragma once
+
+#include "punica/attention.h"
+#include "src/cuda/attention/args.cuh"
+#include "src/cuda/common/launch.h"
+
+namespace punica::cuda {
+
+// Float16 and bfloat16, sm_90, D 64 or 128, keys as they lie in the cache, a positive factor of the scores. Nothing of
+// the batch decides, nor alignment.
+bool serves_prefill(Arch arch, const BatchPrefillParams& params);
+
+// Room for partial results that helps: with few rows, splits of long contexts are worked on side by side.
+int64_t prefill_workspace_bytes(const BatchPrefillParams& params);
+
+Status launch_prefill(const Launcher& launcher, const BatchPrefillParams& params, const AttentionArgs& args);
+
+}  // namespace punica::cuda
