@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "src/cuda/common/launch.h"
 
 namespace punica::cuda {
@@ -39,6 +41,21 @@ CUfunction function_of(const void* symbol, KernelState* state, int device) {
 }
 
 }  // namespace
+
+int Launcher::num_multiprocessors() const {
+  static std::atomic<int> known[kMaxDevices];
+  const bool cached = device_ >= 0 && device_ < kMaxDevices;
+  if (cached) {
+    if (const int count = known[device_].load(std::memory_order_relaxed); count > 0) return count;
+  }
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+  }
+  count = std::max(count, 1);
+  if (cached) known[device_].store(count, std::memory_order_relaxed);
+  return count;
+}
 
 // Raises the kernel's limit of dynamic shared memory, once a device, and asks for the largest carve-out: a
 // multiprocessor that has to change it for the next kernel must first run empty. On sm_90 it also allows clusters of

@@ -74,6 +74,7 @@ class Launcher {
   const bool early_reads;
 
   cudaStream_t stream() const { return stream_; }
+  int num_multiprocessors() const;  // of the device; at least 1
   const char* op() const { return op_; }
 
   // Launches kKernel. On sm_90 as a programmatic dependent: it may start while the kernel before it in the stream still
