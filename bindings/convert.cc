@@ -68,6 +68,12 @@ TensorView to_view(const Tensor& tensor) {
 
 TensorView to_view(const OptionalTensor& tensor) { return tensor.has_value() ? to_view(tensor.value()) : TensorView{}; }
 
+double nbytes(const TensorView& view) {
+  double bytes = static_cast<double>(dtype_size(view.dtype));
+  for (int i = 0; i < std::min(view.rank, TensorView::kMaxRank); ++i) bytes *= static_cast<double>(view.shape[i]);
+  return bytes;
+}
+
 Call::Call(const TensorView& on, int64_t num_threads) {
   context_.num_threads = static_cast<int>(std::clamp<int64_t>(num_threads, 0, std::numeric_limits<int>::max()));
   if (on.device.type == DeviceType::kCuda) {

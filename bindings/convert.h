@@ -24,6 +24,9 @@ using OptionalTensor = ffi::Optional<ffi::TensorView>;
 TensorView to_view(const Tensor& tensor);
 TensorView to_view(const OptionalTensor& tensor);
 
+// Nothing is known of the view: it may have a rank that is refused later.
+double nbytes(const TensorView& view);
+
 // One call of an operation: the context that it runs with, and what is to be said after it.
 class Call {
  public:

@@ -5,6 +5,9 @@ no TorchDispatchMode is on the stack, no functorch transform or forward-mode lev
 plain one. A FakeTensor or a functionalized tensor handed over directly would arrive as a null pointer, and make_fx
 would not see the op. All else goes through torch's dispatcher, which is slower by microseconds and comes back to the
 same functions.
+
+Before either, the operations try the library's shortcut (bindings/shortcut.h), which knows the same rules and answers
+False where it finds anything but an ordinary, valid, short call of the direct way. Errors are never said there.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,15 @@
 """The package's shared library and the functions in it."""
 
+import ctypes
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import tvm_ffi
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 NAME = "libpunica_kernels.so"
 
@@ -36,12 +42,39 @@ def function(name: str, *, release_gil: bool = False) -> Any:
     return loaded
 
 
-class Kernel:
-    """One operation of the library, both ways: `held` for calls that are short."""
+def _set_up_shortcuts() -> bool:
+    torchs = (
+        _C._len_torch_dispatch_stack, vars(forward_ad), sys.intern("_current_level"), _C.is_grad_enabled,
+        sys.intern("requires_grad"), Tensor.is_neg, torch.get_num_threads, _C._increment_version,
+    )  # fmt: skip
+    objects = (Tensor, torch.nn.Parameter, int, float, None, True, False, RuntimeError, *torchs)
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return api is not None and bool(
+        function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api)))
+    )
 
-    __slots__ = ("_holding", "held", "released")
+
+_has_shortcuts = _set_up_shortcuts()
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+class Kernel:
+    """One operation of the library: `held` for calls that are short, `released` for others, `shortcut` for most.
+
+    `shortcut` takes the tensors and numbers of an ordinary, short call, checks all that has to be checked, runs the
+    operation and counts up the versions of what it wrote. It answers whether it did; if not, nothing has happened, and
+    the call must go the long way. Dynamo cannot trace it.
+    """
+
+    __slots__ = ("_holding", "held", "released", "shortcut")
 
     def __init__(self, name: str) -> None:
+        self.shortcut: Callable[..., bool] = _never
+        if _has_shortcuts:
+            self.shortcut = ctypes.cast(function(f"shortcut_{name}")(), ctypes.py_object).value
         self._holding = function(name)
         self.released = function(name, release_gil=True)
         self.held = self.released if _checks() else self._holding

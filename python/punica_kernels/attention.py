@@ -8,11 +8,13 @@ keys it sees, not on the rest of the batch or on the chunk that it came in.
 import torch
 from torch import Tensor, get_num_threads
 from torch._C import _increment_version, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
 
 _prefill, _decode = Kernel("batch_prefill"), Kernel("batch_decode")
+_prefill_shortcut, _decode_shortcut = _prefill.shortcut, _decode.shortcut
 
 # What a call on the CPU takes about 100 us for: above, the GIL is released. Decode: bytes of pages of one layer.
 # Prefill: bytes of queries times tokens of the cache, as if every query saw all of them.
@@ -68,6 +70,11 @@ def batch_prefill(
         RuntimeError: an argument breaks this contract; nothing is written. On the CPU the contents of the tables are
             checked too, on CUDA after `set_checks(True)`.
     """
+    if not is_dynamo_compiling() and _prefill_shortcut(
+        o, q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
+        sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, _LONG_PREFILL,
+    ):  # fmt: skip
+        return
     direct = (
         not is_intercepted()
         and type(o) in PLAIN
@@ -121,6 +128,11 @@ def batch_decode(
     Raises:
         RuntimeError: as `batch_prefill`.
     """
+    if not is_dynamo_compiling() and _decode_shortcut(
+        o, q, kv_ptrs, kv_indptr, last_page_offset, tmpbuf, num_layers, layer_idx, num_kv_heads, page_size,
+        sm_scale, rope_theta, rope_scale, lse, window_left, logits_soft_cap, _LONG_DECODE,
+    ):  # fmt: skip
+        return
     direct = (
         not is_intercepted()
         and type(o) in PLAIN

@@ -10,11 +10,13 @@ calls keeps them alive: `kv_ptrs` holds their addresses, those of sequence i at
 import torch
 from torch import Tensor, get_num_threads
 from torch._C import _increment_version, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ._dispatch import PLAIN, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
 
 _init_kv, _append_kv = Kernel("init_kv"), Kernel("append_kv")
+_init_shortcut, _append_shortcut = _init_kv.shortcut, _append_kv.shortcut
 
 # Bytes of keys that a call on the CPU takes about 100 us for: above, the GIL is released.
 _LONG = 2_000_000
@@ -49,6 +51,10 @@ def init_kv(
         RuntimeError: an argument breaks this contract; nothing is written. On the CPU the contents of the tables are
             checked too (a sequence given more tokens than its kv_len is an error), on CUDA after `set_checks(True)`.
     """
+    if not is_dynamo_compiling() and _init_shortcut(
+        kv_ptrs, kv_indptr, last_page_offset, k, v, seqlen_indptr, num_layers, layer_idx, num_kv_heads, page_size, _LONG
+    ):
+        return
     direct = (
         not is_intercepted()
         and type(kv_ptrs) in PLAIN
@@ -83,6 +89,10 @@ def append_kv(
     Raises:
         RuntimeError: as `init_kv`.
     """
+    if not is_dynamo_compiling() and _append_shortcut(
+        kv_ptrs, kv_indptr, last_page_offset, k, v, num_layers, layer_idx, num_kv_heads, page_size, _LONG
+    ):
+        return
     direct = (
         not is_intercepted()
         and type(kv_ptrs) in PLAIN

@@ -12,11 +12,13 @@ from typing import overload
 import torch
 from torch import Tensor, get_num_threads
 from torch._C import _increment_version, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, missing, refuse_grad_and_neg
 from ._library import Kernel, function
 
 _bgmv, _cutlass, _shrink = Kernel("dispatch_bgmv"), Kernel("sgmv_cutlass"), Kernel("sgmv_shrink")
+_bgmv_shortcut, _cutlass_shortcut, _shrink_shortcut = _bgmv.shortcut, _cutlass.shortcut, _shrink.shortcut
 _tmp_size = function("sgmv_cutlass_tmp_size")
 
 # Bytes of weights that a call on the CPU reads, if no two rows share them, in about 100 us: above, the GIL is released.
@@ -53,6 +55,8 @@ def dispatch_bgmv(
         RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `indices` and the
             addresses that they choose are checked too, on CUDA after `set_checks(True)`.
     """
+    if indicies is None and not is_dynamo_compiling() and _bgmv_shortcut(y, x, w_ptr, indices, layer_idx, scale, _LONG):
+        return
     if indices is None:
         indices = indicies
     elif indicies is not None:
@@ -90,6 +94,8 @@ def sgmv_shrink(
         RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `s_start`, `s_end`
             and the addresses of segments with rows are checked too, on CUDA after `set_checks(True)`.
     """
+    if not is_dynamo_compiling() and _shrink_shortcut(y, x, w_ptr, s_start, s_end, tmp, layer_idx, _LONG):
+        return
     direct = (
         not is_intercepted()
         and type(y) in PLAIN
@@ -125,6 +131,8 @@ def sgmv_cutlass(
         RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of `s_start`, `s_end`
             and the addresses of segments with rows are checked too, on CUDA after `set_checks(True)`.
     """
+    if not is_dynamo_compiling() and _cutlass_shortcut(y, x, w_ptr, s_start, s_end, tmp, layer_idx, _LONG):
+        return
     direct = (
         not is_intercepted()
         and type(y) in PLAIN

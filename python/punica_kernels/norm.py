@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, get_num_threads
 from torch._C import _increment_version, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, refuse_grad_and_neg
 from ._library import Kernel
 
 _rms_norm = Kernel("rms_norm")
+_shortcut = _rms_norm.shortcut
 
 # Bytes of input that a call on the CPU takes about 100 us for: above, the GIL is released.
 _LONG = 2_000_000
@@ -29,6 +31,8 @@ def rms_norm(output: Tensor, input: Tensor, weight: Tensor, epsilon: float, *, r
     Raises:
         RuntimeError: an argument breaks this contract; nothing is written.
     """
+    if not is_dynamo_compiling() and _shortcut(output, input, weight, epsilon, residual, _LONG):
+        return
     direct = (
         not is_intercepted()
         and type(output) in PLAIN

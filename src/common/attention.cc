@@ -8,6 +8,7 @@
 #include "src/common/check.h"
 #include "src/common/contents.h"
 #include "src/common/paged_kv.h"
+#include "src/common/validated.h"
 
 namespace punica {
 namespace {
@@ -33,25 +34,13 @@ bool check_heads(Check& check, const AttentionParams& p) {
                     "), got " + std::to_string(p.kv.num_kv_heads));
 }
 
-struct Named {
-  const char* name;
-  const TensorView& view;
-};
-
 bool check_overlap(Check& check, const AttentionParams& p, const TensorView& qo_indptr) {
-  const Named outputs[] = {{"o", p.o}, {"lse", p.lse}, {"tmpbuf", p.tmpbuf}};
-  const Named inputs[] = {{"q", p.q},
-                          {"kv_ptrs", p.kv.kv_ptrs},
-                          {"kv_indptr", p.kv.kv_indptr},
-                          {"last_page_offset", p.kv.last_page_offset},
-                          {"qo_indptr", qo_indptr}};
-  for (const Named& output : outputs) {
-    for (const Named& input : inputs) {
-      if (!check.disjoint(output.name, output.view, input.name, input.view)) return false;
-    }
-  }
-  return check.disjoint("o", p.o, "lse", p.lse) && check.disjoint("o", p.o, "tmpbuf", p.tmpbuf) &&
-         check.disjoint("lse", p.lse, "tmpbuf", p.tmpbuf);
+  return check.disjoint({{"o", p.o}, {"lse", p.lse}, {"tmpbuf", p.tmpbuf}},
+                        {{"q", p.q},
+                         {"kv_ptrs", p.kv.kv_ptrs},
+                         {"kv_indptr", p.kv.kv_indptr},
+                         {"last_page_offset", p.kv.last_page_offset},
+                         {"qo_indptr", qo_indptr}});
 }
 
 // The pages that the last q_len tokens of the sequence look at.
@@ -140,20 +129,28 @@ Status validate(const BatchDecodeParams& p) {
 int64_t workspace_bytes(const BatchPrefillParams& p) { return backend_workspace_bytes(p); }
 int64_t workspace_bytes(const BatchDecodeParams& p) { return backend_workspace_bytes(p); }
 
-Status batch_prefill(const BatchPrefillParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const BatchPrefillParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(check_contents(kPrefill, p, context));
   if (p.q.numel() == 0 || p.kv.num_sequences() == 0) return {};
   PUNICA_RETURN_IF_ERROR(check_workspace_is_there(kPrefill, p));
   return PUNICA_ON_BACKEND(kPrefill, p.q.device, batch_prefill(p, context));
 }
 
-Status batch_decode(const BatchDecodeParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const BatchDecodeParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(check_contents(kDecode, p, context));
   if (p.q.numel() == 0) return {};
   PUNICA_RETURN_IF_ERROR(check_workspace_is_there(kDecode, p));
   return PUNICA_ON_BACKEND(kDecode, p.q.device, batch_decode(p, context));
+}
+
+Status batch_prefill(const BatchPrefillParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
+}
+
+Status batch_decode(const BatchDecodeParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
 }
 
 }  // namespace punica

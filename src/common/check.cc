@@ -48,14 +48,14 @@ struct Runs {
 Runs runs_of(const TensorView& t) {
   const int64_t item = static_cast<int64_t>(dtype_size(t.dtype));
   const int64_t rows = t.rank > 0 ? t.shape[0] : 1;
-  const int64_t row = t.numel() / rows;
+  int64_t row = 1;
+  for (int i = 1; i < t.rank; ++i) row *= t.shape[i];
   const intptr_t start = reinterpret_cast<intptr_t>(t.data);
-  if (rows == 1 || t.stride[0] == row) return {start, 1, t.numel() * item, 0};
+  if (rows == 1 || t.stride[0] == row) return {start, 1, rows * row * item, 0};
   return {start, rows, row * item, t.stride[0] * item};
 }
 
 bool runs_meet(Runs a, Runs b) {
-  if (a.start >= b.end() || b.start >= a.end()) return false;
   if (a.count > b.count) std::swap(a, b);
   for (intptr_t i = 0; i < a.count; ++i) {
     const intptr_t start = a.start + i * a.stride, end = start + a.length;
@@ -206,9 +206,23 @@ bool Check::product_fits(const char* what, std::initializer_list<int64_t> factor
   return true;
 }
 
-bool Check::disjoint(const char* name_a, const TensorView& a, const char* name_b, const TensorView& b) {
-  if (!a.has_value() || !b.has_value() || a.numel() == 0 || b.numel() == 0) return true;
-  return !runs_meet(runs_of(a), runs_of(b)) || fail(std::string(name_a) + " and " + name_b + " must not overlap");
+bool Check::disjoint(const Named* written, size_t num_written, const Named* read, size_t num_read, Span* spans) {
+  const auto tensor = [&](size_t i) -> const Named& { return i < num_written ? written[i] : read[i - num_written]; };
+  for (size_t i = 0; i < num_written + num_read; ++i) {
+    const TensorView& view = tensor(i).view;
+    spans[i] = {0, 0};
+    if (!view.has_value() || view.numel() == 0) continue;
+    const Runs runs = runs_of(view);
+    spans[i] = {runs.start, runs.end()};
+  }
+  for (size_t i = 0; i < num_written; ++i) {
+    for (size_t j = i + 1; j < num_written + num_read; ++j) {
+      if (spans[i].start >= spans[j].end || spans[j].start >= spans[i].end) continue;  // as nearly always
+      if (!runs_meet(runs_of(tensor(i).view), runs_of(tensor(j).view))) continue;
+      return fail(std::string(tensor(i).name) + " and " + tensor(j).name + " must not overlap");
+    }
+  }
+  return true;
 }
 
 }  // namespace punica

@@ -4,6 +4,7 @@
 // Nothing here allocates while the rules hold: a call of an operation costs microseconds, and this is part of it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -27,6 +28,11 @@ enum class Layout {
   kRows,  // what belongs to one row is contiguous; the rows may lie further apart, as in a slice of a wider tensor
 };
 
+struct Named {
+  const char* name;
+  const TensorView& view;
+};
+
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
@@ -46,8 +52,13 @@ class Check {
   // The product of extents must be below 2^63, so that offsets can be computed in int64_t.
   bool product_fits(const char* what, std::initializer_list<int64_t> factors);
 
-  // No byte belongs to both. Exact: two column slices of one wider tensor are disjoint. Absent tensors are.
-  bool disjoint(const char* name_a, const TensorView& a, const char* name_b, const TensorView& b);
+  // No byte of a written tensor belongs to another one. Exact: two column slices of one wider tensor are disjoint.
+  // Absent tensors are.
+  template <size_t kWritten, size_t kRead>
+  bool disjoint(const Named (&written)[kWritten], const Named (&read)[kRead]) {
+    Span spans[kWritten + kRead];
+    return disjoint(written, kWritten, read, kRead, spans);
+  }
 
   // Makes the status an error, "<op>: <message>". Returns false.
   bool fail(const std::string& message);
@@ -60,6 +71,11 @@ class Check {
   bool tensor_of(const char* name, const TensorView& t, DType dtype, Shape shape, Layout layout);
   bool has_shape(const char* name, const TensorView& t, Shape shape);
   bool has_layout(const char* name, const TensorView& t, Layout layout);
+
+  struct Span {
+    intptr_t start, end;  // what lies between rows included; both 0 where there is nothing
+  };
+  bool disjoint(const Named* written, size_t num_written, const Named* read, size_t num_read, Span* spans);
 
   const char* op_;
   const char* first_ = nullptr;  // name of the first data() tensor

@@ -7,6 +7,7 @@
 #include "src/common/check.h"
 #include "src/common/contents.h"
 #include "src/common/paged_kv.h"
+#include "src/common/validated.h"
 
 namespace punica {
 namespace {
@@ -76,18 +77,26 @@ Status validate(const AppendKvParams& p) {
   return check.status();
 }
 
-Status init_kv(const InitKvParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const InitKvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(check_contents("init_kv", p, context));
   if (p.k.numel() == 0 || p.kv.num_sequences() == 0) return {};
   return PUNICA_ON_BACKEND("init_kv", p.k.device, init_kv(p, context));
 }
 
-Status append_kv(const AppendKvParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const AppendKvParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(check_contents("append_kv", p, context));
   if (p.k.numel() == 0) return {};
   return PUNICA_ON_BACKEND("append_kv", p.k.device, append_kv(p, context));
+}
+
+Status init_kv(const InitKvParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
+}
+
+Status append_kv(const AppendKvParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
 }
 
 }  // namespace punica

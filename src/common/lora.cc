@@ -8,6 +8,7 @@
 #include "src/common/backend.h"
 #include "src/common/check.h"
 #include "src/common/contents.h"
+#include "src/common/validated.h"
 
 namespace punica {
 namespace {
@@ -104,15 +105,14 @@ Status validate(const BgmvParams& p) {
                     check.tensor("indices", p.indices, DType::kInt64, {{p.y.shape[0], "B"}}) &&
                     check.at_least("layer_idx", p.layer_idx, 0) && check.finite("scale", p.scale) &&
                     check.product_fits("layer_idx * h_out * h_in", {p.layer_idx, p.y.shape[1], p.x.shape[1], item}) &&
-                    check.disjoint("y", p.y, "x", p.x) && check.disjoint("y", p.y, "w_ptr", p.w_ptr) &&
-                    check.disjoint("y", p.y, "indices", p.indices));
+                    check.disjoint({{"y", p.y}}, {{"x", p.x}, {"w_ptr", p.w_ptr}, {"indices", p.indices}}));
   return check.status();
 }
 
 Status validate(const SgmvParams& p) {
   Check check(op_name(p));
   const int64_t item = static_cast<int64_t>(dtype_size(p.y.dtype));
-  bool ok =
+  static_cast<void>(
       check.data("y", p.y, {{Dim::kAny, "rows"}, {Dim::kAny, "d_out"}}) &&
       check.data("x", p.x, {{p.y.shape[0], "rows"}, {Dim::kAny, "d_in"}}) &&
       check.tensor("w_ptr", p.w_ptr, DType::kInt64, {{Dim::kAny, "num_segments"}}) &&
@@ -120,15 +120,9 @@ Status validate(const SgmvParams& p) {
       check.tensor("s_end", p.s_end, DType::kInt32, {{p.w_ptr.shape[0], "num_segments"}}) &&
       check.workspace("tmp", p.tmp, p.weights == SgmvWeights::kInOut ? sgmv_cutlass_tmp_size(p.w_ptr.shape[0]) : 0) &&
       check.at_least("layer_idx", p.layer_idx, 0) &&
-      check.product_fits("layer_idx * d_out * d_in", {p.layer_idx, p.y.shape[1], p.x.shape[1], item});
-  const struct {
-    const char* name;
-    const TensorView& view;
-  } inputs[] = {{"x", p.x}, {"w_ptr", p.w_ptr}, {"s_start", p.s_start}, {"s_end", p.s_end}};
-  for (const auto& input : inputs) {
-    ok = ok && check.disjoint("y", p.y, input.name, input.view) && check.disjoint("tmp", p.tmp, input.name, input.view);
-  }
-  static_cast<void>(ok && check.disjoint("y", p.y, "tmp", p.tmp));
+      check.product_fits("layer_idx * d_out * d_in", {p.layer_idx, p.y.shape[1], p.x.shape[1], item}) &&
+      check.disjoint({{"y", p.y}, {"tmp", p.tmp}},
+                     {{"x", p.x}, {"w_ptr", p.w_ptr}, {"s_start", p.s_start}, {"s_end", p.s_end}}));
   return check.status();
 }
 
@@ -140,18 +134,26 @@ int64_t sgmv_cutlass_tmp_size(int64_t num_segments) {
   return bytes;
 }
 
-Status dispatch_bgmv(const BgmvParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const BgmvParams& p, const Context& context) {
   if (!has_work(p.y, p.x)) return {};
   PUNICA_RETURN_IF_ERROR(check_contents("dispatch_bgmv", p, context));
   return PUNICA_ON_BACKEND("dispatch_bgmv", p.y.device, dispatch_bgmv(p, context));
 }
 
-Status sgmv(const SgmvParams& p, const Context& context) {
-  PUNICA_RETURN_IF_ERROR(validate(p));
+Status run_validated(const SgmvParams& p, const Context& context) {
   if (!has_work(p.y, p.x)) return {};
   PUNICA_RETURN_IF_ERROR(check_contents(op_name(p), p, context));
   return PUNICA_ON_BACKEND(op_name(p), p.y.device, sgmv(p, context));
+}
+
+Status dispatch_bgmv(const BgmvParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
+}
+
+Status sgmv(const SgmvParams& p, const Context& context) {
+  PUNICA_RETURN_IF_ERROR(validate(p));
+  return run_validated(p, context);
 }
 
 }  // namespace punica

@@ -2,6 +2,7 @@
 
 #include "src/common/backend.h"
 #include "src/common/check.h"
+#include "src/common/validated.h"
 
 namespace punica {
 namespace {
@@ -21,19 +22,22 @@ Status validate(const RmsNormParams& p) {
   if (p.residual.has_value()) {
     ok = ok && check.data("residual", p.residual, {{p.output.shape[0], "rows"}, {p.output.shape[1], "columns"}});
   }
-  static_cast<void>(ok && check.not_negative("epsilon", p.epsilon) &&
-                    check.disjoint("output", p.output, "weight", p.weight) &&
-                    (is_in_place(p) || check.disjoint("output", p.output, "input", p.input)) &&
-                    check.disjoint("residual", p.residual, "output", p.output) &&
-                    check.disjoint("residual", p.residual, "input", p.input) &&
-                    check.disjoint("residual", p.residual, "weight", p.weight));
+  const Named weight{"weight", p.weight}, input{"input", p.input};
+  // In place, what is apart from the output is apart from the input.
+  static_cast<void>(
+      ok && check.not_negative("epsilon", p.epsilon) &&
+      check.disjoint({{"output", p.output}, {"residual", p.residual}}, {weight, is_in_place(p) ? weight : input}));
   return check.status();
+}
+
+Status run_validated(const RmsNormParams& p, const Context& context) {
+  if (p.output.numel() == 0) return {};
+  return PUNICA_ON_BACKEND("rms_norm", p.output.device, rms_norm(p, context));
 }
 
 Status rms_norm(const RmsNormParams& p, const Context& context) {
   PUNICA_RETURN_IF_ERROR(validate(p));
-  if (p.output.numel() == 0) return {};
-  return PUNICA_ON_BACKEND("rms_norm", p.output.device, rms_norm(p, context));
+  return run_validated(p, context);
 }
 
 }  // namespace punica

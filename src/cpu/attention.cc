@@ -62,7 +62,7 @@ Status out_of_memory(const char* op) { return {StatusCode::kOutOfMemory, std::st
 
 Status run(const char* op, const AttentionPlan& plan, int num_threads) {
   Isa isa;
-  PUNICA_RETURN_IF_ERROR(active_isa(&isa));
+  PUNICA_RETURN_IF_ERROR(active_isa(op, &isa));
   const AttentionKernels* kernels = attention_kernels(isa);
   switch (plan.params->q.dtype) {
     case DType::kFloat16:

@@ -51,7 +51,7 @@ bool is_supported(Isa isa) {
 
 struct Choice {
   Isa isa = Isa::kBaseline;
-  Status status;
+  std::string error;  // without the name of the operation; empty: none
 };
 
 Choice choose() {
@@ -70,8 +70,8 @@ Choice choose() {
       return choice;
     }
   }
-  choice.status = {StatusCode::kUnsupported, "environment variable PUNICA_ISA must be one of " + supported +
-                                                 " on this CPU, got '" + forced + "'"};
+  choice.error =
+      "the environment variable PUNICA_ISA must be one of " + supported + " on this CPU, got '" + forced + "'";
   return choice;
 }
 
@@ -93,11 +93,14 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
-Status active_isa(Isa* isa) {
+Status active_isa(const char* op, Isa* isa) {
   static const Choice choice = choose();
   *isa = choice.isa;
-  return choice.status;
+  if (choice.error.empty()) return {};
+  return {StatusCode::kUnsupported, std::string(op) + ": " + choice.error};
 }
+
+Status active_isa(Isa* isa) { return active_isa("active_isa", isa); }
 
 const char* last_isa() { return t_last_isa; }
 

@@ -20,6 +20,9 @@
 
 namespace punica::cpu {
 
+// As punica::cpu::active_isa(); errors are those of `op`.
+Status active_isa(const char* op, Isa* isa);
+
 // Kernels call this with the name of the set that they were compiled for: see last_isa().
 void record_isa(const char* name);
 

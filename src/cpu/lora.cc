@@ -31,7 +31,7 @@ Status dispatch_bgmv(const BgmvParams& params, const Context& context) {
   const int64_t batch = params.y.shape[0], h_out = params.y.shape[1], h_in = params.x.shape[1];
   if (batch == 0 || h_out == 0 || h_in == 0 || params.w_ptr.shape[0] == 0) return {};
   Isa isa;
-  PUNICA_RETURN_IF_ERROR(active_isa(&isa));
+  PUNICA_RETURN_IF_ERROR(active_isa("dispatch_bgmv", &isa));
 
   const auto bytes_per_output = static_cast<double>(h_in) * static_cast<double>(dtype_size(params.y.dtype));
   const double bytes_per_row = bytes_per_output * static_cast<double>(h_out);
@@ -58,7 +58,7 @@ Status sgmv(const SgmvParams& params, const Context& context) {
   const int64_t d_out = params.y.shape[1], d_in = params.x.shape[1];
   if (num_segments == 0 || params.y.shape[0] == 0 || d_out == 0 || d_in == 0) return {};
   Isa isa;
-  PUNICA_RETURN_IF_ERROR(active_isa(&isa));
+  PUNICA_RETURN_IF_ERROR(active_isa(params.weights == SgmvWeights::kInOut ? "sgmv_cutlass" : "sgmv_shrink", &isa));
 
   int64_t num_tokens = 0, num_used = 0;
   for (int64_t i = 0; i < num_segments; ++i) {

@@ -132,7 +132,7 @@ Status rms_norm(const RmsNormParams& params, const Context& context) {
   const int64_t rows = params.input.shape[0], columns = params.input.shape[1];
   if (rows == 0 || columns == 0) return {};
   Isa isa;
-  PUNICA_RETURN_IF_ERROR(active_isa(&isa));
+  PUNICA_RETURN_IF_ERROR(active_isa("rms_norm", &isa));
   const NormKernels* kernels = PUNICA_SELECT_KERNELS(isa);
   // Measured on one core with AVX-512 : about 0.2 ns an element.
   const int num_threads = choose_num_threads(context, 0.2 * static_cast<double>(rows) * static_cast<double>(columns));

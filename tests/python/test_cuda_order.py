@@ -4,6 +4,8 @@ A kernel that lets its successors start at once, and writes half a millisecond l
 the tests can fail is seen in `early_reads`, where the operation is allowed to be wrong about that, and is.
 """
 
+import contextlib
+
 import punica_kernels as pk
 import pytest
 import torch
@@ -18,6 +20,11 @@ pytestmark = [
         reason="programmatic dependent launch came with compute capability 9.0",
     ),
 ]
+
+
+def promised(early):
+    """The context of a call: the caller's promise, or nothing."""
+    return pk.early_reads() if early else contextlib.nullcontext()
 
 
 def results_before_and_after(case):
@@ -76,10 +83,7 @@ def test_inputs_are_read_in_order(op, early):
         assert torch.equal(target, old)
         case.result()
         delayed_write(target, source)
-        if early:
-            with pk.early_reads():
-                case.run()
-        else:
+        with promised(early):
             case.run()
         assert same(case.snapshot(), expected), name
 
@@ -104,10 +108,7 @@ def test_newest_tokens_are_read_in_order(early):
         cache.memory.copy_(old)
         assert not same(case.result(), expected)
         delayed_write(cache.memory, changed)
-        if early:
-            with pk.early_reads():
-                case.run()
-        else:
+        with promised(early):
             case.run()
         assert same(case.snapshot(), expected), op
 
@@ -140,11 +141,7 @@ def test_chain_through_a_call_without_work(op, early):
         target.copy_(old)
         before = last.snapshot()
         delayed_write(target, source)
-        if early:
-            with pk.early_reads():
-                middle.run()
-                last.run()
-        else:
+        with promised(early):
             middle.run()
             last.run()
         assert same(last.snapshot(), expected)
@@ -152,39 +149,18 @@ def test_chain_through_a_call_without_work(op, early):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_recycled_workspace(early):
-    """Calls that take their workspace from the allocator one after another get the same memory."""
+@pytest.mark.parametrize("given", [False, True])
+def test_calls_that_share_a_workspace(given, early):
+    """One that the caller gives to all of them, or what the allocator gives to one after another: the same memory."""
     cases = [make(op, seed) for seed in (0, 1, 2) for op in ("batch_decode", "batch_prefill")]
     expected = [case.result() for case in cases]
-    before = [case.snapshot() for case in cases]
+    if given:
+        garbage = torch.full((256 << 20,), 255, dtype=torch.uint8, device="cuda")
+        for case in cases:
+            case.arguments["tmpbuf"] = garbage[1:]  # of any alignment
     for _ in range(20):
-        if early:
-            with pk.early_reads():
-                for case in cases:
-                    case.run()
-        else:
-            for case in cases:
-                case.run()
-        for case, result, saved in zip(cases, expected, before, strict=True):
-            assert same(case.snapshot(), result)
-            case.restore(saved)
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_shared_workspace(early):
-    """The same with one that the caller gives to all of them; its bytes are garbage at first."""
-    shared = torch.full((256 << 20,), 255, dtype=torch.uint8, device="cuda")
-    cases = [make(op, seed) for seed in (0, 1, 2) for op in ("batch_decode", "batch_prefill")]
-    expected = [case.result() for case in cases]
-    for case in cases:
-        case.arguments["tmpbuf"] = shared[1:]  # of any alignment
-    for _ in range(10):
         before = [case.snapshot() for case in cases]
-        if early:
-            with pk.early_reads():
-                for case in cases:
-                    case.run()
-        else:
+        with promised(early):
             for case in cases:
                 case.run()
         for case, result, saved in zip(cases, expected, before, strict=True):

@@ -488,6 +488,10 @@ def test_lazy_views(op):
         assert_refused(op, single, name, "negative")
         arguments[name] = torch.complex(single[name], single[name]).conj()
         assert_refused(op, arguments, name)
+        # The same memory as the plain tensor, with the same strides.
+        arguments = VALID[op]()
+        arguments[name] = torch._neg_view(arguments[name])
+        assert_refused(op, arguments, name, "negative")
 
 
 @pytest.mark.parametrize("op", VALID)

@@ -25,7 +25,11 @@ def supported() -> list[str]:
     """The names that the refusal of an unknown one lists."""
     result = run_with("mmx", "-c", "import punica_kernels; punica_kernels.active_isa()")
     assert result.returncode != 0
-    message = re.search(r"RuntimeError: .*PUNICA_ISA must be one of ([\w, ]+) on this CPU, got 'mmx'", result.stderr)
+    pattern = (
+        r"RuntimeError: punica_kernels.active_isa: the environment variable PUNICA_ISA must be one of ([\w, ]+) "
+        r"on this CPU, got 'mmx'"
+    )
+    message = re.search(pattern, result.stderr)
     assert message, result.stderr
     return message.group(1).split(", ")
 

@@ -60,6 +60,72 @@ def test_both_ways_agree(op):
             assert not torch.equal(direct[name], VALID[op]()[name]) or name in ("tmp", "tmpbuf")
 
 
+# ------------------------------------------------------------------------------------------------------ the direct way
+
+KERNELS = {
+    "batch_prefill": pk.attention._prefill, "batch_decode": pk.attention._decode, "init_kv": pk.kv_cache._init_kv,
+    "append_kv": pk.kv_cache._append_kv, "dispatch_bgmv": pk.lora._bgmv, "sgmv_shrink": pk.lora._shrink,
+    "sgmv_cutlass": pk.lora._cutlass, "rms_norm": pk.norm._rms_norm,
+}  # fmt: skip
+
+
+class PassingMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ordinary_calls_take_the_direct_way(op, monkeypatch):
+    def long_way(*_):
+        pytest.fail("the long way was taken")
+
+    monkeypatch.setattr(KERNELS[op], "held", long_way)
+    monkeypatch.setattr(KERNELS[op], "released", long_way)
+    getattr(pk, op)(**VALID[op]())
+    with torch.inference_mode():
+        getattr(pk, op)(**VALID[op]())
+    arguments = VALID[op]()
+    with pytest.raises(pytest.fail.Exception), PassingMode():
+        getattr(pk, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_direct_calls_keep_nothing(op):
+    arguments = VALID[op]()
+    objects = [*arguments.values(), *map(type, arguments.values()), None, True, False, RuntimeError]
+
+    def counts():
+        return [sys.getrefcount(value) for value in objects]
+
+    getattr(pk, op)(**arguments)
+    before = counts()
+    for _ in range(100):
+        getattr(pk, op)(**arguments)
+    after = counts()
+    # Others may make and free some meanwhile, but not one at every call.
+    assert all(abs(b - a) < 50 for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refused_direct_calls_keep_nothing(op):
+    arguments = VALID[op]()
+    first = TENSORS[op][0]
+    wrong = arguments | {first: arguments[first][None]}
+    objects = [*wrong.values(), *map(type, wrong.values()), None, True, False, RuntimeError]
+    direct, before = KERNELS[op].shortcut, None
+    count = {"init_kv": 11, "append_kv": 10, "dispatch_bgmv": 7, "rms_norm": 6, "batch_decode": 17, "batch_prefill": 18}
+    values = [*wrong.values(), *[0] * 18][: count.get(op, 8)]
+    for _ in range(100):
+        assert direct(*values) is False
+        if before is None:
+            before = [sys.getrefcount(value) for value in objects]
+    after = [sys.getrefcount(value) for value in objects]
+    assert all(abs(b - a) < 50 for a, b in zip(before, after, strict=True))
+    assert direct() is False
+    assert direct(*[None] * len(values)) is False
+    assert direct(*["text"] * len(values)) is False
+
+
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 
@@ -188,10 +254,10 @@ def test_fake_tensors(op):
 def test_dispatch_mode_sees_the_op(op):
     seen = []
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(PassingMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function)
-            return function(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(function, types, args, kwargs)
 
     arguments = VALID[op]()
     with Recorder():

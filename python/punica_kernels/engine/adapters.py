@@ -199,24 +199,27 @@ class DecodeLora:
     def __init__(self, adapters: Adapters, ids: Sequence[int], capacity: int | None = None):
         self.adapters = adapters
         self.calls: dict[str, list[tuple[RankGroup, Tensor]]] = {module: [] for module in MODULES}
-        # Modules that the same adapters use with the same rank share one index tensor.
-        self.indices: dict[frozenset[int], Tensor] = {}
-        for module, groups in adapters.groups.items():
-            for group in groups:
-                if capacity is None and group.members.isdisjoint(ids):
-                    continue
-                if group.members not in self.indices:
-                    row = torch.full((len(ids) if capacity is None else capacity,), NO_ADAPTER, dtype=torch.int64)
-                    self.indices[group.members] = row.to(adapters.device)
-                self.calls[module].append((group, self.indices[group.members]))
+        used = [
+            (module, group)
+            for module, groups in adapters.groups.items()
+            for group in groups
+            if capacity is not None or not group.members.isdisjoint(ids)
+        ]
+        # Modules that the same adapters use with the same rank share one row of indices.
+        members = list(dict.fromkeys(group.members for _, group in used))
+        shape = (len(members), len(ids) if capacity is None else capacity)
+        self.table = torch.full(shape, NO_ADAPTER, dtype=torch.int64, device=adapters.device)
+        self.indices = dict(zip(members, self.table, strict=True))
+        for module, group in used:
+            self.calls[module].append((group, self.indices[group.members]))
         self.set(ids)
 
     def set(self, ids: Sequence[int]) -> None:
         """The adapter of each row; rows behind the last one have none."""
-        for members, indices in self.indices.items():
-            row = [id if id in members else NO_ADAPTER for id in ids]
-            row += [NO_ADAPTER] * (len(indices) - len(row))
-            indices.copy_(torch.tensor(row, dtype=torch.int64))
+        rest = [NO_ADAPTER] * (self.table.shape[1] - len(ids))
+        rows = [[id if id in members else NO_ADAPTER for id in ids] + rest for members in self.indices]
+        if rows:
+            self.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     def apply(self, module: str, layer: int, x: Tensor, y: Tensor) -> None:
         """y += B A x for the rows whose adapter has this module. x [B, h_in], y [B, h_out], which may be a slice."""

@@ -18,9 +18,43 @@ from .kv_cache import PageTable
 from .model import Batch, Llama
 
 
+class StepTables:
+    """The tensors of a decode step of up to `size` rows, in one block of memory: one copy brings a step's over."""
+
+    def __init__(self, size: int, num_pages: int, page_size: int, device: torch.device):
+        self.size, self.num_pages, self.page_size = size, num_pages, page_size
+        self.memory = torch.zeros(self._words(num_pages), dtype=torch.int64, device=device)
+        self.tokens, self.positions, self.pages = self._views(self.memory)
+
+    def _words(self, num_pages: int) -> int:
+        return 3 * self.size + 1 + num_pages
+
+    def _views(self, memory: Tensor) -> tuple[Tensor, Tensor, PageTable]:
+        # The addresses come last: a step copies only as many as it has.
+        size = self.size
+        tokens, positions = memory[:size], memory[size : 2 * size]
+        narrow = memory[2 * size : 3 * size + 1].view(torch.int32)
+        table = PageTable(memory[3 * size + 1 :], narrow[: size + 1], narrow[size + 1 : 2 * size + 1], self.page_size)
+        return tokens, positions, table
+
+    def set(self, batch: Batch) -> None:
+        """To a batch in host memory. Rows behind its last one are sequences without pages."""
+        rows, num_pages = len(batch.tokens), len(batch.pages.kv_ptrs)
+        # torch's allocator of pinned memory hands it out again only when the copy is done.
+        memory = torch.zeros(self._words(num_pages), dtype=torch.int64, pin_memory=self.memory.is_cuda)
+        tokens, positions, pages = self._views(memory)
+        tokens[:rows], positions[:rows] = batch.tokens, batch.positions
+        pages.kv_ptrs.copy_(batch.pages.kv_ptrs)
+        pages.kv_indptr[: rows + 1] = batch.pages.kv_indptr
+        # Each of the others begins where the one before it ends.
+        pages.kv_indptr[rows + 1 :] = num_pages
+        pages.last_page_offset[:rows] = batch.pages.last_page_offset
+        self.memory[: len(memory)].copy_(memory, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Captured:
-    batch: Batch
+    tables: StepTables
     lora: DecodeLora
     graph: torch.cuda.CUDAGraph
     logits: Tensor
@@ -41,7 +75,10 @@ class DecodeGraphs:
             self.pool = torch.cuda.graph_pool_handle()
 
     def forward(self, batch: Batch, adapter_ids: Sequence[int]) -> Tensor:
-        """What `model.forward(batch)` returns, for a batch of one token a sequence. The next call overwrites it."""
+        """What `model.forward(batch)` returns, for a batch of one token a sequence, in host memory.
+
+        The next call overwrites it.
+        """
         if self.num_adapters != len(self.adapters.names):  # the tables that the graphs hold are those of before
             self.captured.clear()
             self.num_adapters = len(self.adapters.names)
@@ -51,29 +88,16 @@ class DecodeGraphs:
             if size not in self.captured:
                 self.captured[size] = self._capture(size)
             step = self.captured[size]
-            # After the last row, each sequence begins where the one before it ends: it has no pages.
-            step.batch.tokens[:rows].copy_(batch.tokens)
-            step.batch.positions[:rows].copy_(batch.positions)
-            pages = step.batch.pages
-            pages.kv_ptrs[: len(batch.pages.kv_ptrs)].copy_(batch.pages.kv_ptrs)
-            pages.kv_indptr[: rows + 1].copy_(batch.pages.kv_indptr)
-            pages.kv_indptr[rows + 1 :] = len(batch.pages.kv_ptrs)
-            pages.last_page_offset[:rows].copy_(batch.pages.last_page_offset)
+            step.tables.set(batch)
             step.lora.set(adapter_ids)
             step.graph.replay()
             return step.logits[:rows]
 
     def _capture(self, size: int) -> Captured:
         device = self.model.device
-
-        def zeros(count: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(count, dtype=dtype, device=device)
-
-        pages = PageTable(
-            zeros(self.num_pages, torch.int64), zeros(size + 1, torch.int32), zeros(size, torch.int32), self.page_size
-        )
+        tables = StepTables(size, self.num_pages, self.page_size, device)
         lora = DecodeLora(self.adapters, [], capacity=size)
-        batch = Batch(zeros(size, torch.int64), zeros(size, torch.int64), pages, lora)
+        batch = Batch(tables.tokens, tables.positions, tables.pages, lora)
         # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
         # tables are written before a replay, in stream order, and adapters never.
         with pk.early_reads():
@@ -84,4 +108,4 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 logits = self.model.forward(batch)
-        return Captured(batch, lora, graph, logits)
+        return Captured(tables, lora, graph, logits)

@@ -46,8 +46,12 @@ class KvCache:
     def release(self, pages: list[int]) -> None:
         self.free.extend(reversed(pages))
 
-    def table(self, sequences: list[tuple[list[int], int]]) -> PageTable:
-        """The table of (pages, kv_len) pairs. A sequence may hold more pages than kv_len needs: the rest stay out."""
+    def table(self, sequences: list[tuple[list[int], int]], device: torch.device | None = None) -> PageTable:
+        """The table of (pages, kv_len) pairs, on `device` (default: the cache's).
+
+        A sequence may hold more pages than kv_len needs: the rest stay out.
+        """
+        device = self.device if device is None else device
         kv_ptrs: list[int] = []
         kv_indptr = [0]
         last_page_offset = []
@@ -56,9 +60,9 @@ class KvCache:
             kv_indptr.append(len(kv_ptrs))
             last_page_offset.append((kv_len - 1) % self.page_size + 1)
         return PageTable(
-            torch.tensor(kv_ptrs, dtype=torch.int64, device=self.device),
-            torch.tensor(kv_indptr, dtype=torch.int32, device=self.device),
-            torch.tensor(last_page_offset, dtype=torch.int32, device=self.device),
+            torch.tensor(kv_ptrs, dtype=torch.int64, device=device),
+            torch.tensor(kv_indptr, dtype=torch.int32, device=device),
+            torch.tensor(last_page_offset, dtype=torch.int32, device=device),
             self.page_size,
         )
 

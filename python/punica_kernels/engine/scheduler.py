@@ -171,17 +171,18 @@ class Engine:
         if self._decode_lora is None:  # only when somebody has joined or left
             # A graph has its own.
             self._decode_lora = DecodeLora(self.adapters, ids if self.graphs is None else [])
-        batch = self._decode_batch(self._decode_lora)
-        return self.model.forward(batch) if self.graphs is None else self.graphs.forward(batch, ids)
+        if self.graphs is None:
+            return self.model.forward(self._decode_batch(self._decode_lora, self.model.device))
+        return self.graphs.forward(self._decode_batch(self._decode_lora, torch.device("cpu")), ids)
 
-    def _decode_batch(self, lora: DecodeLora) -> Batch:
-        device = self.model.device
+    def _decode_batch(self, lora: DecodeLora, device: torch.device) -> Batch:
         # The newest token has no keys yet: it takes the next position.
         lengths = [len(request.prompt_tokens) + len(request.tokens) for request in self.running]
+        sequences = [(request.pages, length) for request, length in zip(self.running, lengths, strict=True)]
         return Batch(
             tokens=torch.tensor([request.tokens[-1] for request in self.running], device=device),
-            positions=torch.tensor(lengths, device=device) - 1,
-            pages=self.cache.table([(r.pages, length) for r, length in zip(self.running, lengths, strict=True)]),
+            positions=torch.tensor([length - 1 for length in lengths], device=device),
+            pages=self.cache.table(sequences, device),
             lora=lora,
         )
 

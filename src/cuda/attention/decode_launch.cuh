@@ -10,13 +10,6 @@
 
 namespace punica::cuda {
 
-inline int64_t num_multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  return std::max(count, 1);
-}
-
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
 Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
   using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
@@ -24,7 +17,7 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   const double tokens = static_cast<double>(args.num_page_ptrs) * static_cast<double>(args.page_size);
   const double splits = (static_cast<double>(args.num_sequences) + tokens / kSplitTokens) * args.num_kv_heads *
                         static_cast<double>(args.head_tiles);
-  const int64_t most = std::min<int64_t>(Shape::kBlocks * num_multiprocessors(), kMaxDecodeWorkers);
+  const int64_t most = std::min<int64_t>(Shape::kBlocks * launcher.num_multiprocessors(), kMaxDecodeWorkers);
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(
       splits < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(splits)) : most);

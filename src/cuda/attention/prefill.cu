@@ -98,10 +98,7 @@ Status launch(const Launcher& launcher, const AttentionArgs& args) {
   if (const cudaError_t error = tensor_map(kDim, box_rows, &map); error != cudaSuccess) {
     return to_status(launcher.op(), error);
   }
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return to_status(launcher.op(), error);
+  const int processors = launcher.num_multiprocessors();
   int64_t items = max_tiles(args.num_rows, args.group_size, args.num_sequences) * args.num_kv_heads;
   if (args.num_slots > 0) items = processors;
   const auto wide = [](const void* tensor, int64_t stride) {

@@ -11,8 +11,6 @@
 namespace punica::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 thread_local const char* t_last_arch = nullptr;
 
 struct Forced {

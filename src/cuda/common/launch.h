@@ -1,10 +1,12 @@
 // From a validated call to a kernel launch: device, stream, code path, launch attributes, errors.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "punica/context.h"
@@ -46,85 +48,57 @@ struct LaunchShape {
   unsigned cluster = 1;     // blocks of a cluster, along x; more than 1 on sm_90 alone
 };
 
+inline constexpr int kMaxDevices = 64;  // of which something is remembered; others work too
+
+// What is known of a kernel on each device. One for each kernel, in static memory.
+struct KernelState {
+  // The driver's handle: launching by it saves the runtime's search for it, a tenth of a launch. Null: not asked yet.
+  std::atomic<CUfunction> functions[kMaxDevices] = {};
+  // Bit i: device i allows all dynamic shared memory that it has.
+  std::atomic<uint64_t> allows_shared{0};
+};
+
 // What the kernels of one call are launched with. Every kernel is a template on Arch or reads it from another template
 // argument, so that the path is part of its name.
 class Launcher {
  public:
-  Launcher(const char* op, Arch arch, const Context& context)
-      : arch(arch), early_reads(context.early_reads), op_(op), stream_(static_cast<cudaStream_t>(context.stream)) {}
+  // `device` is the current one.
+  Launcher(const char* op, Arch arch, int device, const Context& context)
+      : arch(arch),
+        early_reads(context.early_reads),
+        op_(op),
+        device_(device),
+        stream_(static_cast<cudaStream_t>(context.stream)) {}
 
   const Arch arch;
   const bool early_reads;
 
   cudaStream_t stream() const { return stream_; }
+  int num_multiprocessors() const;  // of the device; at least 1
   const char* op() const { return op_; }
 
   // Launches kKernel. On sm_90 as a programmatic dependent: it may start while the kernel before it in the stream still
   // runs, so every thread of it must call grid_dependency_wait() (device.cuh) before it touches what others write.
   template <auto kKernel, class... Args>
   Status launch(const LaunchShape& shape, const Args&... args) const {
-    if (shape.shared_bytes > 0) {
-      if (const cudaError_t error = allow_shared<kKernel>(shape.shared_bytes, arch); error != cudaSuccess) {
-        return to_status(op_, error);
-      }
-    }
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid;
-    config.blockDim = shape.block;
-    config.dynamicSmemBytes = shape.shared_bytes;
-    config.stream = stream_;
-    config.attrs = attributes;
-    if (arch == Arch::kSm90) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-      if (shape.cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = shape.cluster;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-      }
-    }
-    const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args...);
-    if (error == cudaSuccess) [[likely]] {
-      set_last_arch(arch);
-      return {};
-    }
-    return to_status(op_, error);
+    static constinit KernelState state;
+    return launch_as(kKernel, &state, shape, args...);
   }
 
  private:
-  static constexpr int kMaxShared = 227 << 10;
-
-  // Raises the kernel's limit of dynamic shared memory, once a device, and asks for the largest carve-out: a
-  // multiprocessor that has to change it for the next kernel must first run empty. On sm_90 it also allows clusters of
-  // 16 blocks.
-  template <auto kKernel>
-  static cudaError_t allow_shared(size_t bytes, Arch arch) {
-    static std::atomic<uint64_t> done{0};
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-    if (bit != 0 && (done.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
-    int limit = kMaxShared;
-    cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-    cudaFuncAttributes attributes;
-    if (error = cudaFuncGetAttributes(&attributes, kKernel); error != cudaSuccess) return error;
-    limit -= static_cast<int>(attributes.sharedSizeBytes);  // what it has statically counts too
-    if (limit < 0 || bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    if (error != cudaSuccess) return error;
-    error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error == cudaSuccess && arch == Arch::kSm90) {
-      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-    return error;
+  // The arguments become what the kernel's parameters are.
+  template <class... Parameters>
+  Status launch_as(void (*kernel)(Parameters...), KernelState* state, const LaunchShape& shape,
+                   const std::type_identity_t<Parameters>&... args) const {
+    void* parameters[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+    return launch_symbol(reinterpret_cast<const void*>(kernel), state, shape, parameters);
   }
 
+  Status launch_symbol(const void* symbol, KernelState* state, const LaunchShape& shape, void** parameters) const;
+  cudaError_t allow_shared(const void* symbol, KernelState* state, size_t bytes) const;
+
   const char* op_;
+  int device_;
   cudaStream_t stream_;
 };
 
@@ -135,7 +109,7 @@ Status on_device(const char* op, Device device, const Context& context, Body bod
   PUNICA_RETURN_IF_ERROR(active_arch(op, device.index, &arch));
   const DeviceGuard guard(device.index);
   if (guard.error() != cudaSuccess) return to_status(op, guard.error());
-  return body(Launcher(op, arch, context));
+  return body(Launcher(op, arch, device.index, context));
 }
 
 }  // namespace punica::cuda

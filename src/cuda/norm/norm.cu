@@ -59,6 +59,7 @@ Status run(const RmsNormParams& params, const Launcher& launcher) {
       .residual_stride = params.residual.stride[0],
       .rows = params.input.shape[0],
       .columns = params.input.shape[1],
+      .inverse_columns = 1.0f / static_cast<float>(params.input.shape[1]),
       .epsilon = params.epsilon,
   };
   const int64_t num_chunks = (args.columns + Chunk<T>::kSize - 1) / Chunk<T>::kSize;

@@ -20,11 +20,18 @@ struct Args {
   int64_t output_stride, input_stride, residual_stride;  // elements between rows
   int64_t rows;
   int64_t columns;
+  float inverse_columns;
   float epsilon;
 };
 
 // Rows of one warp have a block of several such rows.
 inline constexpr int kMinBlock = 128;
+
+// When a block asks for the weight. The arithmetic is the same.
+enum class Weight { kWithRow, kAfterRow, kAfterSum };
+
+// So few blocks that one row's chain of load, sum and store is all there is to wait for.
+inline constexpr unsigned kFewBlocks = 16;
 
 // 16 bytes of a row: kSize elements as they lie in memory.
 template <class T>
@@ -167,24 +174,35 @@ struct Squares {
   __device__ __forceinline__ float total() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 };
 
-// The sum over the `num_warps` warps of a row, in every thread of them; `partial` is shared memory. All threads of the
-// block call it.
-__device__ __forceinline__ float row_sum(float value, int num_warps, float (&partial)[32]) {
+// Each warp's part of a row's sum, in shared memory.
+struct alignas(16) Partial {
+  float of_warp[32];
+
+  __device__ __forceinline__ float sum_of_four(int first) const {
+    const float4 p = *reinterpret_cast<const float4*>(&of_warp[first]);
+    return (p.x + p.y) + (p.z + p.w);
+  }
+};
+
+// The sum over the `num_warps` warps of a row (1, 4, 8 or more), in every thread of them. All threads of the block call
+// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees.
+__device__ __forceinline__ float row_sum(float value, int num_warps, Partial& partial) {
   value = warp_sum(value);
   if (num_warps == 1) return value;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  if (threadIdx.x % 32 == 0) partial.of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   if (num_warps > 8) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    return warp_sum(lane < num_warps ? partial[lane] : 0.0f);
+    return warp_sum(lane < num_warps ? partial.of_warp[lane] : 0.0f);
   }
-  float sum = partial[0];
-  for (int i = 1; i < num_warps; ++i) sum += partial[i];
-  return sum;
+  const float sum = partial.sum_of_four(0);
+  return num_warps == 4 ? sum : sum + partial.sum_of_four(4);
 }
 
+// Two units in the last place at most from the rounded root (CUDA's bound for rsqrtf): a correctly rounded root and a
+// division cost as much as the sum.
 __device__ __forceinline__ float scale_of(float sum, const Args& args) {
-  return __frsqrt_rn(sum / static_cast<float>(args.columns) + args.epsilon);
+  return rsqrtf(fmaf(sum, args.inverse_columns, args.epsilon));
 }
 
 template <class T>
@@ -199,11 +217,22 @@ __device__ __forceinline__ Chunk<T> normalised(const Chunk<T>& c, const Chunk<T>
   return result;
 }
 
+// Blocks that must fit on a multiprocessor, or 0. Measured on an H200: 256 rows of two chunks a thread lose a sixth
+// where only four blocks of 256 threads fit, for the next kernels' blocks then start later; more than five cost
+// spilling.
+constexpr int min_blocks(int threads, int chunks, bool streaming) {
+  if (threads < kMinBlock) return 0;
+  if (streaming) return chunks == 4 ? 1024 / threads : 0;
+  return chunks == 2 ? 1280 / threads : 0;
+}
+
 // Rows of at most kThreads * kChunks chunks, all full and aligned. One row a block, or one a warp. With kStreaming many
 // blocks hide each other's latency: registers are for rows in flight, so the weight is read when it is wanted, from
-// the first-level cache mostly. Without, few blocks run, and everything is asked for at once.
+// the first-level cache mostly. Without, the weight is asked for together with the row; or, where few blocks run, as
+// soon as the row is there, so that it does not stand in the row's way.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kStreaming>
-__global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
+__global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
+                                  min_blocks(kThreads, kChunks, kStreaming))
     rms_norm_in_registers(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     static_assert(kThreads == 32 || kThreads >= kMinBlock, "a row has one warp, or the whole block");
@@ -212,7 +241,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
     constexpr Access kRows = kStreaming ? Access::kStreaming : Access::kOnce;
     constexpr int kBatch = kChunks < 4 ? kChunks : 4;
     static_assert(kChunks % kBatch == 0);
-    __shared__ float partial[2][32];
+    __shared__ Partial partial[2];
 
     launch_dependents<kArch>();
     const int thread = static_cast<int>(threadIdx.x) % kThreads;
@@ -220,15 +249,17 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
     const auto has = [&](int i) { return thread + i * kThreads < num_chunks; };
     const T* const weight_of_thread = static_cast<const T*>(args.weight) + thread * kSize;
     Chunk<T> weight[kChunks];
-    const auto load_weight = [&] {
+    const auto load_weight = [&](bool wanted = true) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
+        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
       }
     };
     int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
     if constexpr (!kStreaming) {
       if (thread % (kLineBytes / 16) == 0 && row < args.rows) {
+        // One line of the output: its address is then translated when the stores come.
+        if (thread == 0) prefetch_line(static_cast<const T*>(args.output) + row * args.output_stride);
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
           if (!has(i)) break;
@@ -241,47 +272,58 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
         }
       }
     }
-    grid_dependency_wait<kArch>();
-
-    bool again = false;
-    // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's threads
-    // where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
-    for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
-      const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
-      Chunk<T> x[kChunks];
+    const auto do_rows = [&](auto when) {
+      constexpr Weight kWeight = decltype(when)::value;
+      grid_dependency_wait<kArch>();
+      bool again = false;
+      // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's
+      // threads where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
+      for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
+        const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
+        Chunk<T> x[kChunks];
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
-      }
-      if constexpr (!kStreaming) load_weight();
-      if (args.residual != nullptr) {
-        T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
+        for (int i = 0; i < kChunks; ++i) {
+          x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
+        }
+        if constexpr (kWeight == Weight::kWithRow) load_weight();
+        if (args.residual != nullptr) {
+          T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
 #pragma unroll
-        for (int first = 0; first < kChunks; first += kBatch) {
-          Chunk<T> old[kBatch];
+          for (int first = 0; first < kChunks; first += kBatch) {
+            Chunk<T> old[kBatch];
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
-          }
+            for (int i = 0; i < kBatch; ++i) {
+              old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
+            }
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            x[first + i] = add(x[first + i], old[i]);
-            store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            for (int i = 0; i < kBatch; ++i) {
+              x[first + i] = add(x[first + i], old[i]);
+              store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            }
           }
         }
-      }
-      Squares squares;
+        Squares squares;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
-      const float scale = scale_of(row_sum(squares.total(), kThreads / 32, partial[again]), args);
+        for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
+        const float squared = squares.total();
+        // Always wanted, but the compiler must think that it depends on the row.
+        if constexpr (kWeight == Weight::kAfterRow) load_weight(!(squared < 0.0f));
+        const float scale = scale_of(row_sum(squared, kThreads / 32, partial[again]), args);
 
-      if constexpr (kStreaming) load_weight();
-      T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
+        if constexpr (kWeight == Weight::kAfterSum) load_weight();
+        T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        for (int i = 0; i < kChunks; ++i) {
+          store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        }
       }
+    };
+    using When = std::conditional_t<kStreaming, std::integral_constant<Weight, Weight::kAfterSum>,
+                                    std::integral_constant<Weight, Weight::kWithRow>>;
+    if constexpr (!kStreaming && kThreads < 1024) {  // 1024 threads have no registers left
+      if (gridDim.x <= kFewBlocks) return do_rows(std::integral_constant<Weight, Weight::kAfterRow>{});
     }
+    do_rows(When{});
   }
 }
 
@@ -290,7 +332,7 @@ template <Arch kArch, class T, bool kVector>
 __global__ void __launch_bounds__(1024) rms_norm_in_two_passes(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kSize = Chunk<T>::kSize;
-    __shared__ float partial[2][32];
+    __shared__ Partial partial[2];
 
     launch_dependents<kArch>();
     grid_dependency_wait<kArch>();

@@ -1,0 +1,234 @@
+#include "bindings/shortcut.h"
+
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <string>
+
+#include "bindings/settings.h"
+#include "punica/build.h"
+
+namespace punica::bindings {
+namespace {
+
+// What Python hands over once, kept alive for ever.
+struct Python {
+  PyObject *tensor_type, *parameter_type, *int_type, *float_type;
+  PyObject *none, *yes, *no, *runtime_error;
+  PyObject *dispatch_stack_size, *forward_ad, *forward_ad_level;  // a dictionary, and a name in it
+  PyObject *is_grad_enabled, *requires_grad;                      // a name too
+  PyObject *is_neg, *get_num_threads, *increment_version;
+};
+Python g_python;
+const DLPackExchangeAPI* g_exchange = nullptr;
+
+// The value of a call that gives an int; -1 after an exception, which is gone.
+int64_t to_int(PyObject* value) {
+  int64_t result = -1;
+  if (value != nullptr) {
+    result = PyLong_AsLongLong(value);
+    Py_DecRef(value);
+  }
+  if (result == -1) PyErr_Clear();
+  return result;
+}
+
+// Owned references are given back at once: what is compared with lives as long as Python.
+bool is(PyObject* owned, PyObject* what) {
+  if (owned == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  Py_DecRef(owned);
+  return owned == what;
+}
+
+// Where Python's stable ABI has it (set_up_shortcuts() looks): behind the count of references.
+PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject**>(object)[1]; }
+
+PyObject* call(PyObject* function) { return PyObject_CallNoArgs(function); }
+
+PyObject* call(PyObject* function, PyObject* argument) {
+  if (PyObject_Vectorcall == nullptr) return PyObject_CallFunctionObjArgs(function, argument, nullptr);
+  return PyObject_Vectorcall(function, &argument, 1, nullptr);
+}
+
+bool is_plain(PyObject* object) {
+  PyObject* const type = type_of(object);
+  return type == g_python.tensor_type || type == g_python.parameter_type;
+}
+
+// Functorch's transforms need not be asked for: tensors that they have wrapped have no memory, which view() or the
+// operation's validation refuses, and the others are plain.
+bool is_intercepted() {
+  PyObject* const level = PyDict_GetItemWithError(g_python.forward_ad, g_python.forward_ad_level);
+  return level == nullptr || PyLong_AsLongLong(level) >= 0 || to_int(call(g_python.dispatch_stack_size)) != 0;
+}
+
+}  // namespace
+
+ShortcutCall::ShortcutCall(PyObject* const* args, std::ptrdiff_t count, std::ptrdiff_t expected)
+    : args_(args), ordinary_(count == expected && !is_intercepted()) {}
+
+bool ShortcutCall::is_none(int i) const { return ordinary_ && args_[i] == g_python.none; }
+
+TensorView ShortcutCall::view(PyObject* tensor) {
+  DLTensor dl;
+  if (g_exchange->dltensor_from_py_object_no_sync(tensor, &dl) != 0) {
+    PyErr_Clear();
+    ordinary_ = false;
+    return {};
+  }
+  return to_view(Tensor(&dl));
+}
+
+TensorView ShortcutCall::data(int i) {
+  if (!ordinary_) return {};
+  PyObject* const tensor = args_[i];
+  if (grad_ < 0) grad_ = !is(call(g_python.is_grad_enabled), g_python.no);
+  ordinary_ = is_plain(tensor) && is(call(g_python.is_neg, tensor), g_python.no) &&
+              (grad_ == 0 || is(PyObject_GetAttr(tensor, g_python.requires_grad), g_python.no));
+  return ordinary_ ? view(tensor) : TensorView{};
+}
+
+TensorView ShortcutCall::table(int i) {
+  ordinary_ = ordinary_ && is_plain(args_[i]);
+  return ordinary_ ? view(args_[i]) : TensorView{};
+}
+
+int64_t ShortcutCall::integer(int i) {
+  ordinary_ = ordinary_ && type_of(args_[i]) == g_python.int_type;
+  if (!ordinary_) return 0;
+  const int64_t value = PyLong_AsLongLong(args_[i]);
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    ordinary_ = false;
+  }
+  return value;
+}
+
+double ShortcutCall::number(int i) {
+  ordinary_ = ordinary_ && (type_of(args_[i]) == g_python.float_type || type_of(args_[i]) == g_python.int_type);
+  if (!ordinary_) return 0;
+  const double value = PyFloat_AsDouble(args_[i]);
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    ordinary_ = false;
+  }
+  return value;
+}
+
+bool ShortcutCall::prepare(const TensorView& on, bool is_long, Context* context) const {
+  if (on.device.type == DeviceType::kCpu) {
+    if (is_long) return false;
+    context->num_threads = static_cast<int>(to_int(call(g_python.get_num_threads)));
+    return true;
+  }
+  // Checks of contents wait for the device, and have a warning to give.
+  if (on.device.type != DeviceType::kCuda || checks()) return false;
+  context->early_reads = early_reads();
+  if (g_exchange->current_work_stream(kDLCUDA, on.device.index, &context->stream) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool ShortcutCall::count_up(std::initializer_list<int> written) const {
+  std::ptrdiff_t count = 0;
+  for (const int i : written) count += args_[i] != g_python.none;
+  PyObject* const tensors = PyTuple_New(count);
+  if (tensors == nullptr) return false;
+  count = 0;
+  for (const int i : written) {
+    if (args_[i] == g_python.none) continue;
+    Py_IncRef(args_[i]);
+    PyTuple_SetItem(tensors, count++, args_[i]);
+  }
+  PyObject* const result = call(g_python.increment_version, tensors);
+  Py_DecRef(tensors);
+  if (result == nullptr) return false;
+  Py_DecRef(result);
+  return true;
+}
+
+PyObject* ShortcutCall::refuse(const Status& status) {
+  // After this one something may have been written: the call must not be made again.
+  if (status.code() == StatusCode::kInternal) return raise(("punica_kernels." + status.message()).c_str());
+  return go_the_long_way();
+}
+
+PyObject* ShortcutCall::yes() {
+  Py_IncRef(g_python.yes);
+  return g_python.yes;
+}
+
+PyObject* ShortcutCall::go_the_long_way() {
+  Py_IncRef(g_python.no);
+  return g_python.no;
+}
+
+PyObject* ShortcutCall::raise(const char* message) {
+  PyErr_SetString(g_python.runtime_error, message);
+  return nullptr;
+}
+
+bool ShortcutWorkspace::allocate(Device device, int64_t bytes) {
+  DLTensor prototype = {
+      .data = nullptr,
+      .device = {kDLCUDA, device.index},
+      .ndim = 1,
+      .dtype = {kDLUInt, 8, 1},
+      .shape = &bytes,
+      .strides = nullptr,
+      .byte_offset = 0,
+  };
+  const auto ignore = [](void*, const char*, const char*) {};
+  return g_exchange->managed_tensor_allocator(&prototype, &tensor_, nullptr, ignore) == 0;
+}
+
+ShortcutWorkspace::~ShortcutWorkspace() {
+  if (tensor_ != nullptr && tensor_->deleter != nullptr) tensor_->deleter(tensor_);
+}
+
+TensorView ShortcutWorkspace::view() const { return to_view(Tensor(&tensor_->dl_tensor)); }
+
+namespace {
+
+PyObject* to_object(void* address) { return static_cast<PyObject*>(address); }
+
+// objects: a tuple of what struct Python wants, in its order; capsule: torch.Tensor.__dlpack_c_exchange_api__. False if
+// this Python or torch lacks something.
+bool set_up_shortcuts(void* objects, void* capsule) {
+  if (PyCFunction_NewEx == nullptr) return false;
+  const auto* api =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(to_object(capsule), "dlpack_exchange_api"));
+  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION ||
+      api->dltensor_from_py_object_no_sync == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  PyObject** const fields = reinterpret_cast<PyObject**>(&g_python);
+  constexpr std::ptrdiff_t kFields = sizeof(Python) / sizeof(PyObject*);
+  for (std::ptrdiff_t i = 0; i < kFields; ++i) {
+    fields[i] = PyTuple_GetItem(to_object(objects), i);
+    if (fields[i] == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  PyObject* const type = PyObject_Type(g_python.none);
+  Py_DecRef(type);
+  if (type_of(g_python.none) != type) return false;
+  for (std::ptrdiff_t i = 0; i < kFields; ++i) Py_IncRef(fields[i]);
+  g_exchange = api;
+  return true;
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_up_shortcuts, set_up_shortcuts);
+
+void* make_function(const char* name, PyFastFunction function) {
+  auto* const method = new PyMethodDef{name, function, kPyMethFastcall, nullptr};
+  return PyCFunction_NewEx(method, nullptr, nullptr);
+}
+
+}  // namespace punica::bindings
