@@ -195,8 +195,10 @@ struct TileWalker {
 
   __device__ __forceinline__ void window(const SgmvArgs& args, int64_t first, int lane) {
     base = first;
-    segment = load_segment<kRows>(args, base + lane);
-    address = base + lane < args.num_segments ? args.w_ptr[base + lane] : 0;
+    const int64_t i = base + lane;
+    const bool there = i < args.num_segments;
+    segment = there ? cut_segment<kRows>(args, args.s_start[i], args.s_end[i]) : SgmvSegment{0, 0, 0};
+    address = there ? args.w_ptr[i] : 0;
     sum = warp_inclusive_sum(segment.tiles, lane);
   }
 
