@@ -44,7 +44,7 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   const DecodePiece* const left = pieces;
   const int tile_heads = Shape::kHeads;
   merge.grid.x = static_cast<unsigned>(std::min<int64_t>(queries, shape.grid.x));
-  if (static_cast<int64_t>(merge.grid.x) * merge.grid.y <= num_multiprocessors()) {
+  if (static_cast<int64_t>(merge.grid.x) * merge.grid.y <= launcher.num_multiprocessors()) {
     merge.block.x = 512;
     merge.shared_bytes = merge_decode_shared(kDim, 512);
     return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, left, tile_heads);

@@ -260,18 +260,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-int multiprocessors() {
-  int device = 0, count = 132;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    static_cast<void>(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  }
-  return count;
-}
-
 template <class T, bool kInOut, int kSlices, int kQuads, int kTiles>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   using R = Ring<kSlices, kQuads, kTiles>;
-  const int blocks = multiprocessors();
+  const int blocks = launcher.num_multiprocessors();
   const int64_t strips = (args.d_out + R::kWidth - 1) / R::kWidth;
   // Few rounds of large chunks, as W is not read as often then, but all blocks busy in the last of them, and chunks no
   // longer than segments. A choice that no bit depends on.
