@@ -79,7 +79,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
     axes.axvline(100, color="#2a9d4a", linewidth=2)
     axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['work']}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, 118)
+    axes.set_xlim(0, max(118, 1.02 * max(100 * row["floor"] / row["ours"] for row in rows)))
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the rate of a kernel that only moves the same bytes; prefill: of a large matrix product")
     axes.set_title(f"{result['device']}: share of the practical floor (longer is better)", loc="left")

@@ -224,7 +224,8 @@ def test_decode_agrees_with_prefill(device):
     for dtype in DTYPES:
         decoded, lse = check_attention([40, 9, 1], None, dtype, device, decode=True)
         filled, lse_filled = check_attention([40, 9, 1], [1, 1, 1], dtype, device)
-        torch.testing.assert_close(decoded, filled)
+        # Each may round the weights of values below 5 to the type.
+        torch.testing.assert_close(decoded, filled, rtol=1.6e-2, atol=1e-5 + 2 * 5 * weight_rounding(decoded))
         torch.testing.assert_close(lse, lse_filled)
 
 

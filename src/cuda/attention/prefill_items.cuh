@@ -1,0 +1,68 @@
+// What the parts of the fast prefill share: what an item is, what lies in shared memory, how sequences are split.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "src/cuda/attention/args.cuh"
+#include "src/cuda/attention/softmax.cuh"
+#include "src/cuda/common/device.cuh"
+#include "src/cuda/common/hopper.cuh"
+
+namespace punica::cuda {
+
+inline constexpr int kPrefillRows = 128, kPrefillKeys = 128, kPrefillStages = 2;
+inline constexpr int kPrefillSplitTokens = 2048;
+inline constexpr int kPrefillThreads = 384;  // a warpgroup that copies, two that multiply
+inline constexpr int kCopyWarps = 4;
+// Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
+inline constexpr int kAddressBits = 31;
+
+// What a block works on.
+struct PrefillItem {
+  int64_t first_page, kv_len;
+  int64_t first_query;     // row of q and o of the item's first query
+  int64_t first_position;  // of that query; may be negative
+  int64_t first_tile;      // of keys, counted from position 0
+  int64_t first_slot;      // of partial results: that of the item's first query and its split
+  int first_head;          // of that query, in the group: the item begins with it
+  int rows, tiles;
+  int splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
+  int kv_head;  // -1: there are no more items
+};
+
+template <int kDim>
+struct PrefillShared {
+  static constexpr int kTileBytes = kPrefillKeys * kDim * 2;
+  alignas(1024) unsigned char queries[kPrefillRows * kDim * 2];
+  unsigned char keys[kPrefillStages][kTileBytes];
+  unsigned char values[kPrefillStages][kTileBytes];
+  float saved[kDim / 2][kPrefillThreads - 128];  // merged splits: what each thread has of them
+  uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
+  uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
+  uint64_t item_full[2], item_empty[2];
+  PrefillItem items[2];
+};
+
+#ifdef __CUDACC__
+// Splits of a sequence, at least one.
+__device__ __forceinline__ int64_t prefill_splits(int64_t kv_len) {
+  return kv_len > 0 ? (kv_len - 1) / kPrefillSplitTokens + 1 : 1;
+}
+
+// Whether splits are items of their own: where there is room for the partial results, one a query and split. By a whole
+// warp; all get the same.
+__device__ __forceinline__ bool prefill_splits_apart(const AttentionArgs& args) {
+  if (args.num_slots == 0) return false;
+  int64_t slots = 0;
+  for (int64_t i = threadIdx.x % 32; i < args.num_sequences; i += 32) {
+    slots += args.num_queries(i) * prefill_splits(args.pages(i).kv_len);
+  }
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) slots += __shfl_xor_sync(~0u, slots, lane);
+  return slots <= args.num_slots;
+}
+#endif
+
+}  // namespace punica::cuda
