@@ -2,6 +2,7 @@
 #pragma once
 
 #include "src/cuda/attention/prefill_items.cuh"
+#include "src/cuda/common/mma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -25,17 +26,6 @@ __device__ __forceinline__ float quad_max(float v) {
 __device__ __forceinline__ float quad_sum(float v) {
   v = __fadd_rn(v, __shfl_xor_sync(~0u, v, 1));
   return __fadd_rn(v, __shfl_xor_sync(~0u, v, 2));
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
 }
 
 // tanh, absolute error below 3e-7.

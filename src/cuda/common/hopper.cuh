@@ -33,15 +33,39 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Arrives when all cp.async that this thread has started until here have ended.
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits for the end of the phase of this parity.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (done == 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Of a place in shared memory, in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Writes to a block of the cluster, and counts the 16 bytes at its barrier.
+__device__ __forceinline__ void store_async(uint32_t remote, float4 v, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier)
+      : "memory");
 }
 
 // Hardware barriers of `threads` threads; 0 is that of __syncthreads().
@@ -106,6 +130,16 @@ __device__ __forceinline__ Descriptor descriptor_columns(uint32_t address, uint3
   return {uniform((column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4), kDescriptorHigh};
 }
 
+// The descriptor of a matrix in shared memory. swizzle: 1, 2, 3 for 128, 64, 32 bytes. In bytes, multiples of 16:
+//   K-major (8 rows of 128 bytes a unit):           stride: to the next 8 rows; leading: unused
+//   MN-major (8 rows of K, `swizzle` bytes each):   stride: to the next 8 of K; leading: to the next `swizzle` bytes of
+//   MN
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint64_t swizzle, uint32_t leading,
+                                                     uint32_t stride) {
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 |
+         swizzle << 62;
+}
+
 // Between writes to registers of sums or operands and the products that take them.
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -123,30 +157,48 @@ __device__ __forceinline__ void pin(float (&values)[kCount]) {
 
 // The sums of a thread: d[4 n + 0, 1] are row g, columns 8 n + 2t, 2t + 1; d[4 n + 2, 3] row g + 8, the same columns;
 // g = lane / 4 within the warp's 16 rows, t = lane % 4.
-// clang-format off
-#define PUNICA_SUMS_64 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define PUNICA_SUM_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PUNICA_SUMS_32 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define PUNICA_SUM_NAMES_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-// clang-format on
+#define PUNICA_REGS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PUNICA_REGS_16 PUNICA_REGS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PUNICA_REGS_32 PUNICA_REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PUNICA_REGS_64                                                                           \
+  PUNICA_REGS_32                                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PUNICA_OUT_8(i)                                                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define PUNICA_OUT_16(i) PUNICA_OUT_8(i), PUNICA_OUT_8(i + 8)
+#define PUNICA_OUT_32(i) PUNICA_OUT_16(i), PUNICA_OUT_16(i + 16)
+#define PUNICA_OUT_64(i) PUNICA_OUT_32(i), PUNICA_OUT_32(i + 32)
+#define PUNICA_WGMMA_ONE(n, type, regs, outs, a_at, b_at, trans_at)                                 \
+  asm volatile(                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                    \
+      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, " a_at ", " b_at \
+      ", p, 1, 1, 0, " trans_at ";\n}"                                                              \
+      : outs                                                                                        \
+      : "l"(a), "l"(b), "n"(int{kTransposeB}))
+#define PUNICA_WGMMA(n, count, a_at, b_at, trans_at)                                               \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
+    PUNICA_WGMMA_ONE(n, "bf16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at); \
+  } else {                                                                                         \
+    PUNICA_WGMMA_ONE(n, "f16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at);  \
+  }
+
+// d += a @ b for a [64, 16] K-major, b [16, kN] (K-major, or MN-major if kTransposeB), of the warpgroup. With
+// g = lane / 4 and t = lane % 4, lane of warp w has of d: d[4j + 2h + i] = row 16w + 8h + g, column 8j + 2t + i.
+template <class T, int kN, bool kTransposeB>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uint64_t b) {
+  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128);
+  if constexpr (kN == 16) {
+    PUNICA_WGMMA("16", 8, "%8", "%9", "%10")
+  } else if constexpr (kN == 32) {
+    PUNICA_WGMMA("32", 16, "%16", "%17", "%18")
+  } else if constexpr (kN == 64) {
+    PUNICA_WGMMA("64", 32, "%32", "%33", "%34")
+  } else {
+    PUNICA_WGMMA("128", 64, "%64", "%65", "%66")
+  }
+}
 
 // d (+)= a @ b^T: a [64, 16] and b [128, 16] in rows (descriptor_rows).
 template <class T>
@@ -154,14 +206,14 @@ __device__ __forceinline__ void product(float (&d)[64], const Descriptor& a, con
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_SUM_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-        : PUNICA_SUMS_64
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_REGS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : PUNICA_OUT_64(0)
         : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_SUM_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-        : PUNICA_SUMS_64
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_REGS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : PUNICA_OUT_64(0)
         : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
@@ -173,18 +225,18 @@ __device__ __forceinline__ void product(float (&d)[64], const uint32_t (&a)[4], 
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_SUM_NAMES_64
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_REGS_64
         "}, {%64, %65, %66, %67}, "
         "%68, p, 1, 1, 1;\n}"
-        : PUNICA_SUMS_64
+        : PUNICA_OUT_64(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_SUM_NAMES_64
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_REGS_64
         "}, {%64, %65, %66, %67}, "
         "%68, p, 1, 1, 1;\n}"
-        : PUNICA_SUMS_64
+        : PUNICA_OUT_64(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
@@ -196,26 +248,32 @@ __device__ __forceinline__ void product(float (&d)[32], const uint32_t (&a)[4], 
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PUNICA_SUM_NAMES_32
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PUNICA_REGS_32
         "}, {%32, %33, %34, %35}, "
         "%36, p, 1, 1, 1;\n}"
-        : PUNICA_SUMS_32
+        : PUNICA_OUT_32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PUNICA_SUM_NAMES_32
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PUNICA_REGS_32
         "}, {%32, %33, %34, %35}, "
         "%36, p, 1, 1, 1;\n}"
-        : PUNICA_SUMS_32
+        : PUNICA_OUT_32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(static_cast<int>(add)));
   }
 }
 
-#undef PUNICA_SUMS_64
-#undef PUNICA_SUM_NAMES_64
-#undef PUNICA_SUMS_32
-#undef PUNICA_SUM_NAMES_32
+#undef PUNICA_WGMMA
+#undef PUNICA_WGMMA_ONE
+#undef PUNICA_OUT_64
+#undef PUNICA_OUT_32
+#undef PUNICA_OUT_16
+#undef PUNICA_OUT_8
+#undef PUNICA_REGS_64
+#undef PUNICA_REGS_32
+#undef PUNICA_REGS_16
+#undef PUNICA_REGS_8
 
 #endif
 

@@ -52,20 +52,6 @@ __device__ __forceinline__ uint4 load_y(const void* from) {
   return v;
 }
 
-// Two adjacent elements plus a and b, each rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t add_pair(uint32_t old, float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
-    const __half2 result = __floats2half2_rn(values.x + a, values.y + b);
-    return *reinterpret_cast<const uint32_t*>(&result);
-  } else {
-    const __nv_bfloat162 result =
-        __floats2bfloat162_rn(__uint_as_float(old << 16) + a, __uint_as_float(old & 0xffff0000u) + b);
-    return *reinterpret_cast<const uint32_t*>(&result);
-  }
-}
-
 // W of 32 columns from `column` on: b[slice][product].
 template <class T, bool kInOut, bool kWhole>
 __device__ __forceinline__ void load_weights(uint32_t (&b)[kSlices][4][2], const T* w, const SgmvArgs& args,

@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t full_at = shared_address(full), known_at = shared_address(known), empty_at = shared_address(empty);
 
   if (threadIdx.x < R::kStages) {
-    barrier_init(full_at + threadIdx.x * 8, kCopyThreads);
-    barrier_init(known_at + threadIdx.x * 8, 1);
-    barrier_init(empty_at + threadIdx.x * 8, kWarps);
+    hopper::barrier_init(full_at + threadIdx.x * 8, kCopyThreads);
+    hopper::barrier_init(known_at + threadIdx.x * 8, 1);
+    hopper::barrier_init(empty_at + threadIdx.x * 8, kWarps);
   }
   prefetch_tables(args);
   // Lines of y of the first chunk if the segments cover all rows in order, as they mostly do.
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         item.w += args.w_offset * static_cast<int64_t>(sizeof(T));
         item.column = column;
-        if (fill >= R::kStages) barrier_wait(empty_at + stage * 8, parity ^ 1);
+        if (fill >= R::kStages) hopper::barrier_wait(empty_at + stage * 8, parity ^ 1);
         ++fill;
         if (thread == 0) {
           items[stage] = item;
-          barrier_arrive(known_at + stage * 8);
+          hopper::barrier_arrive(known_at + stage * 8);
         }
         if (item.w != last_w || column != last_column) {
           // The computing warps load W as fragments, some items from now.
@@ -135,14 +135,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             copy_async_16(ring + at + R::kBytesY + r * R::kPitchX + c * 2, have > 0 ? from : args.x, have * 2);
           }
         }
-        barrier_arrive_copies(full_at + stage * 8);
+        hopper::barrier_arrive_copies(full_at + stage * 8);
         advance();
       }
     }
-    if (fill >= R::kStages) barrier_wait(empty_at + stage * 8, parity ^ 1);
+    if (fill >= R::kStages) hopper::barrier_wait(empty_at + stage * 8, parity ^ 1);
     if (thread == 0) {
       items[stage].rows = 0;
-      barrier_arrive(known_at + stage * 8);
+      hopper::barrier_arrive(known_at + stage * 8);
     }
     copy_wait<0>();
     return;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   bool waited = !args.early_reads;
 #pragma unroll 1
   for (;;) {
-    barrier_wait(known_at + stage * 8, parity);
+    hopper::barrier_wait(known_at + stage * 8, parity);
     const Item item = items[stage];
     if (item.rows == 0) break;
     const auto fetch = [&](int64_t w, int64_t column) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // The weights after those in use, as soon as the item that needs them is known: at the latest this one. The wait
       // behind the test is over at once; it is there for racecheck, which knows waits alone.
       while (!fetched && __all_sync(0xffffffffu, barrier_test(known_at + peek.stage * 8, peek.parity))) {
-        barrier_wait(known_at + peek.stage * 8, peek.parity);
+        hopper::barrier_wait(known_at + peek.stage * 8, peek.parity);
         if (items[peek.stage].rows == 0) break;
         if (items[peek.stage].w != w_now || items[peek.stage].column != column_now) {
           fetch(items[peek.stage].w, items[peek.stage].column);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       grid_dependency_wait<kArch>();
       waited = true;
     }
-    barrier_wait(full_at + stage * 8, parity);
+    hopper::barrier_wait(full_at + stage * 8, parity);
     const uint32_t at = ring + stage * R::kStageBytes;
     float sums[kTiles][kQuads][4][4] = {};
 #pragma unroll
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty_at + stage * 8);
+    if (lane == 0) hopper::barrier_arrive(empty_at + stage * 8);
     advance();
     T* to = static_cast<T*>(args.y) + (item.row + g) * args.y_stride + column + t * 8;
     const int rows = static_cast<int>(item.rows) - g;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "src/cuda/common/device.cuh"
+#include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
 namespace punica::cuda::sgmv_ring {
@@ -51,30 +52,6 @@ struct Item {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// An arrival once this thread's cp.async until here have ended.
-__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
@@ -84,14 +61,6 @@ __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) 
   return done != 0;
 }
 
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
@@ -99,20 +68,6 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
 }
 
 #endif
-
-// Two adjacent elements plus a and b, each rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t add_pair(uint32_t old, float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
-    const __half2 result = __floats2half2_rn(values.x + a, values.y + b);
-    return *reinterpret_cast<const uint32_t*>(&result);
-  } else {
-    const __nv_bfloat162 result =
-        __floats2bfloat162_rn(__uint_as_float(old << 16) + a, __uint_as_float(old & 0xffff0000u) + b);
-    return *reinterpret_cast<const uint32_t*>(&result);
-  }
-}
 
 // The lane's part of W of 32 columns from `column` on, as it comes: of each slice, if K is the row, columns c .. c + 3
 // of four of K, otherwise those of K of each of four columns. kPermuted: the order of K of sgmv_expand.cu. `fast`: at a

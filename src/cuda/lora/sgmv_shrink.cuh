@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
   uint32_t item = blockIdx.x / plan.cluster;  // column by column, tile by tile
   const int64_t guess = int64_t{item / columns_blocks} * kRows;
   if (id == 0) {
-    barrier_init(received_barrier, 1);
+    hopper::barrier_init(received_barrier, 1);
     if constexpr (S::kSplit) {
       for (int i = 0; i < S::kStages; ++i) {
-        barrier_init(shared_address(full_barriers + i), 128);
-        barrier_init(shared_address(empty_barriers + i), S::kConsumers / 32);
+        hopper::barrier_init(shared_address(full_barriers + i), 128);
+        hopper::barrier_init(shared_address(empty_barriers + i), S::kConsumers / 32);
       }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     const int share = kRows / plan.cluster;
     const int owned = min(max(tile.rows - static_cast<int>(rank) * share, 0), share);
     if (plan.cluster > 1) {
-      if (id == 0) barrier_expect(received_barrier, owned * (plan.cluster - 1) * kN * 4);
+      if (id == 0) hopper::barrier_expect(received_barrier, owned * (plan.cluster - 1) * kN * 4);
       if constexpr (S::kSumsBeside) {
         // There is room for sums. Waited for before the first remote store.
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -275,23 +275,23 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     constexpr int kUnitBytes = kInOut && kN < 64 ? kN * 2 : 128;  // of a row of W in shared memory
     constexpr uint64_t kSwizzle = kUnitBytes == 128 ? 1 : kUnitBytes == 64 ? 2 : 3;
     constexpr uint32_t kWNext = (kInOut ? 16 * kUnitBytes : 32) >> 4;
-    const uint64_t x_descriptor = wgmma_descriptor(shared + id / 128 * (64 * 128), 1, 16, 8 * 128);
+    const uint64_t x_descriptor = hopper::wgmma_descriptor(shared + id / 128 * (64 * 128), 1, 16, 8 * 128);
     const uint64_t w_descriptor =
-        wgmma_descriptor(shared + S::kXBytes, kSwizzle, kInOut ? 64 * 128 : 16, 8 * kUnitBytes);
+        hopper::wgmma_descriptor(shared + S::kXBytes, kSwizzle, kInOut ? 64 * 128 : 16, 8 * kUnitBytes);
     int part = 0, part_end = static_cast<int>(part_begin(1) - begin);
     const auto multiply = [&](int slot) {
       const uint32_t at = kRaw ? 0 : slot * (S::kStageBytes >> 4);
       const uint64_t a = x_descriptor + at, b = w_descriptor + at;
-      wgmma_fence();
+      hopper::products_fence();
 #pragma unroll
       for (int k = 0; k < kStep / 16; ++k) {
         const int atom = k / 4 * (S::kAtomBytes >> 4);
-        wgmma_m64k16<T, kN, kInOut>(sums, a + atom + k % 4 * 2, b + atom + k % 4 * kWNext);
+        hopper::wgmma_m64k16<T, kN, kInOut>(sums, a + atom + k % 4 * 2, b + atom + k % 4 * kWNext);
       }
-      wgmma_commit();
+      hopper::products_commit();
     };
     const auto finish = [&] {
-      wgmma_wait<0>();
+      hopper::products_wait<0>();
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
     };
@@ -323,22 +323,22 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       if (fills) {
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, advance()) {
-          barrier_wait(shared_address(empty_barriers + slot), turn ^ 1);
+          hopper::barrier_wait(shared_address(empty_barriers + slot), turn ^ 1);
           if (!is_first || !args.early_reads || step >= kFirst) fill_w(step, slot);
           if (!guessed || step >= guessed_steps) fill_x(tile.row, tile.rows, step, slot);
-          barrier_arrive_copies(shared_address(full_barriers + slot));
+          hopper::barrier_arrive_copies(shared_address(full_barriers + slot));
         }
       } else {
         const auto release = [&](int slot) {
-          if (lane == 0) barrier_arrive(shared_address(empty_barriers + slot));
+          if (lane == 0) hopper::barrier_arrive(shared_address(empty_barriers + slot));
         };
         int pending = -1;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, advance()) {
-          barrier_wait(shared_address(full_barriers + slot), turn);
-          fence_async_proxy();
+          hopper::barrier_wait(shared_address(full_barriers + slot), turn);
+          hopper::fence_async_proxy();
           multiply(slot);
-          wgmma_wait<1>();
+          hopper::products_wait<1>();
           if (pending >= 0) release(pending);
           pending = slot;
           if (step + 1 == part_end) {
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
                                                });
           }
         }
-        fence_async_proxy();
+        hopper::fence_async_proxy();
         __syncthreads();
         multiply(slot);
         // Into the slot whose products ended before the barrier above.
@@ -413,7 +413,8 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       if (row < tile.rows) {
         const uint32_t owner = row / share;
         const uint32_t at = received + (rank * (kN / 16) * share * 4 + row % share * 4 + lane % 4) * 16;
-        const uint32_t to = remote_address(at, owner), to_barrier = remote_address(received_barrier, owner);
+        const uint32_t to = hopper::remote_address(at, owner),
+                       to_barrier = hopper::remote_address(received_barrier, owner);
 #pragma unroll
         for (int q = 0; q < kN / 16; ++q) {
           const float4 v = {sums[q * 8 + h * 2], sums[q * 8 + h * 2 + 1], sums[q * 8 + 4 + h * 2],
@@ -423,13 +424,13 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
                          "f"(v.z), "f"(v.w)
                          : "memory");
           } else {
-            store_async(to + q * share * 64, v, to_barrier);
+            hopper::store_async(to + q * share * 64, v, to_barrier);
           }
         }
       }
     }
     __syncthreads();
-    if (plan.cluster > 1) barrier_wait(received_barrier, phase);
+    if (plan.cluster > 1) hopper::barrier_wait(received_barrier, phase);
 
     const float4* const parts = reinterpret_cast<const float4*>(memory + (received - shared));
     const auto add_up = [&](auto count) {

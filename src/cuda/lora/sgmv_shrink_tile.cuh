@@ -1,7 +1,7 @@
 // How the kernels of sgmv_shrink.cuh fill their tiles in shared memory, and how they add their sums to y.
 #pragma once
 
-#include "src/cuda/lora/sgmv_shrink_wgmma.cuh"
+#include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
 namespace punica::cuda {

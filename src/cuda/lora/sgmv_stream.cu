@@ -12,6 +12,7 @@
 //
 // Clusters are of two, with one block to a multiprocessor. Of four, with two blocks to a multiprocessor, this took a
 // third more time on an H200.
+#include "src/cuda/common/hopper.cuh"
 #include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv_tile.cuh"
 
@@ -38,56 +39,6 @@ struct Stream {
   static constexpr int kReceivedBytes = kCluster * kElements * 4;
   static_assert(kWarps * kRows * kCols * 4 <= kRingBytes);
 };
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Waits for the end of the phase of the given parity.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-
-// Writes to another block of the cluster, and counts the 16 bytes at its barrier.
-__device__ __forceinline__ void store_async(uint32_t remote, float4 v, uint32_t remote_barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
-#endif
 
 // kGroups: groups of 16 rows of a tile. kFast: rows of x start at multiples of 16 bytes, and d_in is a multiple of 8.
 template <Arch kArch, class T, int kGroups, bool kFast>
@@ -116,9 +67,9 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
 
   const uint32_t received_barrier = shared_address(&barrier);
   if (threadIdx.x == 0) {
-    barrier_init(received_barrier, 1);
+    hopper::barrier_init(received_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(received_barrier, S::kReceivedBytes);
+    hopper::barrier_expect(received_barrier, S::kReceivedBytes);
   }
   __syncthreads();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first remote store
@@ -309,10 +260,11 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     const uint32_t owner = id / (kElements / 4);
-    store_async(remote_address(shared_address(received) + (rank * (kElements / 4) + id % (kElements / 4)) * 16, owner),
-                sum, remote_address(received_barrier, owner));
+    hopper::store_async(
+        hopper::remote_address(shared_address(received) + (rank * (kElements / 4) + id % (kElements / 4)) * 16, owner),
+        sum, hopper::remote_address(received_barrier, owner));
   }
-  barrier_wait(received_barrier, 0);
+  hopper::barrier_wait(received_barrier, 0);
   if (is_mine) {
     float sum = received[id];
 #pragma unroll

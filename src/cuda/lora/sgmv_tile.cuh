@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "src/cuda/common/device.cuh"
+#include "src/cuda/common/mma.cuh"
 #include "src/cuda/lora/sgmv.h"
 
 namespace punica::cuda {
@@ -181,18 +182,27 @@ __device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, int 
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
 }
 
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
+// Two adjacent elements plus a and b, each rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t add_pair(uint32_t old, float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
+    const __half2 result = __floats2half2_rn(values.x + a, values.y + b);
+    return *reinterpret_cast<const uint32_t*>(&result);
+  } else {
+    const __nv_bfloat162 result =
+        __floats2bfloat162_rn(__uint_as_float(old << 16) + a, __uint_as_float(old & 0xffff0000u) + b);
+    return *reinterpret_cast<const uint32_t*>(&result);
+  }
 }
 
 // The eight 16-bit elements at an address that is a multiple of 2, of which the first `count` are read; zeros behind.

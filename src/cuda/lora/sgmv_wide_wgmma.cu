@@ -10,6 +10,7 @@
 // in memory: no sum of another row has to do with that.
 #include <algorithm>
 
+#include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/sgmv_wide.cuh"
 
 namespace punica::cuda {
@@ -43,62 +44,9 @@ using namespace sgmv_wgmma;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Of an operand in rows of 128 bytes, eight of them 1024 bytes, with the swizzle of 128 bytes (PTX ISA, "Matrix
-// descriptor format"). `columns`: bytes to the next 64 columns, if rows are along K.
+// Of an operand in rows of 128 bytes. `columns`: bytes to the next 64 columns, if rows are along K.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t columns) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{columns >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
-#define PUNICA_D8(i)                                                                                          \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define PUNICA_D32(i) PUNICA_D8(i), PUNICA_D8(i + 8), PUNICA_D8(i + 16), PUNICA_D8(i + 24)
-#define PUNICA_R32                                                                                                 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
-#define PUNICA_R64                                                                                                   \
-  PUNICA_R32                                                                                                         \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// d += a @ b for the warpgroup: a [64, 16], b [16, 2 * kCount]. With g = lane / 4 and t = lane % 4, a lane of warp w
-// has of d: d[4 j + 2 h + i] = row 16 w + 8 h + g, column 8 j + 2 t + i.
-template <class T, bool kRowsAlongK, int kCount>
-__device__ __forceinline__ void add_product(float (&d)[kCount], uint64_t a, uint64_t b) {
-  static_assert(kCount == 32 || kCount == 64);
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && kCount == 64) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PUNICA_R64 "}, %64, %65, p, 1, 1, 0, %66;\n}"
-        : PUNICA_D32(0), PUNICA_D32(32)
-        : "l"(a), "l"(b), "n"(int{kRowsAlongK}));
-  } else if constexpr (kCount == 64) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PUNICA_R64 "}, %64, %65, p, 1, 1, 0, %66;\n}"
-        : PUNICA_D32(0), PUNICA_D32(32)
-        : "l"(a), "l"(b), "n"(int{kRowsAlongK}));
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PUNICA_R32 "}, %32, %33, p, 1, 1, 0, %34;\n}"
-        : PUNICA_D32(0)
-        : "l"(a), "l"(b), "n"(int{kRowsAlongK}));
-  } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" PUNICA_R32 "}, %32, %33, p, 1, 1, 0, %34;\n}"
-        : PUNICA_D32(0)
-        : "l"(a), "l"(b), "n"(int{kRowsAlongK}));
-  }
+  return hopper::wgmma_descriptor(address, 1, columns, 1024);
 }
 
 #endif
@@ -195,7 +143,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide_wgmma(const
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<S::kAhead - 1>();
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the tensor cores read what this thread has copied
+    hopper::fence_async_proxy();  // the tensor cores read what this thread has copied
     __syncthreads();
     const int next = step + S::kAhead;
     if (next < steps) {
@@ -207,21 +155,22 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide_wgmma(const
     if (!idle) {
       const uint32_t xs = shared + stage * S::kStageBytes + group_row * 128;
       const uint32_t ws = shared + stage * S::kStageBytes + S::kBytesX + across * 128;
-      products_fence();
+      hopper::products_fence();
 #pragma unroll
       for (int s = 0; s < kDepth / 16; ++s) {
         if constexpr (kInOut) {
-          add_product<T, true>(sums, descriptor(xs + s * 32, 16), descriptor(ws + s * 2048, kDepth * 128));
+          hopper::wgmma_m64k16<T, S::kN, true>(sums, descriptor(xs + s * 32, 16),
+                                               descriptor(ws + s * 2048, kDepth * 128));
         } else {
-          add_product<T, false>(sums, descriptor(xs + s * 32, 16), descriptor(ws + s * 32, 16));
+          hopper::wgmma_m64k16<T, S::kN, false>(sums, descriptor(xs + s * 32, 16), descriptor(ws + s * 32, 16));
         }
       }
-      products_commit();
-      products_wait<S::kLag - 1>();
+      hopper::products_commit();
+      hopper::products_wait<S::kLag - 1>();
     }
     stage = stage == S::kStages - 1 ? 0 : stage + 1;
   }
-  products_wait<0>();
+  hopper::products_wait<0>();
 #pragma unroll
   for (int i = 0; i < S::kN / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
   if constexpr (kSingly) {
