@@ -59,7 +59,11 @@ Status sgmv(const SgmvParams& params, const Context& context) {
         return out_in ? launch_sgmv_shrink_out_in(launcher, params.y.dtype, args)
                       : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
       }
-      if (out_in) return launch_sgmv_stream(launcher, params.y.dtype, args);
+      if (out_in) {
+        if (is_sgmv_rows(params.y.dtype, args)) return launch_sgmv_rows(launcher, args);
+        if (is_sgmv_short(args)) return launch_sgmv_short(launcher, params.y.dtype, args);
+        return launch_sgmv_stream(launcher, params.y.dtype, args);
+      }
     }
     if (is_deep(args.d_in, args.d_out)) return launch_sgmv_deep(launcher, params.weights, params.y.dtype, args);
     if (is_sgmv_ring(launcher, args)) return launch_sgmv_ring(launcher, params.weights, params.y.dtype, args);

@@ -474,6 +474,14 @@ int main(int argc, char** argv) {
       ++shapes;
     }
   }
+  // More segments than a warp has lanes, long ones and empty ones.
+  std::vector<int> some;
+  for (int i = 0; i < 75; ++i) some.push_back(i % 7 == 3 ? 0 : 17 + i * 13 % 90);
+  for (const auto [d_in, d_out] : {std::pair{4096, 16}, {4096, 5}, {2056, 16}, {520, 40}}) {
+    failed += !bfloat16.run(SgmvWeights::kOutIn, d_in, d_out, some);
+    failed += !half.run(SgmvWeights::kOutIn, d_in, d_out, some);
+    shapes += 2;
+  }
   // More segments than a block looks at in one round.
   std::vector<int> many;
   for (int i = 0; i < 2600; ++i) many.push_back(i % 5 == 0 ? 0 : i % 97 == 1 ? 70 : 1);
