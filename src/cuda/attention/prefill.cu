@@ -58,17 +58,26 @@ constexpr int64_t kFewItems = 132;
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
 constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
-bool serves_shape(const BatchPrefillParams& params) {
-  const int64_t head_dim = params.q.shape[2];
-  // Rows of an item, and up to a group before them, times the group's size: below 2^32 (Consumer::split_row).
-  if (params.q.shape[1] / params.kv.num_kv_heads > 32768) return false;
-  return params.q.dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128) && !params.rope_theta.has_value() &&
-         !(params.sm_scale.has_value() && *params.sm_scale <= 0);
-}
+// Positions, rows times a group, and items of a sequence are 32-bit numbers in the kernel.
+constexpr double kLimit = 0x1p31 - 2 * kPrefillKeys;
 
 // Tiles of rows, at most: each sequence may have one that is not full.
 int64_t max_tiles(int64_t rows, int64_t group_size, int64_t num_sequences) {
   return (rows * group_size + kPrefillRows - 1) / kPrefillRows + num_sequences;
+}
+
+bool serves_shape(const BatchPrefillParams& params) {
+  const int64_t head_dim = params.q.shape[2], rows = params.q.shape[0], page_size = params.kv.page_size;
+  const int64_t group_size = params.q.shape[1] / params.kv.num_kv_heads;
+  // Rows of an item, and up to a group before them, times the group's size: below 2^32 (Output::split_row).
+  if (group_size > 32768 || static_cast<double>(rows) * static_cast<double>(group_size) > kLimit ||
+      static_cast<double>(max_tiles(rows, group_size, 1)) * static_cast<double>(params.kv.num_kv_heads) > kLimit ||
+      static_cast<double>(page_size) > kLimit ||
+      static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(page_size) > kLimit) {
+    return false;
+  }
+  return params.q.dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128) && !params.rope_theta.has_value() &&
+         !(params.sm_scale.has_value() && *params.sm_scale <= 0);
 }
 
 int64_t slot_bytes(const BatchPrefillParams& params) {

@@ -7,8 +7,9 @@
 
 namespace punica::cuda {
 
-// Float16 and bfloat16, sm_90, D 64 or 128, keys as they lie in the cache, a positive factor of the scores. Nothing of
-// the batch decides, nor alignment.
+// Float16 and bfloat16, sm_90, D 64 or 128, keys as they lie in the cache, a positive factor of the scores, and less
+// than 2^31 tokens in the table and pairs of a row and a head of its group. Nothing else of the batch decides, nor
+// alignment.
 bool serves_prefill(Arch arch, const BatchPrefillParams& params);
 
 // Room for partial results that helps: with few rows, splits of long contexts are worked on side by side.

@@ -14,22 +14,24 @@ namespace punica::cuda {
 
 inline constexpr int kPrefillRows = 128, kPrefillKeys = 128, kPrefillStages = 2;
 inline constexpr int kPrefillSplitTokens = 2048;
-inline constexpr int kPrefillThreads = 384;  // a warpgroup that copies, two that multiply
-inline constexpr int kCopyWarps = 4;
+inline constexpr int kPrefillSplitTiles = kPrefillSplitTokens / kPrefillKeys;
+inline constexpr int kPrefillThreads = 384;  // a warpgroup that finds items and copies, two that multiply
+inline constexpr int kCopyWarps = 3;
+inline constexpr int kItemsAhead = 4;
 // Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
 inline constexpr int kAddressBits = 31;
 
-// What a block works on.
+// What a block works on. Positions, rows and pages fit into 32 bits (serves_prefill).
 struct PrefillItem {
-  int64_t first_page, kv_len;
-  int64_t first_query;     // row of q and o of the item's first query
-  int64_t first_position;  // of that query; may be negative
-  int64_t first_tile;      // of keys, counted from position 0
-  int64_t first_slot;      // of partial results: that of the item's first query and its split
-  int first_head;          // of that query, in the group: the item begins with it
-  int rows, tiles;
-  int splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
-  int kv_head;  // -1: there are no more items
+  int64_t first_slot;  // of partial results: that of the item's first query and its split
+  int32_t first_page, kv_len;
+  int32_t first_query;     // row of q and o of the item's first query
+  int32_t first_position;  // of that query; may be negative
+  int32_t first_head;      // of that query, in the group: the item begins with it
+  int32_t first_tile;      // of keys, counted from position 0
+  int32_t rows, tiles;
+  int32_t splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
+  int32_t kv_head;  // -1: there are no more items
 };
 
 template <int kDim>
@@ -41,8 +43,8 @@ struct PrefillShared {
   float saved[kDim / 2][kPrefillThreads - 128];  // merged splits: what each thread has of them
   uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
-  uint64_t item_full[2], item_empty[2];
-  PrefillItem items[2];
+  uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
+  PrefillItem items[kItemsAhead];
 };
 
 #ifdef __CUDACC__

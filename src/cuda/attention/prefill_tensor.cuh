@@ -13,6 +13,7 @@
 #pragma once
 
 #include "src/cuda/attention/prefill_copy.cuh"
+#include "src/cuda/attention/prefill_find.cuh"
 #include "src/cuda/attention/prefill_multiply.cuh"
 
 namespace punica::cuda {
@@ -35,9 +36,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       hopper::barrier_init(shared_address(&shared.key_empty[i]), 8);
       hopper::barrier_init(shared_address(&shared.value_empty[i]), 8);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kItemsAhead; ++i) {
       hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 256 + copy_warps - 1);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 8 + copy_warps);
     }
     hopper::barrier_init_fence();
   }
@@ -45,10 +46,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<24>();
-    prefill::copy_items<kDim>(args, &map, box_rows, shared);
+    hopper::lower_registers<40>();
+    if (threadIdx.x < 32 * kCopyWarps) {
+      prefill::copy_items<kDim>(args, &map, box_rows, shared);
+    } else {
+      prefill::find_items<kDim>(args, shared);
+    }
   } else {
-    hopper::raise_registers<240>();
+    hopper::raise_registers<232>();
     prefill::Consumer<T, kDim>(args, wide_q, wide_o, shared).run();
   }
 #endif

@@ -197,7 +197,17 @@ void test_hostile_tables(DType dtype) {
   decode({ip[0], ip[1], few, many, ip[4], ip[5]}, last, {0, 4}, {1, 3});
   decode({many, few, ip[2], ip[3], ip[4], ip[5]}, last, {2, 3, 4}, {0});
   decode({few, many, few, many, few, many}, {8, 8, 8, 8, 8}, {}, {1, 3});  // more splits than the workspace has
+}
 
+void test_hostile_prefill(DType dtype) {
+  if (!in_part()) return;
+  const Case c = {dtype, 2, 4, 64, 8};
+  Cache cache(c, {300, 40, 17, 600, 9});
+  cache.randomize();
+  const int32_t many = std::numeric_limits<int32_t>::max(), few = std::numeric_limits<int32_t>::min();
+  Rows q(dtype, 5, 8, 64);
+  q.randomize();
+  const std::vector<int32_t>&ip = cache.indptr, &last = cache.last;
   const std::vector<int32_t> lengths[] = {{0, 2, 2, 4, 5, 5}, {0, many, few, 3, 1, 5}, {few, few, many, many, 2, 9}};
   for (const auto& qo : lengths) {
     const Table<int32_t> indptr(qo);
@@ -303,6 +313,41 @@ void test_fast_decode(bool small) {
   }
 }
 
+// The fast prefill: groups, page sizes, contexts beyond a split, windows, caps, few rows, many sequences.
+void test_fast_prefill(bool small) {
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const int64_t page_size : {1, 5, 8, 32, 96, 128, 256}) {
+        test_prefill({t, 2, page_size == 5 ? 5 : 1, dim, page_size}, {129, 128, 20}, {129, 127, 20});
+      }
+      const std::vector<int64_t> kv_len = {130, 5, 200, 37, 1, 0, 3, 300}, q_len = {130, 0, 64, 5, 1, 3, 7, 17};
+      for (const int64_t group : {1, 4, 7, 16}) test_prefill({t, 2, group, dim, 16}, kv_len, q_len);
+      test_prefill({t, 2, 4, dim, 16, std::nullopt, 1.0, 0}, kv_len, q_len);
+      test_prefill({t, 2, 4, dim, 16, std::nullopt, 1.0, 100}, kv_len, q_len);
+      test_prefill({t, 1, 4, dim, 8, std::nullopt, 1.0, -1, 5.0, 0.5}, kv_len, q_len);
+      if (small) continue;
+      test_prefill({t, 2, 4, dim, 16}, {2100, 2048, 5000, 2049}, {60, 40, 33, 1});
+      test_prefill({t, 1, 3, dim, 48}, {2300, 4097}, {30, 4});
+      test_prefill({t, 1, 2, dim, 1, std::nullopt, 1.0, 2200}, {2300, 4700}, {30, 300});
+      test_prefill({t, 1, 2, dim, 16}, std::vector<int64_t>(300, 70), std::vector<int64_t>(300, 60));
+      test_prefill({t, 1, 2, dim, 16}, std::vector<int64_t>(70, 7), std::vector<int64_t>(70, 3));
+    }
+    test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    if (!small) {
+      test_chunks({t, 1, 4, 128, 16}, 4200);
+      test_chunks({t, 1, 4, 64, 16, std::nullopt, 1.0, 700, 20.0, 0.3}, 2500);
+    }
+    test_hostile_prefill(t);
+  }
+}
+
+int report() {
+  std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
+              cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
+              worst_lse, failures);
+  return failures == 0 && cuda::last_arch() != nullptr ? 0 : 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -311,10 +356,13 @@ int main(int argc, char** argv) {
     std::printf("skipped: no CUDA device\n");
     return 77;
   }
-  // Any argument: small sizes, for compute-sanitizer; but "fast": the fast decode alone; "small-fast": both.
+  // Any argument: small sizes, for compute-sanitizer; but "fast": the fast decode alone; "small-fast": both; "prefill":
+  // the fast prefill alone.
   const std::string argument = argc > 1 ? argv[1] : "";
-  const bool small = argc > 1 && argument != "fast";
-  const bool fast_alone = argument == "fast" || argument == "small-fast";
+  const bool small = argc > 1 && argument != "fast" && argument != "prefill";
+  const bool fast_alone = argument == "fast" || argument == "small-fast", prefill_alone = argument == "prefill";
+  if (!fast_alone) test_fast_prefill(small);
+  if (prefill_alone) return report();
   test_fast_decode(small);
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   std::vector<Case> cases;
@@ -356,27 +404,13 @@ int main(int argc, char** argv) {
   }
   for (const DType t : kTypes) {
     if (fast_alone) break;
-    test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
-    if (!small) {
-      // Beyond a split of prefill.
-      test_chunks({t, 1, 4, 128, 16}, 4200);
-      for (const int64_t dim : {64, 128}) {
-        test_prefill({t, 2, 4, dim, 16}, {2100, 2048, 5000, 2049}, {60, 40, 33, 1});
-        test_prefill({t, 1, 3, dim, 48}, {2300, 4097}, {30, 4});
-        test_prefill({t, 1, 2, dim, 1, std::nullopt, 1.0, 2200}, {2300, 4700}, {30, 300});
-      }
-    }
-    // Groups and pages of tensor tiles, which float32 has not.
-    for (const int64_t dim : {64, 128}) {
-      for (const int64_t page_size : {1, 5, 8, 32, 96, 128, 256}) {
-        if (t == DType::kFloat32) continue;
-        test_prefill({t, 2, page_size == 5 ? 5 : 1, dim, page_size}, {129, 128, 20}, {129, 127, 20});
-      }
-    }
+    if (t == DType::kFloat32) test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    if (!small) test_prefill({t, 1, 3, 96, 48}, {2300, 4097}, {30, 4});
     test_chunks({t, 1, 3, 80, 5, 1e4}, small ? 40 : 310);
     test_chunks({t, 1, 7, 256, 16, std::nullopt, 1.0, 70}, small ? 40 : 310);
     test_far_positions(t);
     test_hostile_tables(t);
+    test_hostile_prefill(t);
     // Many short sequences: more than one step of the scan over them.
     test_decode({t, 1, 2, 32, 4}, std::vector<int64_t>(small ? 3 : 300, 7));
     test_prefill({t, 1, 2, 32, 4}, std::vector<int64_t>(small ? 3 : 300, 7), std::vector<int64_t>(small ? 3 : 300, 3));
@@ -391,8 +425,5 @@ int main(int argc, char** argv) {
     }
     test_writes({t, 1, 1, 64, 16}, std::vector<int64_t>(400, 30), std::vector<int64_t>(400, 29), false, 0, 0, false);
   }
-  std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
-              cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
-              worst_lse, failures);
-  return failures == 0 && cuda::last_arch() != nullptr ? 0 : 1;
+  return report();
 }

@@ -1,0 +1,123 @@
+// The fast prefill's warp that finds items.
+#pragma once
+
+#include "src/cuda/attention/prefill_items.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace punica::cuda::prefill {
+
+using namespace hopper;
+
+// Finds items in ascending order of their index; the sequences before are not looked at again. A lane knows one of 32
+// sequences at a time.
+class ItemFinder {
+ public:
+  __device__ __forceinline__ explicit ItemFinder(const AttentionArgs& args)
+      : args_(args), splits_apart_(prefill_splits_apart(args)) {
+    load();
+  }
+
+  // By the whole warp; the lane of the item's sequence writes it.
+  __device__ __forceinline__ void find(int64_t index, PrefillItem* item) {
+    while (first_sequence_ < args_.num_sequences && index >= __shfl_sync(~0u, end_, 31)) {
+      before_ = __shfl_sync(~0u, end_, 31);
+      slots_before_ = __shfl_sync(~0u, slots_end_, 31);
+      first_sequence_ += 32;
+      load();
+    }
+    if (first_sequence_ >= args_.num_sequences) {
+      if (threadIdx.x % 32 == 0) item->kv_head = -1;
+    } else {
+      const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
+      if (threadIdx.x % 32 == owner) write(index, item);
+    }
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ void write(int64_t index, PrefillItem* item) const {
+    const uint32_t heads = args_.num_kv_heads, group = args_.group_size, splits = splits_, count = row_tiles(q_len_);
+    const uint32_t local = static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(count * splits * heads)));
+    const uint32_t part = local / heads, place = part / splits, split = part - place * splits;
+    // Late rows see the most keys: they start first.
+    const uint32_t first_row = (count - 1 - place) * kPrefillRows, query = first_row / group;
+    const int rows = min(static_cast<int>(q_len_ * group - first_row), kPrefillRows);
+    const int head = static_cast<int>(first_row - query * group);
+    const int first = kv_len_ - q_len_ + static_cast<int>(query);
+    const int last = first + (head + rows - 1) / static_cast<int>(group);
+    item->first_slot = slots_end_ + static_cast<int64_t>(static_cast<int>(query) - q_len_) * splits + split;
+    item->first_page = first_page_;
+    item->kv_len = kv_len_;
+    item->first_query = first_row_ + static_cast<int>(query);
+    item->first_position = first;
+    item->first_head = head;
+    item->rows = rows;
+    item->splits = splits > 1 ? static_cast<int>(splits) : 0;
+    item->kv_head = static_cast<int>(local - part * heads);
+    int first_tile = static_cast<int>(args_.first_key(max(first, 0))) / kPrefillKeys;
+    int end_tile = kv_len_ > 0 && last >= 0 ? last / kPrefillKeys + 1 : 0;
+    if (splits > 1) {
+      first_tile = max(first_tile, static_cast<int>(split) * kPrefillSplitTiles);
+      end_tile = min(end_tile, static_cast<int>(split + 1) * kPrefillSplitTiles);
+    }
+    item->first_tile = first_tile;
+    item->tiles = max(end_tile - first_tile, 0);
+  }
+
+  __device__ __forceinline__ uint32_t row_tiles(int q_len) const {
+    return (static_cast<uint32_t>(q_len) * args_.group_size + kPrefillRows - 1) / kPrefillRows;
+  }
+
+  // The next 32 sequences: what each is, and its items and slots with those before it.
+  __device__ __forceinline__ void load() {
+    const int lane = threadIdx.x % 32;
+    const int64_t sequence = first_sequence_ + lane;
+    q_len_ = kv_len_ = first_page_ = first_row_ = 0;
+    splits_ = 1;
+    if (sequence < args_.num_sequences) {
+      const SequencePages pages = args_.pages(sequence);
+      q_len_ = static_cast<int>(args_.num_queries(sequence));
+      first_row_ = static_cast<int>(args_.row_begin(sequence));
+      kv_len_ = static_cast<int>(pages.kv_len);
+      first_page_ = static_cast<int>(pages.first_page);
+      if (splits_apart_) splits_ = static_cast<int>(prefill_splits(kv_len_));
+    }
+    end_ = static_cast<int64_t>(row_tiles(q_len_) * static_cast<uint32_t>(splits_ * args_.num_kv_heads));
+    slots_end_ = static_cast<int64_t>(q_len_) * splits_;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, end_, distance);
+      const int64_t other_slots = __shfl_up_sync(~0u, slots_end_, distance);
+      if (lane >= distance) end_ += other, slots_end_ += other_slots;
+    }
+    end_ += before_;
+    slots_end_ += slots_before_;
+  }
+
+  const AttentionArgs& args_;
+  const bool splits_apart_;
+  // Items and slots before the 32 sequences, and up to the end of the lane's.
+  int64_t before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
+  int64_t first_sequence_ = 0;
+  int q_len_, kv_len_, first_page_, first_row_, splits_;  // of the lane's sequence
+};
+
+// Ahead of the warps that take the items by up to kItemsAhead.
+template <int kDim>
+__device__ __forceinline__ void find_items(const AttentionArgs& args, PrefillShared<kDim>& shared) {
+  ItemFinder finder(args);
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    PrefillItem& item = shared.items[n % kItemsAhead];
+    barrier_wait(shared_address(&shared.item_empty[n % kItemsAhead]), (n / kItemsAhead & 1) ^ 1);
+    finder.find(blockIdx.x + static_cast<int64_t>(n) * gridDim.x, &item);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
+    __syncwarp();
+    if (item.kv_head < 0) return;
+  }
+}
+
+}  // namespace punica::cuda::prefill
+
+#endif
