@@ -22,6 +22,7 @@
 
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
+#include "tests/cpp/cuda/launches.h"
 
 namespace {
 
@@ -40,18 +41,6 @@ void fail(const std::string& what) {
     if (!(condition)) fail(std::string(what) + ": " #condition); \
   } while (0)
 
-void run(const Status& status, const std::string& what) {
-  if (!status.ok()) {
-    std::printf("FAILED: %s: %s\n", what.c_str(), status.message().c_str());
-    std::exit(1);
-  }
-  const cudaError_t error = cudaDeviceSynchronize();
-  if (error != cudaSuccess) {
-    std::printf("FAILED: %s: %s\n", what.c_str(), cudaGetErrorString(error));
-    std::exit(1);
-  }
-}
-
 void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
   std::printf("FAILED: %s\n", cudaGetErrorString(error));
@@ -62,7 +51,7 @@ void check_cuda(cudaError_t error) {
 // the device before a call, and back afterwards; but scratch memory, which holds nothing before the call (and which
 // initcheck is to know as that), keeps to itself, guards apart. For memcheck, which sees what lies outside allocations,
 // the device has no guards.
-bool small = false;  // few and small cases, for compute-sanitizer
+bool small_suite = false;  // few and small cases, for compute-sanitizer
 
 class Buffer {
  public:
@@ -94,13 +83,18 @@ class Buffer {
   }
 
   static void upload_all() {
+    if (on_device) return;
     for (Buffer* buffer : all()) buffer->copy(cudaMemcpyHostToDevice);
+    on_device = true;
   }
   static void download_all() {
+    if (!on_device) return;
     for (Buffer* buffer : all()) buffer->copy(cudaMemcpyDeviceToHost);
+    on_device = false;
   }
 
  private:
+  inline static bool on_device = false;  // between the first launch of a call and run()
   static std::set<Buffer*>& all() {
     static std::set<Buffer*> buffers;
     return buffers;
@@ -118,19 +112,30 @@ class Buffer {
     part(size - kGuard, size - hidden_);
   }
 
-  const int64_t bytes_, shift_, hidden_ = small ? kGuard : 0;  // of either guard, what the device does not have
+  const int64_t bytes_, shift_, hidden_ = small_suite ? kGuard : 0;  // of either guard, what the device does not have
   const bool scratch_;
   std::vector<unsigned char> host_;
   unsigned char* device_ = nullptr;
 };
 
-// A call of the library, with all buffers on the device as they are on the host, and afterwards the other way round.
-#define RUN(call, what)     \
-  do {                      \
-    Buffer::upload_all();   \
-    run((call), (what));    \
-    Buffer::download_all(); \
-  } while (false)
+// The end of a call of the library, whose launches came after Buffer::upload_all() (set_before_launch).
+void run(const Status& status, const std::string& what) {
+  if (!status.ok()) {
+    std::printf("FAILED: %s: %s\n", what.c_str(), status.message().c_str());
+    std::exit(1);
+  }
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess) {
+    std::printf("FAILED: %s: %s\n", what.c_str(), cudaGetErrorString(error));
+    std::exit(1);
+  }
+  Buffer::download_all();
+}
+
+const bool before_launch_is_set = [] {
+  set_before_launch(Buffer::upload_all);
+  return true;
+}();
 
 double get(const unsigned char* at, DType dtype) {
   if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(at);

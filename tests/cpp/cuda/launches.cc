@@ -23,6 +23,7 @@ namespace {
 
 LaunchRecorder* g_recorder = nullptr;
 std::set<std::string> g_launched;
+void (*g_before_launch)() = nullptr;
 
 }  // namespace
 
@@ -43,6 +44,7 @@ punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbo
     return {};
   }
   g_launched.insert(name);
+  if (g_before_launch != nullptr) g_before_launch();
   return real_launch_symbol(launcher, symbol, state, shape, parameters);
 }
 
@@ -56,6 +58,8 @@ bool KernelCover::needs(const std::vector<std::string>& kernels, const std::vect
   }
   return needed;
 }
+
+void set_before_launch(void (*hook)()) { g_before_launch = hook; }
 
 bool launched_only(punica::cuda::Arch arch) {
   const std::string wanted = arch == punica::cuda::Arch::kSm90 ? "4ArchE1E" : "4ArchE0E";

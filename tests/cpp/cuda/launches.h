@@ -40,6 +40,9 @@ class KernelCover {
   std::set<std::string> seen_;
 };
 
+// What to call before every launch in earnest.
+void set_before_launch(void (*hook)());
+
 // Whether at least one kernel was launched in earnest, and all of them are of this path, which is part of their names.
 bool launched_only(punica::cuda::Arch arch);
 

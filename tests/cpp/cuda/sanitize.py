@@ -90,6 +90,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=300, help="time limit of a part")
     parser.add_argument("--total", type=float, default=3600, help="time limit of all")
     parser.add_argument("--split", type=int, default=1, help="this many times as many parts")
+    parser.add_argument("--progress", action="store_true", help="a line for each part")
     parser.add_argument("--output", type=pathlib.Path, help="a folder for the whole output of each part")
     arguments = parser.parse_args()
     sanitizer = find_sanitizer()
@@ -113,6 +114,8 @@ def main():
         for done in concurrent.futures.as_completed(running):
             (program, arch, tool, part, parts), verdict, seconds, text = done.result()
             results[program, arch, tool][verdict].append((part, seconds))
+            if arguments.progress:
+                print(f"{program} {arch} {tool} {part}/{parts}: {verdict}, {seconds:.1f} s", flush=True)
             if arguments.output:
                 (arguments.output / f"{program}.{arch}.{tool}.{part}.txt").write_text(text)
             if verdict == "finding":
