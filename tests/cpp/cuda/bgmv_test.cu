@@ -327,6 +327,8 @@ void alignment_case(int64_t h_in, int64_t h_out) {
   }
 }
 
+KernelCover g_cover;
+
 // Of all combinations of sizes around every limit that there is, and of alignments, popularities and early reads, as
 // few and as small ones as launch every kernel that any of them does.
 template <class T>
@@ -353,7 +355,6 @@ void run_small() {
   }
   const auto cost = [](const Case& c) { return (c.h_in * 8 + c.batch) * c.h_out; };
   std::stable_sort(cases.begin(), cases.end(), [&](const Case& a, const Case& b) { return cost(a) < cost(b); });
-  KernelCover cover;
   Random random{7};
   for (const Case& c : cases) {
     std::vector<std::string> kernels;
@@ -366,7 +367,7 @@ void run_small() {
       if (const punica::Status status = punica::cuda::dispatch_bgmv(p, context); !status.ok()) fail(status.message());
       kernels = recorder.kernels();
     }
-    if (cover.needs(kernels, {c.only ? "one adapter" : "several", c.offset ? "unaligned" : "aligned",
+    if (g_cover.needs(kernels, {c.only ? "one adapter" : "several", c.offset ? "unaligned" : "aligned",
                               c.y_pad ? "strided" : "dense", c.early_reads ? "early" : "in order",
                               c.batch > 1 ? "rows" : "a row"})) {
       run_case<T>(c, random);

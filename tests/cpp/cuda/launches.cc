@@ -54,7 +54,13 @@ LaunchRecorder::~LaunchRecorder() { g_recorder = nullptr; }
 bool KernelCover::needs(const std::vector<std::string>& kernels, const std::vector<std::string>& features) {
   bool needed = false;
   for (const std::string& kernel : kernels) {
-    for (const std::string& feature : features) needed |= seen_.insert(kernel + " " + feature).second;
+    needed |= seen_.insert(kernel).second;
+    // Both types of 16 bits run the same code but for conversions.
+    std::string either = kernel;
+    for (const std::string& type : {std::string("6__half"), std::string("13__nv_bfloat16")}) {
+      for (size_t at; (at = either.find(type)) != std::string::npos;) either.replace(at, type.size(), "16");
+    }
+    for (const std::string& feature : features) needed |= seen_.insert(either + " " + feature).second;
   }
   return needed;
 }

@@ -29,8 +29,9 @@ class LaunchRecorder {
 // An address for tensors that a recorder's calls take: a multiple of 1024 and `bytes` more.
 inline void* nowhere(int64_t bytes = 0) { return reinterpret_cast<void*>((int64_t{1} << 40) + bytes); }
 
-// Chooses cases so that every kernel is launched by one that was chosen, with each of the features that cases say they
-// have (unaligned, early reads, ...). To be asked in ascending order of what cases cost.
+// Chooses cases so that every kernel is launched by one that was chosen, and every kernel in float16 or bfloat16 with
+// each of the features that cases say they have (unaligned, early reads, ...). To be asked in ascending order of what
+// cases cost.
 class KernelCover {
  public:
   // Whether the case that launches these kernels is needed. If so, they count as covered.

@@ -25,9 +25,9 @@ PROGRAMS = ("sgmv", "attention", "bgmv", "norm")
 TOOLS = ("racecheck", "initcheck", "memcheck", "synccheck")
 # How many parts take about equally long, those that take longest first.
 PARTS = {
-    "racecheck": {"sgmv": 12, "attention": 6, "bgmv": 3, "norm": 2},
-    "initcheck": {"sgmv": 3, "attention": 2, "bgmv": 1, "norm": 2},
-    "memcheck": {"sgmv": 3, "attention": 2, "bgmv": 1, "norm": 2},
+    "racecheck": {"sgmv": 5, "attention": 4, "bgmv": 2, "norm": 1},
+    "initcheck": {"sgmv": 2, "attention": 3, "bgmv": 1, "norm": 1},
+    "memcheck": {"sgmv": 2, "attention": 3, "bgmv": 1, "norm": 1},
     "synccheck": {"sgmv": 2, "attention": 2, "bgmv": 1, "norm": 1},
 }
 # The kernels of the tests themselves need no check; but initcheck must see what they write.

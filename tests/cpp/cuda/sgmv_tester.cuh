@@ -297,10 +297,11 @@ class Tester {
     int shift;  // elements that spoil the alignment; 4: of x and W alone, to 8 bytes
     bool early;
     bool garbage;  // in s_start and s_end
+    // By what is computed, in tiles of 16 rows, and what is filled. Garbage makes segments of any rows.
     int64_t cost() const {
-      int64_t work = 0;
-      for (const int length : lengths) work += length;
-      return (work + 8) * d_in * d_out + rows * (d_in + d_out);
+      int64_t work = garbage ? rows : 16;
+      for (const int length : lengths) work += garbage ? 16 : (length + 15) / 16 * 16;
+      return work * (d_in + 16) * (d_out + 16) + rows * (d_in + d_out);
     }
   };
 
@@ -344,7 +345,7 @@ class Tester {
     const Layout layout = layout_of(c);
     place(layout, y_before_);
     if (c.garbage) {
-      const int values[] = {-1, -2147483647 - 1, 2147483647, 0, c.rows, c.rows + 1, -64, 63, 5};
+      const int values[] = {-1, -2147483647 - 1, 2147483647, 0, c.rows, c.rows + 1, -64, c.rows - 63, 5};
       for (size_t i = 0; i < segments.size(); ++i)
         segments[i] = {values[i * 5 % 9], values[(i * 7 + 1) % 9], segments[i].adapter};
       keep_.upload(std::vector<int>(rows_, 1));
