@@ -13,6 +13,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "punica/cuda.h"
@@ -340,9 +341,10 @@ void check_small() {
     if (!in_part()) continue;
     Case<T> c(columns > 64 * kChunk ? 2 : 5, columns);
     c.check_reference();
-    c.check_layout(0, 2 * kChunk, 0, kChunk, 0, true);
-    c.check_layout(3, 5, 1, 3, 2, false);
-    c.check_alone();
+    if (!std::is_same_v<T, __half>) {  // the same code as bfloat16 but for conversions
+      c.check_layout(0, 2 * kChunk, 0, kChunk, 0, true);
+      c.check_layout(3, 5, 1, 3, 2, false);
+    }
     c.check_streamed();
   }
   if (in_part()) check_special<T>(100);

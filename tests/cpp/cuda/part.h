@@ -22,6 +22,15 @@ inline bool in_part() {
   return number++ % parts == part;
 }
 
+// PUNICA_TEST_GARBAGE=0: a small suite without malformed tables, of which memcheck alone has something to say.
+inline bool with_garbage() {
+  static const bool value = [] {
+    const char* text = std::getenv("PUNICA_TEST_GARBAGE");
+    return text == nullptr || std::string(text) != "0";
+  }();
+  return value;
+}
+
 // With PUNICA_TEST_VERBOSE in the environment: prints each case before it runs, and the seconds so far.
 inline void announce(const std::string& name) {
   static const bool verbose = std::getenv("PUNICA_TEST_VERBOSE") != nullptr;
