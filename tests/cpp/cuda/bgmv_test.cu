@@ -468,7 +468,6 @@ int main(int argc, char**) {
   if (!launched_only(arch)) {
     fail("the kernels that ran are not those of " + std::string(punica::cuda::arch_name(arch)));
   }
-  write_launched_kernels();
   std::printf("%s: %d checks, %d failures\n", punica::cuda::arch_name(arch), g_checks, g_failures);
   return g_failures == 0 && g_checks > 0 ? 0 : 1;
 }

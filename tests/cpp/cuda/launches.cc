@@ -25,6 +25,16 @@ LaunchRecorder* g_recorder = nullptr;
 std::set<std::string> g_launched;
 void (*g_before_launch)() = nullptr;
 
+const struct WriteAtExit {
+  ~WriteAtExit() {
+    const char* path = std::getenv("PUNICA_TEST_KERNELS");
+    std::FILE* const file = path == nullptr ? nullptr : std::fopen(path, "w");
+    if (file == nullptr) return;
+    for (const std::string& name : g_launched) std::fprintf(file, "%s\n", name.c_str());
+    std::fclose(file);
+  }
+} g_write_at_exit;
+
 }  // namespace
 
 class LaunchRecorderAccess {
@@ -72,13 +82,4 @@ bool launched_only(punica::cuda::Arch arch) {
   return !g_launched.empty() && std::all_of(g_launched.begin(), g_launched.end(), [&](const std::string& name) {
     return name.find(wanted) != std::string::npos;
   });
-}
-
-void write_launched_kernels() {
-  const char* path = std::getenv("PUNICA_TEST_KERNELS");
-  if (path == nullptr) return;
-  std::FILE* const file = std::fopen(path, "w");
-  if (file == nullptr) return;
-  for (const std::string& name : g_launched) std::fprintf(file, "%s\n", name.c_str());
-  std::fclose(file);
 }

@@ -1,6 +1,7 @@
 // Which kernels a call of the library launches: the test programs are linked so that Launcher::launch_symbol passes
 // through here (launches.cc). With that, a run of few cases can be chosen that reaches every kernel that many would,
-// and can show that it did.
+// and can show that it did: at its end, a program writes the names of all kernels that it launched to the file that
+// PUNICA_TEST_KERNELS names, if it does.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +47,3 @@ void set_before_launch(void (*hook)());
 
 // Whether at least one kernel was launched in earnest, and all of them are of this path, which is part of their names.
 bool launched_only(punica::cuda::Arch arch);
-
-// Writes the names of all kernels that were launched in earnest to the file that PUNICA_TEST_KERNELS names, if it does.
-void write_launched_kernels();

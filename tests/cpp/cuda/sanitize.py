@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 
-PROGRAMS = ("sgmv", "attention", "bgmv", "norm")
 TOOLS = ("racecheck", "initcheck", "memcheck", "synccheck")
 # Parts of about 30 seconds, of which some 5 are the start; the tools that take longest first.
 PARTS = {
@@ -88,7 +87,7 @@ def run(job, sanitizer, directory, seconds, deadline, kernels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=pathlib.Path)
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--programs", nargs="+", help="default: all that are there")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--archs", nargs="+", default=("sm_90", "sm_80"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="programs at once")
@@ -98,12 +97,18 @@ def main():
     parser.add_argument("--progress", action="store_true", help="a line for each part")
     parser.add_argument("--output", type=pathlib.Path, help="a folder for the whole output of each part")
     arguments = parser.parse_args()
+    found = [
+        path.name.removeprefix("punica_cuda_").removesuffix("_test")
+        for path in arguments.directory.glob("punica_cuda_*_test")
+    ]
+    # Those of many parts first.
+    programs = arguments.programs or sorted(found, key=lambda name: -parts_of("racecheck", name, "sm_90"))
     sanitizer = find_sanitizer()
     version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout
     jobs = [
         (program, arch, tool, part, parts_of(tool, program, arch) * arguments.split)
         for tool in arguments.tools
-        for program in arguments.programs
+        for program in programs
         for arch in arguments.archs
         for part in range(parts_of(tool, program, arch) * arguments.split)
     ]
@@ -134,7 +139,7 @@ def main():
     print(f"| program, path | kernels | {' | '.join(arguments.tools)} |")
     print("| --- " * (2 + len(arguments.tools)) + "|")
     everything = True
-    for program in arguments.programs:
+    for program in programs:
         for arch in arguments.archs:
             cells = []
             for tool in arguments.tools:
