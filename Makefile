@@ -56,7 +56,7 @@ bench-cuda: build ## Measure the CUDA backend beside its floors and torch (needs
 	@$(BIN)/python benchmarks/bench_cuda.py
 
 # ---- Tests ---------------------------------------------------------------------------------------------------------
-.PHONY: test test-cpp test-python test-sanitize test-tsan test-aarch64
+.PHONY: test test-cpp test-python test-cuda-sanitize test-sanitize test-tsan test-aarch64
 test: test-cpp test-python ## C++ tests for every instruction set, the C++ example, Python tests
 
 test-cpp: build ## C++ tests and example
@@ -65,6 +65,10 @@ test-cpp: build ## C++ tests and example
 
 test-python: build ## Python tests, against the installed wheel
 	@$(BIN)/python -m pytest tests/python -q
+
+test-cuda-sanitize: build ## The CUDA kernels under compute-sanitizer (needs a GPU)
+	@cmake --build build/release -j $(JOBS) --target punica_tests
+	@$(BIN)/python tests/cpp/cuda/sanitize.py build/release/tests/cpp/cuda
 
 # Clang, because GCC 12 takes many minutes a file for sanitized kernels; and it is a second compiler's opinion.
 SANITIZE_CONFIGURE = cmake -S . -B $(1) -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=None \

@@ -11,6 +11,7 @@ from cuda_works import Bgmv, Sgmv, popularity
 WIDTHS = (64, 576, 1024, 3424, 4096, 4099, 14336, 29568, 32768)
 RANKS = (1, 4, 8, 13, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 8, 64, 256, 1024)
+SEGMENTS = ((1, 64), (1, 1024), (8, 64), (64, 1), (16, 16))  # number, length
 KINDS = ("identical", "uniform", "zipf", "distinct")
 CALLS = 24  # of one graph: what matters is the ratio, in the same graph
 MAX_WEIGHTS = 3 << 30  # bytes of all sets of one point
@@ -71,32 +72,40 @@ def rows(floors: FloorLibrary, seconds: float) -> list[dict[str, Any]]:
     return found
 
 
+def segment_points() -> Iterator[tuple[int, int, int, int]]:
+    """Width, rank, number of segments, their length: every width and rank with one after the other, like points()."""
+    for turn in range(len(SEGMENTS)):
+        for w, width in enumerate(WIDTHS):
+            for r, rank in enumerate(RANKS):
+                if rank < width:
+                    yield width, rank, *SEGMENTS[(turn + 3 * w + 7 * r) % len(SEGMENTS)]
+
+
 def segments(floors: FloorLibrary, start: float, seconds: float) -> Iterator[dict[str, Any]]:
     """The segmented operations: torch's ways are a bmm over equal segments and _grouped_mm."""
-    for width in WIDTHS:
-        for rank in RANKS:
-            for count, length in ((1, 64), (1, 1024), (8, 64), (64, 1), (16, 16)):
-                if rank >= width or time.monotonic() - start > 1.5 * seconds:
-                    continue
-                for shrink in (True, False):
-                    calls = min(CALLS, MAX_WEIGHTS // (count * width * rank * 2))
-                    if calls < 3:
-                        continue
-                    d_in, d_out = (width, rank) if shrink else (rank, width)
-                    work = Sgmv(d_in, d_out, count, length, shrink, calls)
-                    ours = time_graph(floors, work.run, work.calls, replays=5)
-                    rivals = {"bmm": time_graph(floors, work.bmm(), work.calls, replays=5)}
-                    if width % 8 == 0 and rank % 8 == 0:
-                        rivals["_grouped_mm, add_"] = time_graph(floors, work.grouped_mm(), work.calls, replays=5)
-                    yield {
-                        "group": "grid",
-                        "work": f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}",
-                        "unit": "us", "h": width, "r": rank, "rows": count * length,
-                        "popularity": f"{count} segments",
-                        "ours": ours, "floor": None,
-                        "goal": min(rivals.values()) * (1.0 if rank <= 128 else 1 / 0.85),
-                        "rivals": rivals,
-                    }  # fmt: skip
+    for width, rank, count, length in segment_points():
+        if time.monotonic() - start > 1.5 * seconds:
+            print(f"stopped after {1.5 * seconds:.0f} s")
+            return
+        for shrink in (True, False):
+            calls = min(CALLS, MAX_WEIGHTS // (count * width * rank * 2))
+            if calls < 3:
+                continue
+            d_in, d_out = (width, rank) if shrink else (rank, width)
+            work = Sgmv(d_in, d_out, count, length, shrink, calls)
+            ours = time_graph(floors, work.run, work.calls, replays=5)
+            rivals = {"bmm": time_graph(floors, work.bmm(), work.calls, replays=5)}
+            if width % 8 == 0 and rank % 8 == 0:
+                rivals["_grouped_mm, add_"] = time_graph(floors, work.grouped_mm(), work.calls, replays=5)
+            yield {
+                "group": "grid",
+                "work": f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}",
+                "unit": "us", "h": width, "r": rank, "rows": count * length,
+                "popularity": f"{count} segments",
+                "ours": ours, "floor": None,
+                "goal": min(rivals.values()) * (1.0 if rank <= 128 else 1 / 0.85),
+                "rivals": rivals,
+            }  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:

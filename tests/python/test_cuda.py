@@ -190,6 +190,40 @@ def test_valid_calls_pass_the_checks(op, checks):
     assert same(with_checks, case.result())
 
 
+# Every operation with one table that is wrong; not one of addresses, which kernels trust.
+WRONG_TABLES = """
+import json
+import torch, punica_kernels as pk
+from test_errors import VALID, contents_cases
+said = {}
+for wrong in contents_cases():
+    if wrong.argument in ("kv_ptrs", "w_ptr") or wrong.op in said:
+        continue
+    arguments = VALID[wrong.op]("cuda")
+    arguments[wrong.argument] = wrong.change(arguments)
+    try:
+        said[wrong.op] = getattr(pk, wrong.op)(**arguments)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        said[wrong.op] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_environment_turns_checks_on(value):
+    result = run_python("-c", WRONG_TABLES, PUNICA_CHECK=value)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert set(said) == set(OPS) - {"rms_norm"}
+    for op, message in said.items():
+        if value == "1":
+            assert message is not None, op
+            assert message.startswith(f"punica_kernels.{op}: ")
+        else:
+            assert message is None, op
+
+
 # A process of its own: one warning is all that a process gets.
 CAPTURE = """
 import json, warnings

@@ -229,18 +229,22 @@ __device__ __forceinline__ uint4 load_eight(const uint16_t* from, int count) {
   return result;
 }
 
-// The same from whole words of 4 bytes, which at both ends may hold an element that is not asked for.
+// The same in words of 4 bytes, but for an element that shares its word with one that is not asked for: behind it the
+// tensor may end.
 __device__ __forceinline__ uint4 load_eight_words(const uint16_t* from, int count) {
   const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(from) / 2 % 2);
   const uint32_t* const first = reinterpret_cast<const uint32_t*>(from - odd);
   uint32_t words[5];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) words[i] = i * 2 < count + odd && count > 0 && i < 4 + odd ? __ldg(first + i) : 0;
+  for (int i = 0; i < 5; ++i) words[i] = i * 2 >= odd && i * 2 + 1 - odd < count ? __ldg(first + i) : 0;
+  if (odd != 0 && count > 0) words[0] = uint32_t{__ldg(from)} << 16;
+  if (const int last = count - 1 + odd; count > 0 && last % 2 == 0) {
+    const uint32_t element = __ldg(from + count - 1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = __funnelshift_r(words[i], words[i + 1], odd * 16);
-    if (count < i * 2 + 2) words[i] = count == i * 2 + 1 ? words[i] & 0xffffu : 0;
+    for (int i = 0; i < 5; ++i) words[i] = i * 2 == last ? element : words[i];
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], odd * 16);
   return {words[0], words[1], words[2], words[3]};
 }
 

@@ -16,11 +16,13 @@
 #include <numeric>
 #include <optional>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
+#include "tests/cpp/cuda/launches.h"
 
 namespace {
 
@@ -39,6 +41,84 @@ void fail(const std::string& what) {
     if (!(condition)) fail(std::string(what) + ": " #condition); \
   } while (0)
 
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::printf("FAILED: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+// Memory of the host and as much of the device, with a guard of 0xA5 bytes on either side. RUN copies all of them to
+// the device before a call, and back afterwards; but scratch memory, which holds nothing before the call (and which
+// initcheck is to know as that), keeps to itself, guards apart. For memcheck, which sees what lies outside allocations,
+// the device has no guards.
+bool small_suite = false;  // few and small cases, for compute-sanitizer
+
+class Buffer {
+ public:
+  static constexpr int64_t kGuard = 4096;
+  explicit Buffer(int64_t bytes, int64_t shift = 0, bool scratch = false)
+      : bytes_(bytes), shift_(shift), scratch_(scratch), host_(static_cast<size_t>(bytes + shift + 2 * kGuard), 0xA5) {
+    check_cuda(cudaMalloc(&device_, std::max<int64_t>(static_cast<int64_t>(host_.size()) - 2 * hidden_, 1)));
+    all().insert(this);
+  }
+  ~Buffer() {
+    all().erase(this);
+    cudaFree(device_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  unsigned char* data() const { return const_cast<unsigned char*>(host_.data()) + kGuard + shift_; }
+  // Where the device has what lies at `at` in data().
+  unsigned char* device(const unsigned char* at) const { return device_ + (at - host_.data()) - hidden_; }
+  unsigned char* device() const { return device(data()); }
+  int64_t bytes() const { return bytes_; }
+  bool guards_intact() const {
+    for (int64_t i = 0; i < kGuard + shift_; ++i) {
+      if (host_[static_cast<size_t>(i)] != 0xA5) return false;
+    }
+    for (int64_t i = 0; i < kGuard; ++i) {
+      if (data()[bytes_ + i] != 0xA5) return false;
+    }
+    return true;
+  }
+
+  static void upload_all() {
+    if (on_device) return;
+    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyHostToDevice);
+    on_device = true;
+  }
+  static void download_all() {
+    if (!on_device) return;
+    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyDeviceToHost);
+    on_device = false;
+  }
+
+ private:
+  inline static bool on_device = false;  // between the first launch of a call and run()
+  static std::set<Buffer*>& all() {
+    static std::set<Buffer*> buffers;
+    return buffers;
+  }
+  void copy(cudaMemcpyKind kind) {
+    const auto part = [&](int64_t begin, int64_t end) {
+      if (end <= begin) return;
+      unsigned char *const host = host_.data() + begin, *const device = device_ + begin - hidden_;
+      check_cuda(kind == cudaMemcpyHostToDevice ? cudaMemcpy(device, host, end - begin, kind)
+                                                : cudaMemcpy(host, device, end - begin, kind));
+    };
+    const int64_t size = static_cast<int64_t>(host_.size());
+    if (!scratch_) return part(hidden_, size - hidden_);
+    part(hidden_, kGuard);
+    part(size - kGuard, size - hidden_);
+  }
+
+  const int64_t bytes_, shift_, hidden_ = small_suite ? kGuard : 0;  // of either guard, what the device does not have
+  const bool scratch_;
+  std::vector<unsigned char> host_;
+  unsigned char* device_ = nullptr;
+};
+
+// The end of a call of the library, whose launches came after Buffer::upload_all() (set_before_launch).
 void run(const Status& status, const std::string& what) {
   if (!status.ok()) {
     std::printf("FAILED: %s: %s\n", what.c_str(), status.message().c_str());
@@ -49,38 +129,13 @@ void run(const Status& status, const std::string& what) {
     std::printf("FAILED: %s: %s\n", what.c_str(), cudaGetErrorString(error));
     std::exit(1);
   }
+  Buffer::download_all();
 }
 
-// Memory that host and device see, with a guard of 0xA5 bytes on either side.
-class Buffer {
- public:
-  static constexpr int64_t kGuard = 4096;
-  explicit Buffer(int64_t bytes, int64_t shift = 0) : bytes_(bytes), shift_(shift) {
-    if (cudaMallocManaged(&base_, static_cast<size_t>(bytes + shift + 2 * kGuard)) != cudaSuccess) {
-      std::printf("FAILED: no memory\n");
-      std::exit(1);
-    }
-    std::memset(base_, 0xA5, static_cast<size_t>(bytes + shift + 2 * kGuard));
-  }
-  ~Buffer() { cudaFree(base_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  unsigned char* data() const { return base_ + kGuard + shift_; }
-  int64_t bytes() const { return bytes_; }
-  bool guards_intact() const {
-    for (int64_t i = 0; i < kGuard + shift_; ++i) {
-      if (base_[i] != 0xA5) return false;
-    }
-    for (int64_t i = 0; i < kGuard; ++i) {
-      if (data()[bytes_ + i] != 0xA5) return false;
-    }
-    return true;
-  }
-
- private:
-  unsigned char* base_ = nullptr;
-  int64_t bytes_, shift_;
-};
+const bool before_launch_is_set = [] {
+  set_before_launch(Buffer::upload_all);
+  return true;
+}();
 
 double get(const unsigned char* at, DType dtype) {
   if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(at);
@@ -140,8 +195,9 @@ struct Rows {
     }
     return buffer.guards_intact();
   }
-  TensorView view() const {
-    return {buffer.data(), dtype, {DeviceType::kCuda, 0}, 3, {rows, heads, dim}, {stride, dim, 1}};
+  TensorView view(int64_t first = 0, int64_t last = -1) const {
+    const int64_t count = (last < 0 ? rows : last) - first;
+    return {buffer.device(at(first)), dtype, {DeviceType::kCuda, 0}, 3, {count, heads, dim}, {stride, dim, 1}};
   }
 };
 
@@ -154,7 +210,7 @@ struct Table {
     std::memcpy(buffer.data(), values.data(), values.size() * sizeof(T));
   }
   TensorView view() const {
-    return {buffer.data(), sizeof(T) == 8 ? DType::kInt64 : DType::kInt32, {DeviceType::kCuda, 0}, 1, {count}, {1}};
+    return {buffer.device(), sizeof(T) == 8 ? DType::kInt64 : DType::kInt32, {DeviceType::kCuda, 0}, 1, {count}, {1}};
   }
 };
 
@@ -184,7 +240,7 @@ struct Cache {
   const Case c;
   int64_t item, page_bytes;
   std::vector<int64_t> kv_len;
-  std::vector<int64_t> addresses;
+  std::vector<int64_t> addresses;  // of pages, on the device
   std::vector<int32_t> indptr = {0}, last;
   Buffer pool;
 
@@ -198,7 +254,7 @@ struct Cache {
     std::vector<int64_t> order(static_cast<size_t>(num_pages(lengths)));
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random_bits);
-    for (const int64_t page : order) addresses.push_back(reinterpret_cast<int64_t>(pool.data() + page * page_bytes));
+    for (const int64_t page : order) addresses.push_back(reinterpret_cast<int64_t>(pool.device() + page * page_bytes));
     for (const int64_t length : kv_len) {
       const int64_t pages = (length + c.page_size - 1) / c.page_size;
       indptr.push_back(indptr.back() + static_cast<int32_t>(pages));
@@ -212,7 +268,7 @@ struct Cache {
   }
   unsigned char* at(int64_t i, int64_t t, int64_t part, int64_t head, int64_t d = 0, int64_t layer = kLayer) const {
     const int64_t page = addresses[static_cast<size_t>(indptr[static_cast<size_t>(i)] + t / c.page_size)];
-    return reinterpret_cast<unsigned char*>(page) +
+    return pool.data() + (page - reinterpret_cast<int64_t>(pool.device())) +
            (((layer * 2 + part) * c.kv_heads + head) * c.page_size * c.dim + t % c.page_size * c.dim + d) * item;
   }
   void randomize() {
@@ -254,7 +310,7 @@ Params make_params(const Case& c, const Tables& tables, const Rows& o, const Row
   p.o = o.view();
   p.q = q.view();
   if (lse != nullptr) {
-    p.lse = {lse->data(), DType::kFloat32, {DeviceType::kCuda, 0}, 2, {q.rows, q.heads}, {q.heads, 1}};
+    p.lse = {lse->device(), DType::kFloat32, {DeviceType::kCuda, 0}, 2, {q.rows, q.heads}, {q.heads, 1}};
   }
   p.sm_scale = c.sm_scale;
   p.rope_theta = c.theta;
@@ -265,7 +321,7 @@ Params make_params(const Case& c, const Tables& tables, const Rows& o, const Row
 }
 
 TensorView workspace(const Buffer& buffer) {
-  return {buffer.data(), DType::kUInt8, {DeviceType::kCuda, 0}, 1, {buffer.bytes()}, {1}};
+  return {buffer.device(), DType::kUInt8, {DeviceType::kCuda, 0}, 1, {buffer.bytes()}, {1}};
 }
 
 void rotate(std::vector<double>& x, double position, const Case& c) {

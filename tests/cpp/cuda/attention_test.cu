@@ -21,6 +21,7 @@ namespace {
 void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::vector<int64_t>& q_len) {
   if (!in_part()) return;
   const std::string what = "prefill " + c.name();
+  announce(what);
   Cache cache(c, kv_len);
   cache.randomize();
   const Tables tables(cache);
@@ -33,7 +34,7 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
   const Buffer lse(rows * q.heads * 4);
   auto p = make_params<BatchPrefillParams>(c, tables, o, q, &lse);
   p.qo_indptr = indptr.view();
-  const Buffer tmpbuf(cuda::workspace_bytes(p), 1);
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_prefill(p, {}), what);
   for (size_t i = 0; i < kv_len.size(); ++i) {
@@ -52,6 +53,7 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
 void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   if (!in_part()) return;
   const std::string what = "decode " + c.name();
+  announce(what);
   Cache cache(c, kv_len);
   cache.randomize();
   const Tables tables(cache);
@@ -60,7 +62,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   q.randomize();
   const Buffer lse(batch * q.heads * 4);
   auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
-  const Buffer tmpbuf(cuda::workspace_bytes(p), 1);
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), what);
   for (int64_t i = 0; i < batch; ++i) {
@@ -78,6 +80,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   early.early_reads = true;
   run(cuda::batch_decode(p, early), what);
   for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " without a workspace");
+  if (small_suite) return;
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, early), what);
   for (int64_t i = 0; i < batch; ++i) EXPECT(again.same(i, o, i), what + " with early reads");
@@ -100,7 +103,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
     Rows one_q(c.dtype, 1, q.heads, c.dim), one_o(c.dtype, 1, q.heads, c.dim);
     std::memcpy(one_q.at(0), q.at(i), static_cast<size_t>(q.row_bytes()));
     auto one = make_params<BatchDecodeParams>(c, alone, one_o, one_q, nullptr);
-    const Buffer one_tmpbuf(cuda::workspace_bytes(one));
+    const Buffer one_tmpbuf(cuda::workspace_bytes(one), 0, true);
     one.tmpbuf = workspace(one_tmpbuf);
     run(cuda::batch_decode(one, {}), what);
     EXPECT(one_o.same(0, o, i), what + " alone");
@@ -111,6 +114,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
 void test_chunks(const Case& c, int64_t length) {
   if (!in_part()) return;
   const std::string what = "chunks " + c.name();
+  announce(what);
   Cache cache(c, {length});
   cache.randomize();
   Rows q(c.dtype, length, c.kv_heads * c.group, c.dim), whole(c.dtype, length, q.heads, c.dim);
@@ -121,11 +125,11 @@ void test_chunks(const Case& c, int64_t length) {
                         {static_cast<int32_t>(last - (pages - 1) * c.page_size)});
     const Table<int32_t> indptr({0, static_cast<int32_t>(last - first)});
     auto p = make_params<BatchPrefillParams>(c, tables, o, q, nullptr);
-    p.q.data = q.at(first);
-    p.q.shape[0] = p.o.shape[0] = last - first;
+    p.q = q.view(first, last);
+    p.o = o.view(0, last - first);
     p.qo_indptr = indptr.view();
     // With a workspace, short chunks of long contexts take another way to the same bits.
-    const Buffer tmpbuf(first > 0 ? cuda::workspace_bytes(p) : 0, 1);
+    const Buffer tmpbuf(first > 0 ? cuda::workspace_bytes(p) : 0, 1, true);
     if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
     run(cuda::batch_prefill(p, {}), what);
     EXPECT(tmpbuf.guards_intact(), what);
@@ -154,7 +158,7 @@ void test_far_positions(DType dtype) {
   q.randomize();
   const Buffer lse(8);
   auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
-  const Buffer tmpbuf(cuda::workspace_bytes(p));
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 0, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), "far positions");
   const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); };
@@ -172,7 +176,7 @@ void test_hostile_tables(DType dtype) {
   q.randomize();
   const Tables tables(cache);
   auto p = make_params<BatchDecodeParams>(c, tables, good, q, nullptr);
-  const Buffer tmpbuf(cuda::workspace_bytes(p));
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 0, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), "hostile");
   const std::vector<int32_t>&ip = cache.indptr, &last = cache.last;
@@ -239,6 +243,7 @@ void test_writes(const Case& c, const std::vector<int64_t>& kv_len, const std::v
                  int64_t padding, int64_t offset, bool early_reads) {
   if (!in_part()) return;
   const std::string what = std::string(append ? "append_kv " : "init_kv ") + c.name();
+  announce(what);
   Cache cache(c, kv_len);
   cache.randomize();
   const Tables tables(cache);
@@ -350,7 +355,10 @@ int report() {
 
 }  // namespace
 
+#include "attention_small.cuh"
+
 int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "small") return run_small_suite();  // for compute-sanitizer
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("skipped: no CUDA device\n");

@@ -2,8 +2,10 @@
 // takes minutes for what takes seconds without it; parts run beside each other and each has an end in sight.
 #pragma once
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 
 // Called once a case, in the same order in every part.
 inline bool in_part() {
@@ -18,4 +20,23 @@ inline bool in_part() {
     }
   }
   return number++ % parts == part;
+}
+
+// PUNICA_TEST_GARBAGE=0: a small suite without malformed tables, of which memcheck alone has something to say.
+inline bool with_garbage() {
+  static const bool value = [] {
+    const char* text = std::getenv("PUNICA_TEST_GARBAGE");
+    return text == nullptr || std::string(text) != "0";
+  }();
+  return value;
+}
+
+// With PUNICA_TEST_VERBOSE in the environment: prints each case before it runs, and the seconds so far.
+inline void announce(const std::string& name) {
+  static const bool verbose = std::getenv("PUNICA_TEST_VERBOSE") != nullptr;
+  static const auto begin = std::chrono::steady_clock::now();
+  if (!verbose) return;
+  std::printf("%8.3f %s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
+              name.c_str());
+  std::fflush(stdout);
 }

@@ -1,0 +1,85 @@
+#include "tests/cpp/cuda/launches.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+
+#include "src/cuda/common/launch.h"
+
+using punica::cuda::KernelState;
+using punica::cuda::Launcher;
+using punica::cuda::LaunchShape;
+
+// What the linker's --wrap=SYMBOL makes of Launcher::launch_symbol: calls of it come to __wrap_SYMBOL, and itself is
+// __real_SYMBOL. A member function takes `this` as a free function takes its first argument.
+punica::Status real_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
+                                  const LaunchShape& shape, void** parameters) __asm__("__real_" PUNICA_LAUNCH_SYMBOL);
+punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
+                                     const LaunchShape& shape,
+                                     void** parameters) __asm__("__wrap_" PUNICA_LAUNCH_SYMBOL);
+
+namespace {
+
+LaunchRecorder* g_recorder = nullptr;
+std::set<std::string> g_launched;
+void (*g_before_launch)() = nullptr;
+
+const struct WriteAtExit {
+  ~WriteAtExit() {
+    const char* path = std::getenv("PUNICA_TEST_KERNELS");
+    std::FILE* const file = path == nullptr ? nullptr : std::fopen(path, "w");
+    if (file == nullptr) return;
+    for (const std::string& name : g_launched) std::fprintf(file, "%s\n", name.c_str());
+    std::fclose(file);
+  }
+} g_write_at_exit;
+
+}  // namespace
+
+class LaunchRecorderAccess {
+ public:
+  static void add(LaunchRecorder* recorder, const char* name) { recorder->kernels_.emplace_back(name); }
+};
+
+punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
+                                     const LaunchShape& shape, void** parameters) {
+  const char* name = nullptr;
+  if (cudaFuncGetName(&name, symbol) != cudaSuccess || name == nullptr) {
+    std::printf("FAILED: a kernel without a name\n");
+    std::exit(1);
+  }
+  if (g_recorder != nullptr) {
+    LaunchRecorderAccess::add(g_recorder, name);
+    return {};
+  }
+  g_launched.insert(name);
+  if (g_before_launch != nullptr) g_before_launch();
+  return real_launch_symbol(launcher, symbol, state, shape, parameters);
+}
+
+LaunchRecorder::LaunchRecorder() { g_recorder = this; }
+LaunchRecorder::~LaunchRecorder() { g_recorder = nullptr; }
+
+bool KernelCover::needs(const std::vector<std::string>& kernels, const std::vector<std::string>& features) {
+  bool needed = false;
+  for (const std::string& kernel : kernels) {
+    needed |= seen_.insert(kernel).second;
+    // Both types of 16 bits run the same code but for conversions.
+    std::string either = kernel;
+    for (const std::string& type : {std::string("6__half"), std::string("13__nv_bfloat16")}) {
+      for (size_t at; (at = either.find(type)) != std::string::npos;) either.replace(at, type.size(), "16");
+    }
+    for (const std::string& feature : features) needed |= seen_.insert(either + " " + feature).second;
+  }
+  return needed;
+}
+
+void set_before_launch(void (*hook)()) { g_before_launch = hook; }
+
+bool launched_only(punica::cuda::Arch arch) {
+  const std::string wanted = arch == punica::cuda::Arch::kSm90 ? "4ArchE1E" : "4ArchE0E";
+  return !g_launched.empty() && std::all_of(g_launched.begin(), g_launched.end(), [&](const std::string& name) {
+    return name.find(wanted) != std::string::npos;
+  });
+}
