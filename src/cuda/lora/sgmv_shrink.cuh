@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
     });
     if (!found) {
       if (is_first && args.early_reads) grid_dependency_wait<kArch>();
+      copy_commit();
       copy_wait<0>();
       return;  // the other blocks of the cluster find the same
     }
@@ -234,7 +235,17 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       for (int i = 0; i < min(kFirst, steps) && fills; ++i) fill_w(i, i);
       grid_dependency_wait<kArch>();
     } else if (!guessed) {
+      // The copies of a wrong guess end before others go to the same places: committed, as only those are waited for,
+      // and in all threads, as which thread copies what of unaligned rows depends on where they begin.
+      copy_commit();
       copy_wait<0>();
+      if (guessed_steps > 0) {
+        if constexpr (!S::kSplit) {
+          __syncthreads();
+        } else if (fills) {
+          hopper::named_barrier_sync(1, 128);
+        }
+      }
     }
     if constexpr (!S::kSplit) {
 #pragma unroll 1
