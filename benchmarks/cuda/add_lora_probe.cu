@@ -243,14 +243,15 @@ void probe(const Work& work) {
   const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
   const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
                        4.0 * work.rows * width / 4.13e6;
-  std::printf("%-34s | chain %7.2f default %7.2f alone %7.2f (early %7.2f) | two %7.2f | floor %6.2f, alone/floor %.2f\n",
-              work.name, early, standard, ours, ours_early, two, floor, ours / floor);
+  std::printf(
+      "%-34s | chain %7.2f default %7.2f alone %7.2f (early %7.2f) | two %7.2f | floor %6.2f, alone/floor %.2f\n",
+      work.name, early, standard, ours, ours_early, two, floor, ours / floor);
   std::fflush(stdout);
   for (uint16_t* m : memory) must(cudaFree(m));
-  for (void* m : {static_cast<void*>(a_device), static_cast<void*>(b_device), static_cast<void*>(index_device),
-                  static_cast<void*>(rank_device), static_cast<void*>(scale_device), static_cast<void*>(order_device),
-                  static_cast<void*>(adapter_device), static_cast<void*>(start_device),
-                  static_cast<void*>(end_device)}) {
+  for (void* m :
+       {static_cast<void*>(a_device), static_cast<void*>(b_device), static_cast<void*>(index_device),
+        static_cast<void*>(rank_device), static_cast<void*>(scale_device), static_cast<void*>(order_device),
+        static_cast<void*>(adapter_device), static_cast<void*>(start_device), static_cast<void*>(end_device)}) {
     must(cudaFree(m));
   }
 }

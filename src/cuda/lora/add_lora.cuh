@@ -53,6 +53,8 @@ Status launch_float32(const Launcher& launcher, const Args& args);
 
 // ---- The rows of a block -------------------------------------------------------------------------------------------
 
+inline constexpr int kPlainRank = 64;
+
 // A slice of an adapter that has something to do. Addresses are those of the layer.
 struct Slice {
   const void* a;     // [rank, h_in]
@@ -67,6 +69,7 @@ template <int kRows>
 struct Work {
   int count;  // rows; 0: nothing to do
   int num_slices;
+  bool plain;  // all weights are aligned to 16 bytes, rows of B too, and no rank is more than kPlainRank
   int rows[kRows];
   Slice slices[kMaxLoraSlices];
 };
@@ -130,8 +133,8 @@ __device__ __forceinline__ void load_work(const Args& args, int position, int en
     count += __popc(votes);
   }
   slice.b_stride = args.b_row_stride >= 0 ? args.b_row_stride : slice.rank;
-  const bool used = a != 0 && b != 0 && slice.rank > 0 && slice.rank <= args.max_rank &&
-                    slice.rank <= slice.b_stride && slice.width > 0;
+  const bool used = a != 0 && b != 0 && slice.rank > 0 && slice.rank <= args.max_rank && slice.rank <= slice.b_stride &&
+                    slice.width > 0;
   const uint32_t votes = __ballot_sync(0xffffffffu, used);
   if (used) {
     const int64_t a_layer = args.a_layer_stride >= 0 ? args.a_layer_stride : int64_t{slice.rank} * args.h_in;
@@ -140,7 +143,11 @@ __device__ __forceinline__ void load_work(const Args& args, int position, int en
     slice.b = reinterpret_cast<const T*>(b) + args.layer_idx * b_layer;
     work->slices[__popc(votes & ((1u << lane) - 1))] = slice;
   }
+  const bool plain = (reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0 &&
+                     slice.b_stride % (16 / sizeof(T)) == 0 && slice.rank <= kPlainRank;
+  const bool all_plain = __all_sync(0xffffffffu, plain || !used);
   if (lane == 0) {
+    work->plain = all_plain;
     work->num_slices = __popc(votes);
     work->count = votes == 0 ? 0 : count;
   }
@@ -155,51 +162,60 @@ struct TileScratch {
   uint32_t tiles;
 };
 
-// Finds tile choose(tiles), given the number of all tiles, and what there is to do. Called by the whole block; on
-// return the block sees `work`.
+__device__ __forceinline__ bool owns_tile(uint32_t tile, uint32_t before, uint32_t tiles) {
+  return tile - before < tiles;
+}
+
+// The same for up to 32 * kEach segments, by one warp.
+template <class T, int kRows, int kEach, class Choose>
+__device__ __forceinline__ void find_work_in(const Args& args, uint32_t* all_tiles, Work<kRows>* work, Choose choose) {
+  const int lane = threadIdx.x % 32;
+  Segment segments[kEach];
+  uint32_t before[kEach], total = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kRows>(args, 32 * i + lane, args.max_segments);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    cut_segment<kRows>(args, &segments[i]);
+    before[i] = inclusive_sum(segments[i].tiles, lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const uint32_t of_window = __shfl_sync(0xffffffffu, before[i], 31);
+    before[i] += total - segments[i].tiles;
+    total += of_window;
+  }
+  const uint32_t tile = choose(total);
+  // The lane and window that has the tile; there is one at most.
+  uint32_t owners = 0;
+  int position = 0, end = 0, adapter = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const bool owns = owns_tile(tile, before[i], segments[i].tiles);
+    owners |= __ballot_sync(0xffffffffu, owns);
+    if (owns) {
+      position = segments[i].start + static_cast<int>(tile - before[i]) * kRows;
+      end = segments[i].end;
+      adapter = segments[i].adapter;
+    }
+  }
+  if (owners != 0) {
+    const int owner = __ffs(owners) - 1;
+    load_work<T>(args, __shfl_sync(0xffffffffu, position, owner), __shfl_sync(0xffffffffu, end, owner),
+                 __shfl_sync(0xffffffffu, adapter, owner), work);
+  }
+  if (lane == 0) {
+    *all_tiles = total;
+    if (owners == 0) work->count = 0;
+  }
+}
+
+// The same for any number of segments, by the whole block.
 template <class T, int kRows, int kWarps, class Choose>
-__device__ __forceinline__ void find_work(const Args& args, TileScratch<kWarps>* scratch, Work<kRows>* work,
-                                          Choose choose) {
+__device__ __noinline__ void find_work_among_many(const Args& args, TileScratch<kWarps>* scratch, Work<kRows>* work,
+                                                  Choose choose) {
   constexpr int kEach = kWindow / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // The segments [begin, end) in windows: calls body(segment, tiles before it) with the lane's segments.
-  const auto owns = [](uint32_t tile, uint32_t before, uint32_t tiles) { return tile - before < tiles; };
-  if (args.max_segments <= kWindow) {
-    if (warp == 0) {
-      Segment segments[kEach];
-      uint32_t before[kEach], total = 0;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kRows>(args, 32 * i + lane, args.max_segments);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        cut_segment<kRows>(args, &segments[i]);
-        const uint32_t sum = inclusive_sum(segments[i].tiles, lane);
-        before[i] = total + sum - segments[i].tiles;
-        total += __shfl_sync(0xffffffffu, sum, 31);
-      }
-      const uint32_t tile = choose(total);
-      int position = 0, end = 0, adapter = 0;
-      bool found = false;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const uint32_t owners = __ballot_sync(0xffffffffu, owns(tile, before[i], segments[i].tiles));
-        if (owners != 0 && !found) {
-          const int owner = __ffs(owners) - 1;
-          position = __shfl_sync(0xffffffffu, segments[i].start + static_cast<int>(tile - before[i]) * kRows, owner);
-          end = __shfl_sync(0xffffffffu, segments[i].end, owner);
-          adapter = __shfl_sync(0xffffffffu, segments[i].adapter, owner);
-          found = true;
-        }
-      }
-      if (found) load_work<T>(args, position, end, adapter, work);
-      if (lane == 0) {
-        scratch->tiles = total;
-        if (!found) work->count = 0;
-      }
-    }
-    __syncthreads();
-    return;
-  }
   // Each warp counts the tiles of a share of the segments; the one whose share has the tile goes over it again.
   const int share = ((args.max_segments + kWarps - 1) / kWarps + 31) & ~31;
   const int share_begin = static_cast<int>(min(int64_t{warp} * share, int64_t{args.max_segments}));
@@ -227,13 +243,13 @@ __device__ __forceinline__ void find_work(const Args& args, TileScratch<kWarps>*
   }
   if (threadIdx.x == 0) scratch->tiles = total;
   const uint32_t tile = choose(total);
-  if (owns(tile, before, tiles)) {
+  if (owns_tile(tile, before, tiles)) {
     for (int i = share_begin; i < share_end; i += 32) {
       Segment segment = load_segment<kRows>(args, i + lane, share_end);
       cut_segment<kRows>(args, &segment);
       const uint32_t sum = inclusive_sum(segment.tiles, lane);
       const uint32_t segment_before = before + sum - segment.tiles;
-      const uint32_t owners = __ballot_sync(0xffffffffu, owns(tile, segment_before, segment.tiles));
+      const uint32_t owners = __ballot_sync(0xffffffffu, owns_tile(tile, segment_before, segment.tiles));
       if (owners != 0) {
         const int owner = __ffs(owners) - 1;
         const int position =
@@ -243,6 +259,25 @@ __device__ __forceinline__ void find_work(const Args& args, TileScratch<kWarps>*
         break;
       }
       before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+  }
+  __syncthreads();
+}
+
+// Finds tile choose(tiles), given the number of all tiles, and what there is to do. Called by the whole block; on
+// return the block sees `work`.
+template <class T, int kRows, int kWarps, class Choose>
+__device__ __forceinline__ void find_work(const Args& args, TileScratch<kWarps>* scratch, Work<kRows>* work,
+                                          Choose choose) {
+  if (args.max_segments > kWindow) {
+    find_work_among_many<T>(args, scratch, work, choose);
+    return;
+  }
+  if (threadIdx.x < 32) {
+    if (args.max_segments <= 32) {
+      find_work_in<T, kRows, 1>(args, &scratch->tiles, work, choose);
+    } else {
+      find_work_in<T, kRows, kWindow / 32>(args, &scratch->tiles, work, choose);
     }
   }
   __syncthreads();

@@ -1,12 +1,11 @@
 // Launches of add_lora_ring.cuh.
-#include "src/cuda/lora/add_lora_ring.cuh"
-
 #include <algorithm>
+
+#include "src/cuda/lora/add_lora_ring.cuh"
 
 namespace punica::cuda::fused_lora {
 namespace {
 
-constexpr int kDepth = 4;
 // Blocks that run at once, about: two on each multiprocessor of an H200. Nothing that depends on it changes bits.
 constexpr int64_t kBlocks = 128;
 
@@ -29,16 +28,19 @@ Status launch(const Launcher& launcher, const Args& args) {
   shape.cluster = 1u << cluster_bits;
   shape.grid = static_cast<unsigned>(clusters << cluster_bits);
   shape.block = kRingThreads;
-  shape.shared_bytes = ring_shared_bytes(args.max_rank, std::is_same_v<T, __half>, kDepth);
-  return args.x_vectors && args.h_in % 8 == 0
-             ? launcher.launch<add_lora_ring_kernel<kArch, T, kDepth, true>>(shape, args, cluster_bits, min_team_bits)
-             : launcher.launch<add_lora_ring_kernel<kArch, T, kDepth, false>>(shape, args, cluster_bits, min_team_bits);
+  bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;
+  for (int s = 0; s <= args.num_slices; ++s) plain = plain && args.slice_begin[s] % 8 == 0;
+  const size_t general_bytes = general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
+  shape.shared_bytes =
+      kHeadBytes +
+      (plain ? std::max(general_bytes, plain_shared_bytes(args, min_team_bits, cluster_bits)) : general_bytes);
+  return plain ? launcher.launch<add_lora_ring_kernel<kArch, T, true>>(shape, args, cluster_bits, min_team_bits)
+               : launcher.launch<add_lora_ring_kernel<kArch, T, false>>(shape, args, cluster_bits, min_team_bits);
 }
 
 template <class T>
 Status launch(const Launcher& launcher, const Args& args) {
-  return launcher.arch == Arch::kSm90 ? launch<Arch::kSm90, T>(launcher, args)
-                                      : launch<Arch::kSm80, T>(launcher, args);
+  return launcher.arch == Arch::kSm90 ? launch<Arch::kSm90, T>(launcher, args) : launch<Arch::kSm80, T>(launcher, args);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@
 
 #include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/add_lora.cuh"
+#include "src/cuda/lora/add_lora_plain.cuh"
 #include "src/cuda/lora/add_lora_unit.cuh"
 #include "src/cuda/lora/bgmv_common.cuh"
 
@@ -52,19 +53,27 @@ struct RingShared {
   uint64_t received[2];  // barriers, one a buffer
   Work<kTileRows> work;
   TileScratch<kRingWarps> scratch;
-  int team_bits, team_rank;
   float up[kTileRows];  // float16: see row_exponent()
-  alignas(16) float receive[2][kReceiveFloats];
 };
 
-// Behind it: the warps' parts of v, v in float32 (float16 alone), v's high and low numbers, the rings.
+// Behind it, in general: what the blocks of a team send each other, the chains' parts of v, v in float32 (float16
+// alone), v's high and low numbers, the rings.
+inline constexpr int kGeneralDepth = 2;
 __host__ __device__ constexpr int v_pitch(int max_rank) { return (max_rank + 63) / 64 * 64 + 32; }  // 16-bit numbers
 __host__ __device__ constexpr int v_float_pitch(int max_rank) { return (max_rank + 63) / 64 * 64 + 4; }
-constexpr size_t ring_shared_bytes(int max_rank, bool half, int depth) {
-  return (sizeof(RingShared) + 127) / 128 * 128 + sizeof(float) * part_floats(max_rank) +
+inline constexpr size_t kHeadBytes = (sizeof(RingShared) + 127) / 128 * 128;
+constexpr size_t general_shared_bytes(int max_rank, bool half) {
+  return sizeof(float) * 2 * kReceiveFloats + sizeof(float) * part_floats(max_rank) +
          (half ? (sizeof(float) * kTileRows * v_float_pitch(max_rank) + 127) / 128 * 128 : 0) +
          (size_t{2} * 2 * kTileRows * v_pitch(max_rank) + 127) / 128 * 128 +
-         size_t{kUnitBytes} * kRingWarps * depth;
+         size_t{kUnitBytes} * kRingWarps * kGeneralDepth;
+}
+// Behind it, in the plain way: see add_lora_plain.cuh.
+constexpr size_t plain_shared_bytes(const Args& args, int min_team_bits, int max_team_bits) {
+  const int rank = args.max_rank < kPlainRank ? args.max_rank : kPlainRank;
+  return sizeof(float) * plain_part_floats(rank, min_team_bits) +
+         sizeof(float) * plain_receive_floats(rank, max_team_bits) * (args.num_slices > 1 ? 2 : 1) +
+         size_t{kPlainUnitBytes} * kRingWarps * kPlainDepth;
 }
 
 // Of a slice's expand: outputs of a unit follow from the rank.
@@ -75,6 +84,7 @@ struct Warp {
   const Args& args;
   RingShared& shared;
   float* parts;  // of v, of the chains: see block_part()
+  float* receive;
   int team_bits, team_rank, warp, lane;
   int chunk_bits, pitch;
 
@@ -303,7 +313,8 @@ __device__ __forceinline__ void shrink_tiles(const Warp<T>& w, Producer<T, kDept
       slot = (slot + 1) % kDepth;
       producer.start();
     }
-    float* const to = w.parts + (w.local_chain(task) * kTileRows + 2 * t) * pitch + (w.tile(task) - first_tile) * 16 + g;
+    float* const to =
+        w.parts + (w.local_chain(task) * kTileRows + 2 * t) * pitch + (w.tile(task) - first_tile) * 16 + g;
     to[0] = sum[0], to[8] = sum[2];
     to[pitch] = sum[1], to[pitch + 8] = sum[3];
   }
@@ -378,7 +389,7 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
         const int row = i >> width_bits, rank = i & (width - 1);
         if (rank < count) {
           const float part = block_part(w, row, rank);
-          const uint32_t to = shared_address(&shared.receive[buffer][w.team_rank * kTileRows * width + i]);
+          const uint32_t to = shared_address(&w.receive[buffer * kReceiveFloats + w.team_rank * kTileRows * width + i]);
           for (int peer = 0; peer < team; ++peer) {
             asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
                              hopper::remote_address(to, first_block + peer)),
@@ -401,7 +412,7 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
       for (int i = threadIdx.x; i < values; i += kRingThreads) {
         const int row = i >> width_bits, rank = i & (width - 1);
         if (rank < count) {
-          const float* const from = &shared.receive[buffer][i];
+          const float* const from = &w.receive[buffer * kReceiveFloats + i];
           float sum = from[0] + from[stride];
           if (team_bits >= 2) sum += from[2 * stride] + from[3 * stride];
           if (team_bits == 3) {
@@ -417,8 +428,8 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
 
 // ---- Expand --------------------------------------------------------------------------------------------------------
 
-// 128 bytes or less of weights a row: kTiles tiles of 16 outputs, whose rows (g, g + 8) are outputs kCount * g + 2 * tile
-// and the one behind it.
+// 128 bytes or less of weights a row: kTiles tiles of 16 outputs, whose rows (g, g + 8) are outputs kCount * g + 2 *
+// tile and the one behind it.
 template <class T, int kTiles>
 __device__ __forceinline__ void unit_products(float (&sums)[kTiles][4], uint32_t from, const V<T>& v, int unit,
                                               int chunks, int lane) {
@@ -499,16 +510,106 @@ __device__ __forceinline__ void expand(const Warp<T>& w, Producer<T, kDepth>& pr
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
-// Grid: blocks in clusters of 1 << cluster_bits. kVectors: rows of x are whole, aligned pieces of 16 bytes.
-template <Arch kArch, class T, int kDepth, bool kVectors>
+// A function of its own: what it needs takes no registers of the plain way.
+template <Arch kArch, class T, bool kVectors>
+__device__ __noinline__ void general_block(const Args& args, RingShared& shared, int team_bits, int team_rank) {
+  constexpr int kDepth = kGeneralDepth;
+  unsigned char* const memory = reinterpret_cast<unsigned char*>(&shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  unsigned char* at = memory + kHeadBytes;
+  float* const receive = reinterpret_cast<float*>(at);
+  at += sizeof(float) * 2 * kReceiveFloats;
+  const int chunk_shift = chunk_bits(team_bits, args.max_rank);
+  const Warp<T> w = {args, shared,      reinterpret_cast<float*>(at), receive, team_bits, team_rank, warp,
+                     lane, chunk_shift, part_pitch(chunk_shift)};
+  at += args.max_rank <= 128 ? sizeof(float) * kPartFloats : sizeof(float) * kFewPartFloats;
+  V<T> v;
+  v.pitch = v_pitch(args.max_rank), v.float_pitch = v_float_pitch(args.max_rank);
+  v.floats = reinterpret_cast<float*>(at);
+  if (std::is_same_v<T, __half>) at += (sizeof(float) * kTileRows * v.float_pitch + 127) / 128 * 128;
+  v.high = reinterpret_cast<uint16_t*>(at);
+  v.low = v.high + kTileRows * v.pitch;
+  at += (size_t{2} * 2 * kTileRows * v.pitch + 127) / 128 * 128;
+
+  Producer<T, kDepth> producer = {w, shared_address(at) + warp * (kUnitBytes * kDepth)};
+#pragma unroll 1
+  for (int i = 0; i < kDepth; ++i) producer.start();
+  if (args.early_reads) grid_dependency_wait<kArch>();
+
+  int slot = 0, number = 0;
+  const int chunk = 1 << chunk_shift;
+#pragma unroll 1
+  for (int i = 0; i < shared.work.num_slices; ++i) {
+    const Slice& s = shared.work.slices[i];
+    const int rank = s.rank, tiles = (rank + 15) / 16;
+    int first = 0;
+#pragma unroll 1
+    for (; first + chunk < tiles; first += chunk) {
+      shrink_tiles<kArch, T, kDepth, kVectors>(w, producer, slot, first, first + chunk);
+      exchange<kArch>(w, v, 16 * first, 16 * chunk, number++);
+      __syncthreads();  // the parts have been read
+    }
+    shrink_tiles<kArch, T, kDepth, kVectors>(w, producer, slot, first, tiles);
+    const auto get_v = [&] {
+      exchange<kArch>(w, v, 16 * first, rank - 16 * first, number++);
+      const int end = rank <= 16 ? 16 : (rank + 31) & ~31;
+      if constexpr (std::is_same_v<T, __half>) {
+        __syncthreads();
+        if (warp < shared.work.count) {
+          const float* const from = v.floats + warp * v.float_pitch;
+          float largest = 0;
+          for (int k = lane; k < rank; k += 32) largest = fmaxf(largest, isfinite(from[k]) ? fabsf(from[k]) : 0.0f);
+#pragma unroll
+          for (int step = 16; step > 0; step /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+          }
+          const int exponent = row_exponent(largest);
+          const float down = down_scale(exponent);
+          for (int k = lane; k < rank; k += 32) {
+            split<T>(from[k] * down, &v.high[warp * v.pitch + k], &v.low[warp * v.pitch + k]);
+          }
+          if (lane == 0) shared.up[warp] = up_scale(exponent);
+        }
+      }
+      if (warp < shared.work.count) {
+        for (int k = rank + lane; k < end; k += 32) v.store_zero(warp, k);
+      }
+      __syncthreads();  // v is there
+    };
+    if (rank <= 16) {
+      expand<T, kDepth, 4>(w, producer, slot, s, v, get_v);
+    } else if (rank <= 32) {
+      expand<T, kDepth, 2>(w, producer, slot, s, v, get_v);
+    } else {
+      expand<T, kDepth, 1>(w, producer, slot, s, v, get_v);
+    }
+  }
+  copy_wait<0>();
+}
+
+// How the blocks of a launch form teams, once it is known how many tiles there are: the largest ones for which there
+// are blocks enough. A cluster is one team or several.
+struct Teams {
+  int cluster_bits, min_bits;
+
+  __device__ __forceinline__ int bits(uint32_t tiles) const {
+    int bits = cluster_bits;
+    while (bits > min_bits && tiles > gridDim.x >> bits) --bits;
+    return bits;
+  }
+  // The tile of this block.
+  __device__ __forceinline__ uint32_t operator()(uint32_t tiles) const { return blockIdx.x >> bits(tiles); }
+};
+
+// Grid: blocks in clusters of 1 << cluster_bits. kPlain: rows of x and y are whole, aligned pieces of 16 bytes, and so
+// is each slice of y.
+template <Arch kArch, class T, bool kPlain>
 __global__ void __launch_bounds__(kRingThreads, 2)
     add_lora_ring_kernel(const __grid_constant__ Args args, const int cluster_bits, const int min_team_bits) {
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     if (args.early_reads) launch_dependents<kArch>();
-    const int cluster_rank = static_cast<int>(blockIdx.x) & ((1 << cluster_bits) - 1);
-    const int cluster = static_cast<int>(blockIdx.x) >> cluster_bits;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (kArch == Arch::kSm90) {
       if (cluster_bits > 0) {
@@ -523,97 +624,37 @@ __global__ void __launch_bounds__(kRingThreads, 2)
     }
 #endif
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    // The largest team for which there are blocks enough.
-    const auto team_bits_of = [&](uint32_t tiles) {
-      int bits = cluster_bits;
-      while (bits > min_team_bits && tiles > gridDim.x >> bits) --bits;
-      return bits;
-    };
-    find_work<T>(args, &shared.scratch, &shared.work, [&](uint32_t tiles) {
-      const int bits = team_bits_of(tiles);
-      return static_cast<uint32_t>((cluster << (cluster_bits - bits)) + (cluster_rank >> bits));
-    });
+    const Teams teams = {cluster_bits, min_team_bits};
+    find_work<T>(args, &shared.scratch, &shared.work, teams);
     if (!args.early_reads) launch_dependents<kArch>();
     if (shared.work.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;
     }
-    const int team_bits = team_bits_of(shared.scratch.tiles);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    unsigned char* at = memory + (sizeof(RingShared) + 127) / 128 * 128;
-    const int chunk_shift = chunk_bits(team_bits, args.max_rank);
-    const Warp<T> w = {args,
-                       shared,
-                       reinterpret_cast<float*>(at),
-                       team_bits,
-                       cluster_rank & ((1 << team_bits) - 1),
-                       warp,
-                       lane,
-                       chunk_shift,
-                       part_pitch(chunk_shift)};
-    at += args.max_rank <= 128 ? sizeof(float) * kPartFloats : sizeof(float) * kFewPartFloats;
-    V<T> v;
-    v.pitch = v_pitch(args.max_rank), v.float_pitch = v_float_pitch(args.max_rank);
-    v.floats = reinterpret_cast<float*>(at);
-    if (std::is_same_v<T, __half>) at += (sizeof(float) * kTileRows * v.float_pitch + 127) / 128 * 128;
-    v.high = reinterpret_cast<uint16_t*>(at);
-    v.low = v.high + kTileRows * v.pitch;
-    at += (size_t{2} * 2 * kTileRows * v.pitch + 127) / 128 * 128;
-
-    Producer<T, kDepth> producer = {w, shared_address(at) + warp * (kUnitBytes * kDepth)};
-#pragma unroll 1
-    for (int i = 0; i < kDepth; ++i) producer.start();
-    if (args.early_reads) grid_dependency_wait<kArch>();
-
-    int slot = 0, number = 0;
-    const int chunk = 1 << chunk_shift;
-#pragma unroll 1
-    for (int i = 0; i < shared.work.num_slices; ++i) {
-      const Slice& s = shared.work.slices[i];
-      const int rank = s.rank, tiles = (rank + 15) / 16;
-      int first = 0;
-#pragma unroll 1
-      for (; first + chunk < tiles; first += chunk) {
-        shrink_tiles<kArch, T, kDepth, kVectors>(w, producer, slot, first, first + chunk);
-        exchange<kArch>(w, v, 16 * first, 16 * chunk, number++);
-        __syncthreads();  // the parts have been read
-      }
-      shrink_tiles<kArch, T, kDepth, kVectors>(w, producer, slot, first, tiles);
-      const auto get_v = [&] {
-        exchange<kArch>(w, v, 16 * first, rank - 16 * first, number++);
-        const int end = rank <= 16 ? 16 : (rank + 31) & ~31;
-        if constexpr (std::is_same_v<T, __half>) {
-          __syncthreads();
-          if (warp < shared.work.count) {
-            const float* const from = v.floats + warp * v.float_pitch;
-            float largest = 0;
-            for (int k = lane; k < rank; k += 32) largest = fmaxf(largest, isfinite(from[k]) ? fabsf(from[k]) : 0.0f);
-#pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-              largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-            }
-            const int exponent = row_exponent(largest);
-            const float down = down_scale(exponent);
-            for (int k = lane; k < rank; k += 32) {
-              split<T>(from[k] * down, &v.high[warp * v.pitch + k], &v.low[warp * v.pitch + k]);
-            }
-            if (lane == 0) shared.up[warp] = up_scale(exponent);
-          }
-        }
-        if (warp < shared.work.count) {
-          for (int k = rank + lane; k < end; k += 32) v.store_zero(warp, k);
-        }
-        __syncthreads();  // v is there
-      };
-      if (rank <= 16) {
-        expand<T, kDepth, 4>(w, producer, slot, s, v, get_v);
-      } else if (rank <= 32) {
-        expand<T, kDepth, 2>(w, producer, slot, s, v, get_v);
-      } else {
-        expand<T, kDepth, 1>(w, producer, slot, s, v, get_v);
-      }
+    const int team_bits = teams.bits(shared.scratch.tiles);
+    const int team_rank = static_cast<int>(blockIdx.x) & ((1 << team_bits) - 1);
+    if (kPlain && shared.work.plain) {
+      const int rank = min(args.max_rank, kPlainRank);
+      float* const parts = reinterpret_cast<float*>(memory + kHeadBytes);
+      float* const receive = parts + plain_part_floats(rank, min_team_bits);
+      const int receive_floats = plain_receive_floats(rank, cluster_bits);
+      const uint32_t rings = shared_address(receive + receive_floats * (args.num_slices > 1 ? 2 : 1));
+      const int warp = threadIdx.x / 32;
+      PlainBlock<kArch, T, kRingWarps> block = {args,
+                                                shared.work,
+                                                shared.received,
+                                                parts,
+                                                receive,
+                                                rings + warp * (kPlainUnitBytes * kPlainDepth),
+                                                receive_floats,
+                                                team_bits,
+                                                team_rank,
+                                                warp,
+                                                static_cast<int>(threadIdx.x % 32)};
+      block.run();
+    } else {
+      general_block<kArch, T, kPlain>(args, shared, team_bits, team_rank);
     }
-    copy_wait<0>();
   }
 }
 

@@ -1,12 +1,12 @@
-// add_lora of float16 and bfloat16 on sm_90 for many rows an adapter, ranks up to 64: x is read once, y read and written
-// once, v in between on chip. The arithmetic is that of add_lora_ring.cuh, term by term.
+// add_lora of float16 and bfloat16 on sm_90 for many rows an adapter, ranks up to 64: x is read once, y read and
+// written once, v in between on chip. The arithmetic is that of add_lora_ring.cuh, term by term.
 //
 // A cluster of two blocks serves a tile of up to 64 rows of a segment. First x moves: each of a block's eight warps has
-// one of the sixteen chains of pieces of K, and a ring of units of 2 KiB in shared memory that it alone fills (cp.async)
-// and reads: for each piece those of A, which go to registers, then those of x, 16 rows each. So the ranks of all
-// slices, as long as they are 64 in all, take x once. Then the chains' sums meet in shared memory (over the rings), and
-// the blocks' sums in that of both. Then y moves: a warp takes strips of 64 columns; it has B of a strip in registers,
-// and what y holds of the next strip on the way to where that of this one was.
+// one of the sixteen chains of pieces of K, and a ring of units of 2 KiB in shared memory that it alone fills
+// (cp.async) and reads: for each piece those of A, which go to registers, then those of x, 16 rows each. So the ranks
+// of all slices, as long as they are 64 in all, take x once. Then the chains' sums meet in shared memory (over the
+// rings), and the blocks' sums in that of both. Then y moves: a warp takes strips of 64 columns; it has B of a strip in
+// registers, and what y holds of the next strip on the way to where that of this one was.
 #include <algorithm>
 #include <climits>
 
@@ -27,12 +27,12 @@ constexpr int kTiles = kRanks / 16;  // of 16 ranks
 constexpr int kStrip = 64;           // columns of y
 // From here on the tiles of this kernel fill the device.
 constexpr int64_t kManyRows = 2048;
-constexpr int kGroups = kRows / 8;   // of eight rows, the columns of a product
+constexpr int kGroups = kRows / 8;  // of eight rows, the columns of a product
 
 // What a pass takes x for: the ranks of one slice or of several.
 struct Pass {
-  int begin, end;       // slices
-  int tiles;            // of 16 ranks
+  int begin, end;  // slices
+  int tiles;       // of 16 ranks
   int slice_of[kTiles];
   int rank_of[kTiles];  // the tile's first one
 };
@@ -381,7 +381,9 @@ __device__ __forceinline__ void expand(const Block<T>& b, const Slice& s, int fi
       constexpr int kRowBytes = 8 * kPitch<kT> * 2;
       if constexpr (kChunks == 0) {
         uint2 high, low;
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(high.x), "=r"(high.y) : "r"(high_at + group * kRowBytes));
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(high.x), "=r"(high.y)
+                     : "r"(high_at + group * kRowBytes));
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low.x), "=r"(low.y) : "r"(low_at + group * kRowBytes));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

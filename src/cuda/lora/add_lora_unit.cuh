@@ -1,4 +1,5 @@
-// How weights and x come to the kernels of add_lora: in units of 2 KiB, by the warp that will read them; and how K is cut.
+// How weights and x come to the kernels of add_lora: in units of 2 KiB, by the warp that will read them; and how K is
+// cut.
 #pragma once
 
 #include "src/cuda/common/device.cuh"
@@ -42,10 +43,10 @@ __device__ __forceinline__ void copy_unit(uint32_t to, const T* from, int64_t st
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(from), i * kRowStep + row < rows ? count : 0);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to +
-                                                                    16 * place<kRowBits>(i * kRowStep + row, piece)),
-                   "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                   : "memory");
+      asm volatile(
+          "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16 * place<kRowBits>(i * kRowStep + row, piece)),
+          "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+          : "memory");
       from += kRowStep * stride;
     }
   }

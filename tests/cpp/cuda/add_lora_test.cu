@@ -1,6 +1,6 @@
-// add_lora on a CUDA device against a float64 reference: slices, mixed ranks, padded slots, layers, alignments, rows and
-// slices without work, what one rounding of v to the data type would lose; a row alone against the same row in every
-// batch, bit for bit; tables of garbage; what may be read before the kernel ahead has ended. Runs the path that
+// add_lora on a CUDA device against a float64 reference: slices, mixed ranks, padded slots, layers, alignments, rows
+// and slices without work, what one rounding of v to the data type would lose; a row alone against the same row in
+// every batch, bit for bit; tables of garbage; what may be read before the kernel ahead has ended. Runs the path that
 // PUNICA_CUDA_ARCH names. Exits with 1 on failure, with 77 where there is no device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -134,11 +134,11 @@ struct Case {
   std::vector<int64_t> offsets;  // of the slices, into y
   std::vector<int> ranks;        // of the adapters; of slice s: that of adapter (a + s * rank_turn) % count
   int rank_turn = 0;
-  int max_rank = 0;     // 0: the largest there is
-  int padded = 0;       // b_row_stride, and layer strides for slots of that rank; 0: none
+  int max_rank = 0;                      // 0: the largest there is
+  int padded = 0;                        // b_row_stride, and layer strides for slots of that rank; 0: none
   int x_pad = 0, y_pad = 0, offset = 0;  // elements; offset: spoils the alignment of everything
-  int pattern = 0;      // of the rows' adapters: 0 at random, 1 in turn, 2 all the first, 3 at random with rows without
-  int spare = 0;        // segments that are not used
+  int pattern = 0;  // of the rows' adapters: 0 at random, 1 in turn, 2 all the first, 3 at random with rows without
+  int spare = 0;    // segments that are not used
   bool early_reads = false;
   bool null_address = false;  // adapter 1 has none in slice 0
   int values = 0;             // 1: ranks cancel each other; 2: v beyond 65504
@@ -228,7 +228,9 @@ void run_case(const Case& c, Random& random) {
   std::vector<T> x(c.offset + c.rows * x_stride, nan), y(c.offset + c.rows * y_stride);
   std::vector<int> of_row(c.rows);
   for (int64_t t = 0; t < c.rows; ++t) {
-    of_row[t] = c.pattern == 2 ? 0 : c.pattern == 1 ? static_cast<int>(t % adapters) : static_cast<int>(random.next() % adapters);
+    of_row[t] = c.pattern == 2   ? 0
+                : c.pattern == 1 ? static_cast<int>(t % adapters)
+                                 : static_cast<int>(random.next() % adapters);
     if (c.pattern == 3 && random.next() % 4 == 0) of_row[t] = -1;
     for (int64_t i = 0; i < c.h_in; ++i) {
       const float v = c.values != 0 ? std::fabs(random.value()) + 1.0f : random.value();
@@ -296,7 +298,9 @@ void run_case(const Case& c, Random& random) {
 
   const double unit = std::is_same_v<T, float> ? 2e-6 : std::is_same_v<T, __half> ? 2e-3 : 1.6e-2;
   // What the pair that stands for v leaves of it, relative and (float16) of the largest.
-  const double pair = std::is_same_v<T, float> ? 0 : std::is_same_v<T, __half> ? std::ldexp(1, -22) : std::ldexp(1, -16);
+  const double pair = std::is_same_v<T, float>    ? 0
+                      : std::is_same_v<T, __half> ? std::ldexp(1, -22)
+                                                  : std::ldexp(1, -16);
   int64_t cost = 0;
   for (int s = 0; s < slices; ++s) cost += int64_t{max_rank} * (c.h_in + c.offsets[s + 1] - c.offsets[s]);
   const int64_t step = std::max<int64_t>(1, c.rows / std::max<int64_t>(3, 3000000 / std::max<int64_t>(cost, 1)));
@@ -314,7 +318,8 @@ void run_case(const Case& c, Random& random) {
       double largest_v = 0;
       for (int j = 0; j < r; ++j) {
         for (int64_t k = 0; k < c.h_in; ++k) {
-          const double term = static_cast<double>(value(w.a[w.a_at + j * c.h_in + k])) * value(x[c.offset + t * x_stride + k]);
+          const double term =
+              static_cast<double>(value(w.a[w.a_at + j * c.h_in + k])) * value(x[c.offset + t * x_stride + k]);
           v[j] += term;
           terms[j] += std::fabs(term);
         }
@@ -401,9 +406,11 @@ void alignment_case(int64_t h_in, int64_t h_out, int rank) {
       r.resize(r.size() + 8);
       return r;
     };
-    const int of_a = offset, of_b = offset == 2 ? 0 : offset, of_x = offset == 3 ? 0 : offset, of_y = offset == 5 ? 0 : offset;
+    const int of_a = offset, of_b = offset == 2 ? 0 : offset, of_x = offset == 3 ? 0 : offset,
+              of_y = offset == 5 ? 0 : offset;
     OnDevice<T> ad(shifted(a, of_a)), bd(shifted(b, of_b)), xd(shifted(x, of_x)), yd(shifted(y, of_y));
-    OnDevice<int64_t> a_ptr({reinterpret_cast<int64_t>(ad.data + of_a)}), b_ptr({reinterpret_cast<int64_t>(bd.data + of_b)});
+    OnDevice<int64_t> a_ptr({reinterpret_cast<int64_t>(ad.data + of_a)}),
+        b_ptr({reinterpret_cast<int64_t>(bd.data + of_b)});
     OnDevice<int32_t> ranks({rank});
     OnDevice<float> scales({0.5f});
     const Batch batch(std::vector<int>(kRows, 0));
@@ -444,8 +451,9 @@ void garbage_case(int turn) {
   const int64_t segments = turn % 3 == 0 ? 200 : 1 + random.next() % 40, adapters = 3;
   const auto any = [&] {
     const uint32_t kind = random.next() % 8;
-    return kind < 5 ? static_cast<int32_t>(random.next() % 12) : kind == 5 ? -static_cast<int32_t>(random.next() % 5)
-                                                             : static_cast<int32_t>(random.next());
+    return kind < 5    ? static_cast<int32_t>(random.next() % 12)
+           : kind == 5 ? -static_cast<int32_t>(random.next() % 5)
+                       : static_cast<int32_t>(random.next());
   };
   std::vector<int32_t> order(capacity), adapter(segments), start(segments + 1), ranks(adapters);
   for (std::vector<int32_t>* all : {&order, &adapter, &start, &ranks}) {
