@@ -402,7 +402,7 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
       uint32_t done;
       do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
             "selp.b32 %0, 1, 0, p;\n}"
             : "=r"(done)
             : "r"(barrier), "r"(parity)
@@ -619,7 +619,7 @@ __global__ void __launch_bounds__(kRingThreads, 2)
           asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first send
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first send
       }
     }
 #endif

@@ -242,7 +242,7 @@ __device__ __forceinline__ void exchange(const Block<T>& b, int number) {
   uint32_t done;
   do {
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.b32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(barrier), "r"(number >> 1 & 1)
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first send
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first send
   if (!args.early_reads) grid_dependency_wait<kArch>();
   find_work<T>(args, &shared.scratch, &shared.work, [&](uint32_t) { return blockIdx.x / 2; });
   if (args.early_reads) {
