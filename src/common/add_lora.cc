@@ -179,6 +179,10 @@ Status validate(const LoraBatchParams& p) {
     return check.fail("num_adapters must be in [0, " + std::to_string(kMax) + "], got " +
                       std::to_string(p.num_adapters));
   };
+  const auto is_integer = [&] {
+    if (p.indices.dtype == DType::kInt32 || p.indices.dtype == DType::kInt64) return true;
+    return check.fail(std::string("indices must be int32 or int64, got ") + dtype_name(p.indices.dtype));
+  };
   const auto fits = [&] {
     return p.batch.order.shape[0] <= kMax ||
            check.fail("order must have at most " + std::to_string(kMax) + " entries (capacity), got " +
@@ -186,9 +190,8 @@ Status validate(const LoraBatchParams& p) {
   };
   const TensorView& batch_indices = p.batch.indices;
   static_cast<void>(
-      check.device_of("indices", p.indices) && in_range() &&
-      check.tensor("indices", p.indices, p.indices.dtype == DType::kInt64 ? DType::kInt64 : DType::kInt32,
-                   {{Dim::kAny, "n"}}) &&
+      check.device_of("indices", p.indices) && is_integer() && in_range() &&
+      check.tensor("indices", p.indices, p.indices.dtype, {{Dim::kAny, "n"}}) &&
       check_segments(check, p.batch, p.indices.shape[0], "len(indices)",
                      max_lora_segments(p.batch.order.shape[0], p.num_adapters)) &&
       fits() && check.tensor("batch_indices", batch_indices, DType::kInt32, {{p.batch.order.shape[0], "capacity"}}) &&

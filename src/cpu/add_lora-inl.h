@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "src/cpu/add_lora_kernels.h"
@@ -47,16 +48,88 @@ void add_lora_shrink(const AddLoraParams& params, const LoraTask& task) {
 template <int64_t kTokens>
 using ExpandTile = OuterTile<false, kTokens, kManyRegisters ? 4 : 2>;
 
-// rows[i], lane j becomes rows[j], lane i: log2(kLanes) rounds, each of which turns pairs of rows into their even and
-// their odd lanes.
-HWY_INLINE void transpose(VF* HWY_RESTRICT rows) {
-  for (int64_t round = 1; round < kLanes; round *= 2) {
-    VF turned[kLanes];
-    for (int64_t i = 0; i < kLanes / 2; ++i) {
-      turned[i] = hn::ConcatEven(F32(), rows[2 * i + 1], rows[2 * i]);
-      turned[i + kLanes / 2] = hn::ConcatOdd(F32(), rows[2 * i + 1], rows[2 * i]);
+// Turns pairs of vectors into their even and their odd lanes, log2(kCount) times. Seen as a table of kCount * kLanes
+// entries, this exchanges the bits of a vector's number with the lowest bits of the lane's.
+template <int64_t kCount, class D, class V>
+HWY_INLINE void unzip(D d, V* HWY_RESTRICT v) {
+  for (int64_t round = 1; round < kCount; round *= 2) {
+    V turned[kCount];
+    for (int64_t i = 0; i < kCount / 2; ++i) {
+      turned[i] = hn::ConcatEven(d, v[2 * i + 1], v[2 * i]);
+      turned[i + kCount / 2] = hn::ConcatOdd(d, v[2 * i + 1], v[2 * i]);
     }
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = turned[i];
+    for (int64_t i = 0; i < kCount; ++i) v[i] = turned[i];
+  }
+}
+
+// Elements of 16 bits are moved in pairs, which halves the work: these are the halves of the pairs.
+using VU = hn::Vec<U32>;
+template <class T>
+HWY_INLINE VF low_halves(VU pairs) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) return hn::BitCast(F32(), hn::ShiftLeft<16>(pairs));
+  const hn::Rebind<uint16_t, F32> narrow;
+  alignas(64) uint16_t bits[kLanes];
+  const auto low = hn::BitCast(hn::RebindToSigned<U32>(), hn::And(pairs, hn::Set(U32(), 0xFFFFu)));
+  hn::StoreU(hn::DemoteTo(narrow, low), narrow, bits);
+  return load(reinterpret_cast<const T*>(bits));
+}
+template <class T>
+HWY_INLINE VF high_halves(VU pairs) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    return hn::BitCast(F32(), hn::And(pairs, hn::Set(U32(), 0xFFFF0000u)));
+  } else {
+    return low_halves<T>(hn::ShiftRight<16>(pairs));
+  }
+}
+
+// use(j, column j of kLanes rows of b) for j = 0, 1, ... 2 * kPairs - 1. Rows lie b_stride apart; where kPairs is less
+// than kLanes they are dense, 2 * kPairs elements each.
+template <int64_t kPairs, class T, class Use>
+HWY_INLINE void pair_columns(const T* HWY_RESTRICT b, int64_t b_stride, const Use& use) {
+  VU v[kPairs];
+  for (int64_t i = 0; i < kPairs; ++i) {
+    v[i] = hn::LoadU(U32(), reinterpret_cast<const uint32_t*>(b + i * (kPairs == kLanes ? b_stride : 2 * kLanes)));
+  }
+  unzip<kPairs>(U32(), v);
+  for (int64_t i = 0; i < kPairs; ++i) {
+    use(2 * i, low_halves<T>(v[i]));
+    use(2 * i + 1, high_halves<T>(v[i]));
+  }
+}
+
+// use(j, column j as float32, a row a lane) for j = 0, 1, ... k - 1, for `rows` <= kLanes rows of b; the others are
+// zeros.
+template <class T, class Use>
+HWY_INLINE void for_columns(const T* HWY_RESTRICT b, int64_t b_stride, int64_t k, int64_t rows, const Use& use) {
+  if constexpr (sizeof(T) == 2) {
+    if (rows == kLanes && k == b_stride) {
+      switch (k) {
+        case 4:
+          if constexpr (kLanes > 2) return pair_columns<2>(b, b_stride, use);
+          break;
+        case 8:
+          if constexpr (kLanes > 4) return pair_columns<4>(b, b_stride, use);
+          break;
+        case 16:
+          if constexpr (kLanes > 8) return pair_columns<8>(b, b_stride, use);
+          break;
+        default:
+          break;
+      }
+    }
+    if (rows == kLanes && k % (2 * kLanes) == 0) {
+      for (int64_t j = 0; j < k; j += 2 * kLanes) {
+        pair_columns<kLanes>(b + j, b_stride, [&](int64_t c, VF column) HWY_ATTR { use(j + c, column); });
+      }
+      return;
+    }
+  }
+  for (int64_t j = 0; j < k; j += kLanes) {
+    const int64_t columns = std::min(kLanes, k - j);
+    VF v[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) v[r] = r < rows ? load_some(b + r * b_stride + j, columns) : zero();
+    unzip<kLanes>(F32(), v);
+    for (int64_t c = 0; c < columns; ++c) use(j + c, v[c]);
   }
 }
 
@@ -68,15 +141,31 @@ HWY_INLINE void pack_expand(const T* HWY_RESTRICT b, int64_t b_stride, int64_t k
   constexpr int64_t kOutputs = ExpandTile<1>::kOutputs;
   for (int64_t i = 0; i < round_up(n, kOutputs); i += kLanes) {
     float* to = packed + i / kOutputs * k * kOutputs + i % kOutputs;
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const int64_t columns = std::min(kLanes, k - j);
-      VF rows[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        rows[r] = i + r < n ? load_some(b + (i + r) * b_stride + j, columns) : zero();
-      }
-      transpose(rows);
-      for (int64_t c = 0; c < columns; ++c) store(rows[c], to + (j + c) * kOutputs);
+    if (i >= n) {
+      for (int64_t j = 0; j < k; ++j) store(zero(), to + j * kOutputs);
+      continue;
     }
+    for_columns(b + i * b_stride, b_stride, k, std::min(kLanes, n - i),
+                [to](int64_t j, VF column) HWY_ATTR { store(column, to + j * kOutputs); });
+  }
+}
+
+// sums[i] = row i of b . v for i < n, b [n, rank] with rows b_stride apart; sums has room for n rounded up to kLanes.
+// What ExpandTile computes for one token, without packing: B is used once.
+template <class T>
+HWY_INLINE void expand_row(const T* HWY_RESTRICT b, int64_t b_stride, int64_t rank, int64_t n,
+                           const float* HWY_RESTRICT v, float* HWY_RESTRICT sums) {
+  constexpr int64_t kBlock = ExpandTile<1>::kBlock;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    VF total = zero();
+    for (int64_t begin = 0; begin < rank; begin += kBlock) {
+      VF sum = zero();
+      for_columns(b + i * b_stride + begin, b_stride, std::min(kBlock, rank - begin), std::min(kLanes, n - i),
+                  [&](int64_t j, VF column)
+                      HWY_ATTR { sum = ExpandTile<1>::Step::dot(sum, column, broadcast(v[begin + j])); });
+      total = begin == 0 ? sum : hn::Add(total, sum);
+    }
+    store(total, sums + i);
   }
 }
 
@@ -104,11 +193,22 @@ void add_lora_expand(const AddLoraParams& params, const LoraTask& task) {
 
   alignas(64) float packed[kBlock * kOutputs];
   alignas(64) float sums[std::max(kLoraTokens * kOutputs, 4 * kExpandOutputs)];
+  const int64_t end = task.first + task.count;
+
+  if (item.num_tokens == 1) {
+    T* row = y + item.rows[0] * y_stride;
+    for (int64_t i = task.first; i < end; i += kExpandOutputs) {
+      const int64_t n = std::min(kExpandOutputs, end - i);
+      expand_row(b + i * item.b_row_stride, item.b_row_stride, rank, n, item.v, sums);
+      accumulate_row<kNative>(row + i, sums, n, item.scale);
+    }
+    return;
+  }
+
   // With one block of the rank a panel of several tiles fits, and the sums of each row of tiles are complete at once.
   const bool one_block = rank <= kBlock;
   const int64_t panel = one_block ? std::min(kExpandOutputs, kBlock / rank * kOutputs) : kOutputs;
   const int64_t sums_stride = one_block ? kExpandOutputs : kOutputs;
-  const int64_t end = task.first + task.count;
 
   for (int64_t i = task.first; i < end; i += panel) {
     const int64_t n = std::min(panel, end - i);
