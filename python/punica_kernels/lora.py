@@ -198,15 +198,20 @@ def add_lora(
             Columns of no slice stay as they are. Default: one slice, all of `y`. At most 16 slices.
         a_layer_stride, b_layer_stride: elements from one layer to the next; default r * h_in and
             h_out * `b_row_stride`. They count for all adapters and slices.
-        b_row_stride: elements from one row of B to the next; default r. Where slots are padded to the largest rank, that
-            rank.
+        b_row_stride: elements from one row of B to the next; default r. Where slots are padded to the largest rank,
+            that rank.
         max_rank: no adapter's rank is larger. Changes no bit of the result; kernels may be faster if it is low.
 
     Raises:
         RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of the batch, and the
             ranks and addresses that it chooses, are checked too, on CUDA after `set_checks(True)`.
     """
-    order, segment_adapter, segment_start, counts = batch.order, batch.segment_adapter, batch.segment_start, batch.counts
+    order, segment_adapter, segment_start, counts = (
+        batch.order,
+        batch.segment_adapter,
+        batch.segment_start,
+        batch.counts,
+    )
     if not is_dynamo_compiling() and _add_lora_shortcut(
         y, x, a_ptr, b_ptr, ranks, scales, order, segment_adapter, segment_start, counts, layer_idx, slice_offsets,
         a_layer_stride, b_layer_stride, b_row_stride, max_rank, _LONG,

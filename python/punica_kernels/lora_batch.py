@@ -22,9 +22,9 @@ class LoraBatch:
     all but the first:
 
         indices          [capacity]       adapter of each row, -1: none; rows beyond those given have none
-        order            [capacity]       row numbers sorted by adapter, rows without one first; -1 behind the given rows
-        segment_adapter  [segments]       the adapter of each run of equal ones, ascending; -1 where unused, and for rows
-                                          without an adapter
+        order            [capacity]       row numbers sorted by adapter, rows without one first; -1 behind the given
+        segment_adapter  [segments]       the adapter of each run of equal ones, ascending; -1 for rows without one, and
+                                          where unused
         segment_start    [segments + 1]   where the run begins in `order`; 0 behind the end of the last one in use
         counts           [2]              runs in use, rows with an adapter
 

@@ -233,7 +233,9 @@ def tensor_cases():
                 yield Wrong(op, name, f"dtype {dtype}", of(lambda t, dtype=dtype: t.to(dtype)), ("got",))
             valid = VALID[op]()[name]
             other = {DTYPE: torch.float16, torch.int64: torch.int32, torch.int32: torch.int64}.get(valid.dtype)
-            if other is not None and name not in ("y", "q", "k", "output") and (op, name) not in FREE_DTYPE:  # those four say what T is
+            if (
+                other is not None and name not in ("y", "q", "k", "output") and (op, name) not in FREE_DTYPE
+            ):  # those four say what T is
                 yield Wrong(op, name, "dtype", of(lambda t, other=other: t.to(other)), (str(other)[6:], "got"))
             yield Wrong(op, name, "rank more", of(lambda t: t.unsqueeze(0)), ("shape", "got"))
             yield Wrong(
@@ -362,7 +364,6 @@ def contents_cases():
         yield Wrong(op, "s_end", "behind the rows", changed("s_end", 2, 10), ("s_end[2]", "10"))
         yield Wrong(op, "s_end", "backwards", changed("s_end", 1, 3), ("s_end[1]", "3"))
         yield Wrong(op, "s_end", "overlap", changed("s_end", 0, 5), ("segments 0 and 2", "overlap"))
-
 
     yield Wrong("update_lora_batch", "indices", "index", changed("indices", 3, 3), ("indices[3]", "num_adapters", "3"))
     op = "add_lora"

@@ -8,7 +8,7 @@ import time
 import punica_kernels as pk
 import pytest
 import torch
-from op_cases import int32, make_adapters, make_cache, make_lora, public, randn
+from op_cases import int32, make_adapters, make_cache, public, randn
 from punica_kernels import _library
 from test_errors import TENSORS, VALID, WRITTEN
 from torch import Tensor
@@ -114,7 +114,16 @@ def test_refused_direct_calls_keep_nothing(op):
     wrong = arguments | {first: arguments[first][None]}
     objects = [*wrong.values(), *map(type, wrong.values()), None, True, False, RuntimeError]
     direct, before = KERNELS[op].shortcut, None
-    count = {"add_lora": 17, "update_lora_batch": 8, "init_kv": 11, "append_kv": 10, "dispatch_bgmv": 7, "rms_norm": 6, "batch_decode": 17, "batch_prefill": 18}
+    count = {
+        "add_lora": 17,
+        "update_lora_batch": 8,
+        "init_kv": 11,
+        "append_kv": 10,
+        "dispatch_bgmv": 7,
+        "rms_norm": 6,
+        "batch_decode": 17,
+        "batch_prefill": 18,
+    }
     values = [*wrong.values(), *[0] * 18][: count.get(op, 8)]
     for _ in range(100):
         assert direct(*values) is False

@@ -10,10 +10,7 @@ from punica_kernels.engine import EngineError, SamplingParams, load_engine
 from punica_kernels.engine.checkpoint import MODULES
 from punica_kernels.engine.sampling import Sampler, TextStream
 
-OPS = (
-    *("batch_prefill", "batch_decode", "init_kv", "append_kv"),
-    *("dispatch_bgmv", "sgmv_cutlass", "sgmv_cutlass_tmp_size", "sgmv_shrink", "rms_norm"),
-)
+OPS = ("batch_prefill", "batch_decode", "init_kv", "append_kv", "add_lora", "rms_norm")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
