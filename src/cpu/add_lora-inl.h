@@ -156,8 +156,10 @@ template <class T>
 HWY_INLINE void expand_row(const T* HWY_RESTRICT b, int64_t b_stride, int64_t rank, int64_t n,
                            const float* HWY_RESTRICT v, float* HWY_RESTRICT sums) {
   constexpr int64_t kBlock = ExpandTile<1>::kBlock;
+  constexpr int64_t kAhead = (4 << 10) / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < n; i += kLanes) {
     VF total = zero();
+    prefetch(b + i * b_stride + kAhead, kLanes * b_stride);
     for (int64_t begin = 0; begin < rank; begin += kBlock) {
       VF sum = zero();
       for_columns(b + i * b_stride + begin, b_stride, std::min(kBlock, rank - begin), std::min(kLanes, n - i),

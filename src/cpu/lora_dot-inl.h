@@ -55,6 +55,8 @@ HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, i
       const int64_t end = std::min(begin + kDotBlock<kNative>, whole);
       for (int64_t j = begin; j < end; j += Step::kStep) {
         const auto xj = Step::load(x + j);
+        // The next four rows, or what comes behind w: asking for it is harmless.
+        for (const T* row : {row0, row1, row2, row3}) hwy::Prefetch(row + 4 * k + j);
         sum0 = Step::dot(sum0, Step::load(row0 + j), xj);
         sum1 = Step::dot(sum1, Step::load(row1 + j), xj);
         sum2 = Step::dot(sum2, Step::load(row2 + j), xj);
