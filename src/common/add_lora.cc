@@ -211,10 +211,11 @@ Status validate(const AddLoraParams& p) {
       check.data("y", p.y, {{Dim::kAny, "rows"}, {Dim::kAny, "width"}}) &&
       check.data("x", p.x, {{p.y.shape[0], "rows"}, {Dim::kAny, "h_in"}}) &&
       check.tensor("a_ptr", p.a_ptr, DType::kInt64, {{Dim::kAny, "slices"}, {Dim::kAny, "num_adapters"}}) &&
+      check_slices(check, p) &&
       check.tensor("b_ptr", p.b_ptr, DType::kInt64,
                    {{p.a_ptr.shape[0], "slices"}, {p.a_ptr.shape[1], "num_adapters"}}) &&
       check_by_adapter(check, "ranks", p.ranks, DType::kInt32, p) &&
-      check_by_adapter(check, "scales", p.scales, DType::kFloat32, p) && check_slices(check, p) &&
+      check_by_adapter(check, "scales", p.scales, DType::kFloat32, p) &&
       check_segments(check, p.batch, p.y.shape[0], "rows of y", 0) && check_strides(check, p) &&
       check.disjoint({{"y", p.y}}, {{"x", p.x},
                                     {"a_ptr", p.a_ptr},

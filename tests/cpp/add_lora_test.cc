@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -262,6 +263,75 @@ TEST(AddLora, ManyRows) {
   for (int64_t t = 0; t < kRows; t += 37) {
     ASSERT_TRUE(close(y.row(t), lora.exact(before.row(t), x.row(t), 0), DType::kFloat32)) << "row " << t;
   }
+}
+
+// Each broken call is refused by name and writes nothing. (tests/python/test_errors.py breaks every argument.)
+TEST(AddLora, RefusesBrokenCalls) {
+  std::mt19937 random(4);
+  const Lora lora(DType::kBFloat16, 8, {0, 6, 16}, {{4, 0}, {2, 5}}, random);
+  Tensor y(DType::kBFloat16, {3, 16});
+  Tensor x(DType::kBFloat16, {3, 8});
+  y.randomize(random);
+  x.randomize(random);
+  const Tensor before = y.clone();
+  const Batch batch(5, 2);
+  ASSERT_TRUE(succeeded(batch.update(Tensor::int64({1, 0, -1}))));
+  const Tensor repeated = Tensor::int32({2, 1, 1, -1, -1}), beyond = Tensor::int32({2, 1, 3, -1, -1});
+  const Tensor adapters = Tensor::int32({-1, 0, 2}), starts = Tensor::int32({0, 1, 6, 3});
+  struct Case {
+    const char* word;
+    std::function<void(AddLoraParams&)> apply;
+  };
+  using P = AddLoraParams;
+  const Case cases[] = {
+      {"y", [](P& p) { p.y.rank = 1; }},
+      {"x", [](P& p) { p.x.shape[0] = 2; }},
+      {"x", [](P& p) { p.x.dtype = DType::kFloat16; }},
+      {"a_ptr", [](P& p) { p.a_ptr.dtype = DType::kInt32; }},
+      {"a_ptr", [](P& p) { p.a_ptr.shape[0] = 0; }},
+      {"b_ptr", [](P& p) { p.b_ptr.shape[1] = 1; }},
+      {"ranks", [](P& p) { p.ranks.rank = 3; }},
+      {"scales", [](P& p) { p.scales.dtype = DType::kBFloat16; }},
+      {"order", [](P& p) { p.batch.order.shape[0] = 2; }},
+      {"segment_start", [](P& p) { p.batch.segment_start.shape[0] = 3; }},
+      {"segment_adapter", [](P& p) { p.batch.segment_adapter.data = nullptr; }},
+      {"counts", [](P& p) { p.batch.counts.shape[0] = 3; }},
+      {"slice_offsets[1]", [](P& p) { p.slice_offsets[1] = 17; }},
+      {"slice_offsets[2]", [](P& p) { p.slice_offsets[2] = 5; }},
+      {"layer_idx", [](P& p) { p.layer_idx = -1; }},
+      {"layer_idx", [](P& p) { p.layer_idx = std::numeric_limits<int64_t>::max() / 4; }},
+      {"b_layer_stride", [](P& p) { p.b_layer_stride = -1; }},
+      {"b_row_stride", [](P& p) { p.b_row_stride = 3; }},
+      {"max_rank", [](P& p) { p.max_rank = 0; }},
+      {"ranks[0]", [](P& p) { p.max_rank = 3; }},
+      {"overlap", [](P& p) { p.x.data = p.y.data; }},
+      {"order[2] is row 1 a second time", [&](P& p) { p.batch.order = repeated.view(); }},
+      {"order[2]", [&](P& p) { p.batch.order = beyond.view(); }},
+      {"segment_adapter[2]", [&](P& p) { p.batch.segment_adapter = adapters.view(); }},
+      {"segment_start[2]", [&](P& p) { p.batch.segment_start = starts.view(); }},
+  };
+  for (const Case& c : cases) {
+    AddLoraParams broken = lora.params(y, x, batch);
+    c.apply(broken);
+    const Status status = add_lora(broken, {});
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << c.word;
+    EXPECT_TRUE(status.message().starts_with("add_lora: ")) << status.message();
+    EXPECT_NE(status.message().find(c.word), std::string::npos) << c.word << ": " << status.message();
+  }
+  EXPECT_TRUE(y.same_bits(before));
+  EXPECT_TRUE(succeeded(add_lora(lora.params(y, x, batch), {})));
+  EXPECT_FALSE(y.same_bits(before));
+
+  LoraBatchParams update;
+  const Tensor indices = Tensor::int64({1, 2, 0});
+  update.indices = indices.view();
+  update.num_adapters = 2;
+  update.batch = batch.view();
+  EXPECT_EQ(update_lora_batch(update, {}).message(),
+            "update_lora_batch: indices[1] must be below 2 (num_adapters), got 2");
+  update.num_adapters = 3;
+  EXPECT_EQ(update_lora_batch(update, {}).message(),
+            "update_lora_batch: segment_adapter must have at least 4 entries (min(capacity, num_adapters + 1)), got 3");
 }
 
 }  // namespace
