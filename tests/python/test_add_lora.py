@@ -517,3 +517,18 @@ def test_compile_with_symbolic_sizes():
         x = randn(count, 16, dtype=torch.float32)
         batch = pk.LoraBatch(torch.arange(count) % 2, 2)
         assert torch.equal(compiled(x, batch, lora.tables), step(x, batch, lora.tables))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_the_batch_made_inside(backend):
+    torch._dynamo.reset()
+    lora = make_lora([4, 8], 16, [0, 20], torch.float32)
+
+    def step(x, indices, tables):
+        y = torch.zeros(len(x), 20)
+        pk.add_lora(y, x, *tables, pk.LoraBatch(indices, 2), 1)
+        return y * 2
+
+    x, indices = randn(5, 16, dtype=torch.float32), torch.tensor([0, 1, -1, 1, 0])
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x, indices, lora.tables), step(x, indices, lora.tables))
