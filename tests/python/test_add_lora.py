@@ -1,5 +1,7 @@
 import inspect
+import itertools
 import math
+from collections import Counter
 
 import punica_kernels as pk
 import pytest
@@ -17,10 +19,10 @@ def expected_batch(indices, num_adapters, capacity):
     """What the tensors of a batch must hold, made from Python lists."""
     clean = [i if 0 <= i < num_adapters else -1 for i in indices]
     order = sorted(range(len(clean)), key=lambda t: (clean[t], t))
-    present = sorted(set(clean))
-    counts = [clean.count(i) for i in present]
+    rows_of = Counter(clean)
+    present = sorted(rows_of)
     size = min(capacity, num_adapters + 1)
-    starts = [sum(counts[:s]) for s in range(len(present) + 1)]
+    starts = [0, *itertools.accumulate(rows_of[i] for i in present)]
     return {
         "indices": clean + [-1] * (capacity - len(clean)),
         "order": order + [-1] * (capacity - len(clean)),
