@@ -34,7 +34,8 @@ void set_one_slice(AddLoraParams* params) {
   params->slice_offsets[1] = params->y.rank == 2 ? params->y.shape[1] : 0;
 }
 
-// Whether there are offsets for all slices. A table of the wrong rank, or of too many rows, is for validate() to refuse.
+// Whether there are offsets for all slices. A table of the wrong rank, or of too many rows, is for validate() to
+// refuse.
 bool are_offsets_complete(const AddLoraParams& params, int64_t count) {
   return params.a_ptr.rank != 2 || params.a_ptr.shape[0] < 1 || params.a_ptr.shape[0] > kMaxLoraSlices ||
          count == params.a_ptr.shape[0] + 1;

@@ -15,6 +15,7 @@
 #include "src/cpu/add_lora_kernels.h"
 #include "src/cpu/lora_dot-inl.h"
 #include "src/cpu/lora_outer-inl.h"
+#include "src/cpu/parallel.h"
 
 #if defined(PUNICA_CPU_ADD_LORA_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PUNICA_CPU_ADD_LORA_INL_H_
@@ -27,17 +28,16 @@ HWY_BEFORE_NAMESPACE();
 namespace punica::cpu {
 namespace HWY_NAMESPACE {
 
-template <class T, bool kBf16Isa>
-void add_lora_shrink(const AddLoraParams& params, const LoraTask& task) {
-  PUNICA_RECORD_ISA(kBf16Isa);
+template <class T, bool kNative>
+void shrink_task(const AddLoraParams& params, const LoraTask& task) {
   const LoraItem& item = *task.item;
   const int64_t x_stride = params.x.stride[0];
   const T* x = params.x.as<const T>();
   alignas(64) float sums[kLoraTokens * kSumsChunk];
   static_assert(kLoraTokens <= kMaxTokensPerTask && kShrinkRanks <= kSumsChunk);
   const auto row_of = [&item, x, x_stride](int64_t t) { return x + item.rows[t] * x_stride; };
-  dot_sums<T, kNativeDot<T, kBf16Isa>>(static_cast<const T*>(item.a), item.rank, params.x.shape[1], task.first,
-                                       task.count, item.num_tokens, row_of, sums);
+  dot_sums<T, kNative>(static_cast<const T*>(item.a), item.rank, params.x.shape[1], task.first, task.count,
+                       item.num_tokens, row_of, sums);
   for (int64_t t = 0; t < item.num_tokens; ++t) {
     std::memcpy(item.v + t * item.rank + task.first, sums + t * kSumsChunk,
                 static_cast<size_t>(task.count) * sizeof(float));
@@ -182,10 +182,8 @@ HWY_INLINE void expand_tile(const LoraItem& item, int64_t token, int64_t begin, 
   ExpandTile<kTokens>::run(v, packed, k, v, sums, sums_stride, begin > 0);
 }
 
-template <class T, bool kBf16Isa>
-void add_lora_expand(const AddLoraParams& params, const LoraTask& task) {
-  PUNICA_RECORD_ISA(kBf16Isa);
-  constexpr bool kNative = kNativeDot<T, kBf16Isa>;
+template <class T, bool kNative>
+void expand_task(const AddLoraParams& params, const LoraTask& task) {
   constexpr int64_t kOutputs = ExpandTile<4>::kOutputs, kBlock = ExpandTile<4>::kBlock;
   static_assert(ExpandTile<1>::kOutputs == kOutputs && ExpandTile<1>::kBlock == kBlock);
   const LoraItem& item = *task.item;
@@ -240,6 +238,18 @@ void add_lora_expand(const AddLoraParams& params, const LoraTask& task) {
       }
     }
   }
+}
+
+template <class T, bool kBf16Isa>
+void add_lora_shrink(const AddLoraParams& params, const LoraTask* tasks, int64_t num_tasks, int num_threads) {
+  PUNICA_RECORD_ISA(kBf16Isa);
+  parallel_for(num_threads, num_tasks, [&](int64_t i) { shrink_task<T, kNativeDot<T, kBf16Isa>>(params, tasks[i]); });
+}
+
+template <class T, bool kBf16Isa>
+void add_lora_expand(const AddLoraParams& params, const LoraTask* tasks, int64_t num_tasks, int num_threads) {
+  PUNICA_RECORD_ISA(kBf16Isa);
+  parallel_for(num_threads, num_tasks, [&](int64_t i) { expand_task<T, kNativeDot<T, kBf16Isa>>(params, tasks[i]); });
 }
 
 }  // namespace HWY_NAMESPACE

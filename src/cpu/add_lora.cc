@@ -70,8 +70,7 @@ void add_items(const AddLoraParams& p, int64_t segment, std::vector<LoraItem>* i
 // threads would stay idle, at multiples of `multiple`.
 template <class Extent>
 void run_phase(const AddLoraParams& p, const LoraItem* first, const LoraItem* last, int num_threads, int64_t largest,
-               int64_t multiple, std::vector<LoraTask>* tasks, Extent extent,
-               void (*run)(const AddLoraParams&, const LoraTask&)) {
+               int64_t multiple, std::vector<LoraTask>* tasks, Extent extent, LoraPhase run) {
   int64_t total = 0;
   for (const LoraItem* item = first; item < last; ++item) total += extent(*item);
   const int64_t wanted = num_threads == 1 ? 1 : kTasksPerThread * num_threads;
@@ -82,7 +81,7 @@ void run_phase(const AddLoraParams& p, const LoraItem* first, const LoraItem* la
       tasks->push_back({item, begin, std::min(count, extent(*item) - begin)});
     }
   }
-  parallel_for(num_threads, static_cast<int64_t>(tasks->size()), [&](int64_t i) { run(p, (*tasks)[i]); });
+  run(p, tasks->data(), static_cast<int64_t>(tasks->size()), num_threads);
 }
 
 Status run(const AddLoraParams& p, const Context& context, const AddLoraKernels* kernels) {

@@ -35,10 +35,13 @@ struct LoraTask {
 inline constexpr int64_t kShrinkRanks = 64;     // of a task at most
 inline constexpr int64_t kExpandOutputs = 512;  // where an expand is cut: at multiples
 
+// One phase of a call, on up to num_threads threads.
+using LoraPhase = void (*)(const AddLoraParams& params, const LoraTask* tasks, int64_t num_tasks, int num_threads);
+
 // Indexed by DType: kFloat16, kBFloat16, kFloat32 are 0, 1, 2.
 struct AddLoraKernels {
-  void (*shrink[3])(const AddLoraParams& params, const LoraTask& task);  // writes ranks of v
-  void (*expand[3])(const AddLoraParams& params, const LoraTask& task);  // adds to outputs of y
+  LoraPhase shrink[3];  // writes ranks of v
+  LoraPhase expand[3];  // adds to outputs of y
 };
 
 // The table of `isa`, which active_isa() gave.
