@@ -327,4 +327,18 @@ __device__ __forceinline__ float up_scale(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
 }
 
+// ---- y
+// ---------------------------------------------------------------------------------------------------------------
+
+// Two adjacent elements of y and factor * a, factor * b, each rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t old, float factor, float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
+    return pack<T>(fmaf(factor, a, values.x), fmaf(factor, b, values.y));
+  } else {
+    return pack<T>(fmaf(factor, a, __uint_as_float(old << 16)), fmaf(factor, b, __uint_as_float(old & 0xffff0000u)));
+  }
+}
+
 }  // namespace punica::cuda::fused_lora

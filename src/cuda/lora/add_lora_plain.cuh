@@ -30,17 +30,6 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Two adjacent elements of y and factor * a, factor * b, each rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t fma_pair(uint32_t old, float factor, float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
-    return pack<T>(fmaf(factor, a, values.x), fmaf(factor, b, values.y));
-  } else {
-    return pack<T>(fmaf(factor, a, __uint_as_float(old << 16)), fmaf(factor, b, __uint_as_float(old & 0xffff0000u)));
-  }
-}
-
 template <Arch kArch, class T, int kWarps>
 struct PlainBlock {
   const Args& args;
