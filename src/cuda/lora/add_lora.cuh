@@ -212,8 +212,8 @@ __device__ __forceinline__ void find_work_in(const Args& args, uint32_t* all_til
 
 // The same for any number of segments, by the whole block.
 template <class T, int kRows, int kWarps, class Choose>
-__device__ __forceinline__ void find_work_among_many(const Args& args, TileScratch<kWarps>* scratch, Work<kRows>* work,
-                                                     Choose choose) {
+__device__ __noinline__ void find_work_among_many(const Args& args, TileScratch<kWarps>* scratch, Work<kRows>* work,
+                                                  Choose choose) {
   constexpr int kEach = kWindow / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Each warp counts the tiles of a share of the segments; the one whose share has the tile goes over it again.
@@ -285,31 +285,25 @@ __device__ __forceinline__ void find_work(const Args& args, TileScratch<kWarps>*
 
 // ---- v as a pair of 16-bit numbers ---------------------------------------------------------------------------------
 
-// Of two values: the high numbers, the first one in the lower half, and the low ones. high + low is the value to 2^-16
-// of it (bfloat16, high cut and low rounded), or to 2^-22 (float16, for values from 2^-14 to 65504: see row_exponent).
-// Where a value is not finite low is zero: infinity minus infinity would make a NaN of it.
-template <class T>
-__device__ __forceinline__ void split_pair(float a, float b, uint32_t* high, uint32_t* low) {
-  float high_a, high_b;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    *high = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
-    high_a = __uint_as_float(__float_as_uint(a) & 0xffff0000u);
-    high_b = __uint_as_float(__float_as_uint(b) & 0xffff0000u);
-  } else {
-    *high = pack<T>(a, b);
-    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(high));
-    high_a = values.x, high_b = values.y;
-  }
-  const float rest_a = a - high_a, rest_b = b - high_b;
-  *low = pack<T>(rest_a == rest_a ? rest_a : 0.0f, rest_b == rest_b ? rest_b : 0.0f);
-}
-
+// high + low is v to 2^-16 of it (bfloat16), or to 2^-22 (float16, for |v| from 2^-14 to 65504: see row_exponent).
+// Where v is not finite low is zero: infinity minus infinity would make a NaN of it.
 template <class T>
 __device__ __forceinline__ void split(float v, uint16_t* high, uint16_t* low) {
-  uint32_t h, l;
-  split_pair<T>(v, 0.0f, &h, &l);
-  *high = static_cast<uint16_t>(h);
-  *low = static_cast<uint16_t>(l);
+  const T h = from_float<T>(v);
+  const float rest = v - to_float(h);
+  const T l = from_float<T>(isfinite(rest) ? rest : 0.0f);
+  *high = *reinterpret_cast<const uint16_t*>(&h);
+  *low = *reinterpret_cast<const uint16_t*>(&l);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // What would round to infinity is cut instead.
+    const uint32_t bits = __float_as_uint(v);
+    if ((bits & 0x7fffffffu) >= 0x7f7f8000u) {
+      *high = static_cast<uint16_t>(bits >> 16);
+      const float cut_rest = v - __uint_as_float(bits & 0xffff0000u);
+      const T cut_low = from_float<T>(isfinite(cut_rest) ? cut_rest : 0.0f);
+      *low = *reinterpret_cast<const uint16_t*>(&cut_low);
+    }
+  }
 }
 
 // float16 has not the range of v. So a row of v is multiplied by the power of two that brings its largest element into
@@ -325,20 +319,6 @@ __device__ __forceinline__ float down_scale(int exponent) {
 }
 __device__ __forceinline__ float up_scale(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
-}
-
-// ---- y
-// ---------------------------------------------------------------------------------------------------------------
-
-// Two adjacent elements of y and factor * a, factor * b, each rounded once.
-template <class T>
-__device__ __forceinline__ uint32_t fma_pair(uint32_t old, float factor, float a, float b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&old));
-    return pack<T>(fmaf(factor, a, values.x), fmaf(factor, b, values.y));
-  } else {
-    return pack<T>(fmaf(factor, a, __uint_as_float(old << 16)), fmaf(factor, b, __uint_as_float(old & 0xffff0000u)));
-  }
 }
 
 }  // namespace punica::cuda::fused_lora

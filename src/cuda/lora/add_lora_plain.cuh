@@ -45,18 +45,15 @@ struct PlainBlock {
   // ---- What the warp copies ----------------------------------------------------------------------------------------
 
   // Units at equal distances: those of a chain and tile of A, or all of the warp's of B.
-  const char* from;                  // of the lane's first piece of the next unit
-  int64_t row_step;                  // bytes to its next piece of the unit, of four
-  int64_t unit_step;                 // bytes to the next unit
-  int left, pieces, pieces_of_last;  // units; pieces of the lane in a unit that are there
-  int bytes;                         // of a piece, zeros behind them
-  uint32_t to, to_odd;               // of pieces 0 and 2, and of the others, 512 bytes each after the one before
-  int k;                             // of A: byte in the row; of B: 0
+  const char* from;
+  int64_t row_step;  // bytes from a unit's rows to those that the lane copies next, and to the next unit
+  int64_t unit_step;
+  int left, rows, rows_step, rows_of_unit, columns;
+  int bytes;
+  uint32_t to, turn;
   bool of_a;
-  uint32_t fill_at;  // the ring's place for the next unit
-  int fill_slice, fill_task;
-  // The lane's rows of x, two; null where there is none.
-  const char* x[2];
+  int k;  // of the lane's piece
+  int fill_slice = 0, fill_task, fill_slot = 0;
 
   __device__ __forceinline__ int length() const {
     return ((args.h_in + kPiece - 1) / kPiece + kChains - 1) >> kChainBits;
@@ -68,157 +65,163 @@ struct PlainBlock {
   }
 
   __device__ __forceinline__ void next_stream() {
-#pragma unroll 1
+    left = 0;
     while (left == 0 && fill_slice < work.num_slices) {
       const Slice& s = work.slices[fill_slice];
       if (fill_task < tasks(s.rank)) {
-        const int row = (fill_task >> chain_bits()) * 16 + lane / 8;
+        const int row = (fill_task >> chain_bits()) * 16 + lane / 8, piece = lane % 8;
         of_a = true;
-        k = 2 * kPiece * chain_of(fill_task) + lane % 8 * 16;
-        from = static_cast<const char*>(s.a) + static_cast<int64_t>(row) * (2 * args.h_in) + k;
+        k = chain_of(fill_task) * kPiece + 8 * piece;
+        from = reinterpret_cast<const char*>(static_cast<const T*>(s.a) + int64_t{row} * args.h_in + k);
         row_step = int64_t{8} * args.h_in;
         unit_step = 2 * kPiece * kChains;
-        pieces = pieces_of_last = (s.rank - row + 3) / 4;
+        rows = s.rank - row, rows_step = 4, rows_of_unit = 0;
         bytes = 16;
-        to = to_odd = 16 * place<3>(lane / 8, lane % 8);
+        to = 16 * place<3>(lane / 8, piece), turn = 0;
         left = length();
         fill_task += kWarps;
       } else {
         const int bits = s.rank <= 16 ? 1 : s.rank <= 32 ? 2 : 3;
         const int row = lane >> bits, piece = lane & ((1 << bits) - 1);
         const int outputs = 128 >> bits, first = (team_rank * kWarps + warp) * outputs;
-        const int step = outputs * kWarps << team_bits, rows = 32 >> bits;
         of_a = false;
         k = 0;
-        from = static_cast<const char*>(s.b) + 2 * ((first + row) * s.b_stride + 8 * piece);
-        row_step = 2 * s.b_stride * rows;
-        unit_step = 2 * s.b_stride * step;
-        left = first < s.width ? (s.width - first + step - 1) / step : 0;
-        pieces = 4;
-        pieces_of_last = (s.width - first - (left - 1) * step - row + rows - 1) >> (5 - bits);
+        from = reinterpret_cast<const char*>(static_cast<const T*>(s.b) + (first + row) * s.b_stride + 8 * piece);
+        rows_step = 32 >> bits;
+        rows_of_unit = outputs * kWarps << team_bits;
+        row_step = 2 * s.b_stride * rows_step;
+        unit_step = 2 * s.b_stride * rows_of_unit;
+        rows = s.width - first - row;
         bytes = 2 * min(max(s.rank - 8 * piece, 0), 8);
-        // Of two pieces a row the swizzle turns with every 16 rows.
+        // place() of the rows that the lane copies one after the other goes on by 512 bytes; with two pieces a row the
+        // swizzle of every other one is turned too.
         to = 16 * (bits == 3 ? place<3>(row, piece) : bits == 2 ? place<2>(row, piece) : place<1>(row, piece));
-        to_odd = bits == 1 ? to ^ 64 : to;
+        turn = bits == 1 ? 64 : 0;
+        left = first < s.width ? (s.width - first + rows_of_unit - 1) / rows_of_unit : 0;
         fill_task = warp;
         ++fill_slice;
       }
     }
   }
 
-  __device__ __forceinline__ void copy_x(uint32_t at, int k_at) const {
-    const int bytes_at = k_at < 2 * args.h_in ? 16 : 0;
-    if (x[0] != nullptr) copy_16(at + kUnitBytes, x[0] + k_at, bytes_at);
-    if (x[1] != nullptr) copy_16(at + kUnitBytes + 512, x[1] + k_at, bytes_at);
+  __device__ __forceinline__ void copy_x(uint32_t slot_at, int k_at) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 8 + 4 * i;
+      const bool valid = row < work.count && k_at < args.h_in;
+      const T* const x = static_cast<const T*>(args.x) + work.rows[valid ? row : 0] * args.x_stride + k_at;
+      copy_16(slot_at + kUnitBytes + 16 * place<3>(row, lane % 8), x, valid ? 16 : 0);
+    }
   }
 
-  // What lies behind the last row of A or B is not written: sums of it are not looked at. Behind the end of a row there
-  // are zeros.
-  template <bool kX>
-  __device__ __forceinline__ void start_unit() {
-    const int count = left == 1 ? pieces_of_last : pieces;
-    const int size = k < 2 * args.h_in ? bytes : 0;
-    const uint32_t even = fill_at + to, odd = fill_at + to_odd;
-    const char* const second = from + row_step;
-    const char* const third = second + row_step;
-    if (count > 0) copy_16(even, from, size);
-    if (count > 1) copy_16(odd + 512, second, size);
-    if (count > 2) copy_16(even + 1024, third, size);
-    if (count > 3) copy_16(odd + 1536, third + row_step, size);
-    if (of_a) {
-      if (kX) copy_x(even, k);
-      k += 2 * kPiece * kChains;
+  // The next unit without its x; then on to the one after it.
+  __device__ __forceinline__ uint32_t start_weights() {
+    const uint32_t slot_at = ring + fill_slot * kPlainUnitBytes;
+    const bool inside = k < args.h_in;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      copy_16(slot_at + 512 * i + (i % 2 == 0 ? to : to ^ turn), from + i * row_step,
+              inside && rows > i * rows_step ? bytes : 0);
     }
     from += unit_step;
+    rows -= rows_of_unit;
     --left;
-  }
-  __device__ __forceinline__ void advance_fill() {
-    fill_at += kPlainUnitBytes;
-    if (fill_at == ring + kPlainDepth * kPlainUnitBytes) fill_at = ring;
+    return slot_at;
   }
 
   __device__ __forceinline__ void start() {
     if (left == 0) next_stream();
-    if (left > 0) start_unit<true>();
+    if (left > 0) {
+      const uint32_t slot_at = start_weights();
+      if (of_a) {
+        copy_x(slot_at, k);
+        k += kPiece * kChains;
+      }
+    }
     copy_commit();
-    advance_fill();
+    fill_slot = (fill_slot + 1) % kPlainDepth;
   }
 
-  // With early reads the first units, as far as they are those of the first slice, before the wait. How many were
-  // started.
-  __device__ __forceinline__ int begin() {
-    fill_at = read_at = ring;
-    fill_slice = 0;
+  // The first units, those of the first slice before the wait.
+  __device__ __forceinline__ void start_first(bool early_reads) {
     fill_task = warp;
     left = 0;
     int started = 0;
-    if (args.early_reads) {
 #pragma unroll 1
-      for (; started < kPlainDepth; ++started) {
-        if (left == 0) next_stream();
-        if (left == 0 || (of_a && fill_slice > 0)) break;
-        start_unit<false>();
-        advance_fill();
-      }
-      grid_dependency_wait<kArch>();
+    for (; started < kPlainDepth; ++started) {
+      if (left == 0) next_stream();
+      if (left == 0 || (of_a && fill_slice > 0)) break;
+      start_weights();
+      if (of_a) k += kPiece * kChains;
+      fill_slot = (fill_slot + 1) % kPlainDepth;
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = lane / 8 + 4 * i;
-      x[i] = row < work.count ? static_cast<const char*>(args.x) + work.rows[row] * (2 * args.x_stride) : nullptr;
-    }
-    if (args.early_reads) {
-      const int end = tasks(work.slices[0].rank), length = this->length();
-      int task = warp, m = 0;
+    if (early_reads) grid_dependency_wait<kArch>();
+    const int end = tasks(work.slices[0].rank), length = this->length();
+    int task = warp, m = 0;
 #pragma unroll 1
-      for (int i = 0; i < started; ++i) {
-        if (task < end) {
-          copy_x(ring + i * kPlainUnitBytes + 16 * place<3>(lane / 8, lane % 8),
-                 2 * kPiece * (m * kChains + chain_of(task)) + lane % 8 * 16);
-          if (++m == length) m = 0, task += kWarps;
-        }
-        copy_commit();
+    for (int i = 0; i < started; ++i) {
+      if (task < end) {
+        copy_x(ring + i * kPlainUnitBytes, (m * kChains + chain_of(task)) * kPiece + lane % 8 * 8);
+        if (++m == length) m = 0, task += kWarps;
       }
+      copy_commit();
     }
-    return started;
+#pragma unroll 1
+    for (int i = started; i < kPlainDepth; ++i) start();
   }
 
   // ---- A slice -----------------------------------------------------------------------------------------------------
 
-  uint32_t read_at;  // the ring's place of the oldest unit
+  int slot = 0;
 
-  // A unit of A with its x.
-  __device__ __forceinline__ void multiply(float (&sum)[4]) const {
-    const uint32_t offset = 16 * place<3>(lane / 4, lane % 4);
-    uint4 upper[2], lower[2], x[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const uint32_t at = read_at + (offset ^ 64 * c);  // pieces 4c + t of rows g, g + 8
-      upper[c] = load_shared_16(at);
-      lower[c] = load_shared_16(at + 1024);
-      x[c] = load_shared_16(at + kUnitBytes);
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      mma_m16n8k16<T>(sum, {upper[c].x, lower[c].x, upper[c].y, lower[c].y}, {x[c].x, x[c].y});
-      mma_m16n8k16<T>(sum, {upper[c].z, lower[c].z, upper[c].w, lower[c].w}, {x[c].z, x[c].w});
-    }
+  __device__ __forceinline__ uint32_t arrived() const {
+    copy_wait<kPlainDepth - 1>();
+    __syncwarp();
+    return ring + slot * kPlainUnitBytes;
+  }
+  __device__ __forceinline__ void release() {
+    __syncwarp();  // all lanes have read
+    slot = (slot + 1) % kPlainDepth;
+    start();
   }
 
-  // The sums of a task: ranks g and g + 8 of its tile, rows 2t and 2t + 1.
-  __device__ __forceinline__ void store_part(int task, const float (&sum)[4], int width) const {
-    const int g = lane / 4, t = lane % 4, pitch = width + 4;
-    float* const part =
-        parts + ((task & ((1 << chain_bits()) - 1)) * kTileRows + 2 * t) * pitch + (task >> chain_bits()) * 16 + g;
-    part[0] = sum[0], part[8] = sum[2];
-    part[pitch] = sum[1], part[pitch + 8] = sum[3];
+  template <int kWidth>
+  __device__ __forceinline__ void shrink(int rank) {
+    const int g = lane / 4, t = lane % 4, end = tasks(rank), length = this->length();
+#pragma unroll 1
+    for (int task = warp; task < end; task += kWarps) {
+      float sum[4] = {};
+#pragma unroll 1
+      for (int m = 0; m < length; ++m) {
+        const uint32_t at = arrived();
+        uint4 upper[2], lower[2], x[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          upper[c] = load_shared_16(at + 16 * place<3>(g, 4 * c + t));
+          lower[c] = load_shared_16(at + 1024 + 16 * place<3>(g, 4 * c + t));
+          x[c] = load_shared_16(at + kUnitBytes + 16 * place<3>(g, 4 * c + t));
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          mma_m16n8k16<T>(sum, {upper[c].x, lower[c].x, upper[c].y, lower[c].y}, {x[c].x, x[c].y});
+          mma_m16n8k16<T>(sum, {upper[c].z, lower[c].z, upper[c].w, lower[c].w}, {x[c].z, x[c].w});
+        }
+        release();
+      }
+      constexpr int kPitch = kWidth + 4;
+      float* const part =
+          parts + ((task & ((1 << chain_bits()) - 1)) * kTileRows + 2 * t) * kPitch + (task >> chain_bits()) * 16 + g;
+      part[0] = sum[0], part[8] = sum[2];
+      part[kPitch] = sum[1], part[kPitch + 8] = sum[3];
+    }
   }
 
   // The block's part of v[row][rank].
-  __device__ __forceinline__ float block_part(int row, int rank, int width) const {
-    const int stride = kTileRows * (width + 4);
-    const float* const of_chain = parts + row * (width + 4) + rank;
-    const auto two = [&](int i) { return of_chain[i * stride] + of_chain[(i + 1) * stride]; };
+  template <int kWidth>
+  __device__ __forceinline__ float block_part(int row, int rank) const {
+    constexpr int kStride = kTileRows * (kWidth + 4);
+    const float* const of_chain = parts + row * (kWidth + 4) + rank;
+    const auto two = [&](int i) { return of_chain[i * kStride] + of_chain[(i + 1) * kStride]; };
     const auto four = [&](int i) { return two(i) + two(i + 2); };
     float part;
     if (team_bits == 3) {
@@ -235,18 +238,21 @@ struct PlainBlock {
   // Makes v known to the team; its blocks' parts of it are then in the buffer that comes back. `number`: of slices
   // before. A block sends for the n-th time when it has received for the (n - 1)-th, and so when all others have read
   // what they received before that: two buffers are enough.
-  __device__ __forceinline__ const float* exchange(int rank, int width_bits, int number) {
-    const int width = 1 << width_bits, values = work.count << width_bits;  // of a block
+  template <int kWidth>
+  __device__ __forceinline__ const float* exchange(int rank, int number) {
+    constexpr int kBits = kWidth == 16 ? 4 : kWidth == 32 ? 5 : 6;
+    const int values = work.count << kBits;  // of a block
     float* const buffer = receive + (number & 1) * receive_floats;
     __syncthreads();  // all parts are there
     if (kArch == Arch::kSm80 || team_bits == 0) {
       for (int i = threadIdx.x; i < values; i += 32 * kWarps) {
-        buffer[i] = block_part(i >> width_bits, i & (width - 1), width);
+        buffer[i] = block_part<kWidth>(i >> kBits, i & (kWidth - 1));
       }
       __syncthreads();
       return buffer;
     }
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (number == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     const uint32_t barrier = shared_address(received + (number & 1));
     if (threadIdx.x == 0) hopper::barrier_expect(barrier, 4 * work.count * rank << team_bits);
     uint32_t cluster_rank;
@@ -254,21 +260,21 @@ struct PlainBlock {
     const uint32_t first_block = cluster_rank & ~((1u << team_bits) - 1);
     // A thread sends to one block at a time: neighbouring threads the same value to all of them.
     const uint32_t peer = first_block + (threadIdx.x & ((1u << team_bits) - 1));
-    const uint32_t to = shared_address(buffer + (team_rank * kTileRows << width_bits));
+    const uint32_t to = shared_address(buffer + team_rank * kTileRows * kWidth);
 #pragma unroll 1
     for (int i = threadIdx.x >> team_bits; i < values; i += 32 * kWarps >> team_bits) {
-      const int row = i >> width_bits, r = i & (width - 1);
+      const int row = i >> kBits, r = i & (kWidth - 1);
       if (r < rank) {
         asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
                          hopper::remote_address(to + 4 * i, peer)),
-                     "f"(block_part(row, r, width)), "r"(hopper::remote_address(barrier, peer))
+                     "f"(block_part<kWidth>(row, r)), "r"(hopper::remote_address(barrier, peer))
                      : "memory");
       }
     }
     uint32_t done;
     do {
       asm volatile(
-          "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
           "selp.b32 %0, 1, 0, p;\n}"
           : "=r"(done)
           : "r"(barrier), "r"(number >> 1 & 1)
@@ -279,215 +285,140 @@ struct PlainBlock {
   }
 
   // kTiles tiles of 16 outputs are a unit of B: 4, 2, 1 for ranks up to 16, 32, 64.
-
-  // The lane's part of v as the second operand of the products with B: words of high and low numbers, four for each 32
-  // ranks, or two. Also the power of two by which sums are multiplied again (float16).
   template <int kTiles>
-  __device__ __forceinline__ float load_v(const float* received_parts, int rank, uint32_t (&high)[8],
-                                          uint32_t (&low)[8]) const {
-    constexpr int kWidth = 64 / kTiles, kFours = kTiles == 4 ? 1 : kWidth / 16;  // of ranks, of a lane
-    const int g = lane / 4, t = lane % 4;
-    const float* const all = received_parts + g * kWidth;
-    float v[4 * kFours], up = 1;
-#pragma unroll
-    for (int q = 0; q < kFours; ++q) {
-      const int r = kTiles == 4 ? 4 * t : 32 * (q / 2) + 8 * t + 4 * (q % 2);
-      const auto part = [&](int i) { return *reinterpret_cast<const float4*>(all + i * (kTileRows * kWidth) + r); };
-      const auto sum = [](const float4& a, const float4& b) {
-        return float4{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
-      };
-      float4 four = part(0);
-      if (team_bits >= 1) four = sum(four, part(1));
-      if (team_bits >= 2) four = sum(four, sum(part(2), part(3)));
-      if (team_bits >= 3) four = sum(four, sum(sum(part(4), part(5)), sum(part(6), part(7))));
-      v[4 * q] = r < rank ? four.x : 0.0f;
-      v[4 * q + 1] = r + 1 < rank ? four.y : 0.0f;
-      v[4 * q + 2] = r + 2 < rank ? four.z : 0.0f;
-      v[4 * q + 3] = r + 3 < rank ? four.w : 0.0f;
-    }
-    if constexpr (std::is_same_v<T, __half>) {
-      float largest = 0;
-#pragma unroll
-      for (int i = 0; i < 4 * kFours; ++i) largest = fmaxf(largest, isfinite(v[i]) ? fabsf(v[i]) : 0.0f);
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      const int exponent = row_exponent(largest);
-#pragma unroll
-      for (int i = 0; i < 4 * kFours; ++i) v[i] *= down_scale(exponent);
-      up = up_scale(exponent);
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kFours; ++i) split_pair<T>(v[2 * i], v[2 * i + 1], &high[i], &low[i]);
-    return up;
-  }
-
-  // What y holds of the lane's outputs, 2 * kTiles neighbours of rows 2t and 2t + 1.
-  template <int kTiles>
-  __device__ __forceinline__ void load_y(T* const (&y)[2], const int (&columns)[2], uint32_t (&held)[2][4]) const {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (columns[e] > 0) {
-        const auto words = *reinterpret_cast<const bgmv::Words<kTiles>*>(y[e]);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) held[e][i] = words.values[i];
-      }
-    }
-  }
-
-  // A unit of B: adds to y.
-  template <int kTiles>
-  __device__ __forceinline__ void expand(int rank, const uint32_t (&high)[8], const uint32_t (&low)[8],
-                                         T* const (&y)[2], const int (&columns)[2], const uint32_t (&held)[2][4],
-                                         const float (&factors)[2]) const {
-    const int g = lane / 4, t = lane % 4;
-    // Where the lane reads: of the rows that are its outputs, 2 * kTiles * g + 2 i + h. See place().
-    const uint32_t offset =
-        kTiles == 4 ? 256 * g + 16 * (t / 2 ^ (g & 3) << 1) + t % 2 * 8 : 256 * g + (16 * t ^ 64 * (g & 1));
-    float sums[kTiles][4] = {};
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kTiles == 4) {
-        uint2 b[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                       : "=r"(b[h].x), "=r"(b[h].y)
-                       : "r"(read_at + (offset ^ (i % 2 * 64 + h * 32)) + i / 2 * 128)
-                       : "memory");
-        }
-        mma_m16n8k16<T>(sums[i], {b[0].x, b[1].x, b[0].y, b[1].y}, {high[0], high[1]});
-        mma_m16n8k16<T>(sums[i], {b[0].x, b[1].x, b[0].y, b[1].y}, {low[0], low[1]});
-      } else {
-#pragma unroll
-        for (int c = 0; c < (kTiles == 2 ? 1 : 2); ++c) {
-          if (32 * c >= rank) break;
-          const uint4 b0 = load_shared_16(read_at + (kTiles == 2 ? offset + 128 * i : offset ^ 64 * c));
-          const uint4 b1 =
-              load_shared_16(read_at + (kTiles == 2 ? (offset ^ 64) + 128 * i : (offset ^ 64 * (1 - c)) + 128));
-          mma_m16n8k16<T>(sums[i], {b0.x, b1.x, b0.y, b1.y}, {high[4 * c], high[4 * c + 1]});
-          mma_m16n8k16<T>(sums[i], {b0.x, b1.x, b0.y, b1.y}, {low[4 * c], low[4 * c + 1]});
-          mma_m16n8k16<T>(sums[i], {b0.z, b1.z, b0.w, b1.w}, {high[4 * c + 2], high[4 * c + 3]});
-          mma_m16n8k16<T>(sums[i], {b0.z, b1.z, b0.w, b1.w}, {low[4 * c + 2], low[4 * c + 3]});
-        }
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (e < work.count && columns[e] > 0) {
-        uint32_t after[kTiles];
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          after[i] = fma_pair<T>(held[e][i], factors[e], sums[i][e], sums[i][2 + e]);
-        }
-        if constexpr (kTiles == 4) {
-          asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y[e]), "r"(after[0]), "r"(after[1]),
-                       "r"(after[2]), "r"(after[3])
-                       : "memory");
-        } else if constexpr (kTiles == 2) {
-          asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(y[e]), "r"(after[0]), "r"(after[1]) : "memory");
-        } else {
-          asm volatile("st.global.u32 [%0], %1;" ::"l"(y[e]), "r"(after[0]) : "memory");
-        }
-      }
-    }
-  }
-
-  // Unit after unit in one loop, whatever they are of, so that there is little code: what is run for the first time has
-  // to be fetched.
-  __device__ __forceinline__ void run() {
-    int started = begin();
-    const int g = lane / 4, t = lane % 4, length = this->length();
-    bool met = false;  // the other blocks' barriers are there
-    int slice = -1, rank = 0, bits = 0, width = 0;
-    int task = 0, end = 0, m = 0;  // of A
-    int column = 0, step = 0;      // of B; before v is there, `waits`
-    bool waits = false;
-    float sum[4], factors[2];
-    uint32_t high[8], low[8], held[2][4];
+  __device__ __forceinline__ void run_slice(const Slice& s, int number) {
+    constexpr int kWidth = 64 / kTiles, kCount = 2 * kTiles;
+    constexpr int kOutputs = 16 * kTiles;
+    constexpr int kFours = kTiles == 4 ? 1 : kWidth / 16;  // of ranks, of a lane
+    const int g = lane / 4, t = lane % 4, count = work.count, rank = s.rank;
+    const int first = (team_rank * kWarps + warp) * kOutputs, step = kOutputs * kWarps << team_bits;
+    // What y holds is asked for before v is there. The lane's outputs: kCount neighbours of rows 2t and 2t + 1.
     T* y[2];
     int columns[2];
-    const auto hold = [&] {
-      if (bits == 1) {
-        load_y<4>(y, columns, held);
-      } else if (bits == 2) {
-        load_y<2>(y, columns, held);
-      } else {
-        load_y<1>(y, columns, held);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const bool there = 2 * t + e < count;
+      y[e] = static_cast<T*>(args.y) + work.rows[there ? 2 * t + e : 0] * args.y_stride + s.begin + first + g * kCount;
+      columns[e] = there ? s.width - first - g * kCount : 0;
+    }
+    bgmv::Words<kTiles> held[2];
+    const auto load_y = [&] {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (columns[e] > 0) held[e] = *reinterpret_cast<const bgmv::Words<kTiles>*>(y[e]);
       }
     };
-#pragma unroll 1
-    for (;;) {
-      if (started < kPlainDepth) {
-        ++started;
-      } else {
-        if (task >= end && !waits && column >= width) {
-          // To the next slice.
-          if (++slice == work.num_slices) break;
-          const Slice& s = work.slices[slice];
-          rank = s.rank, width = s.width;
-          bits = rank <= 16 ? 1 : rank <= 32 ? 2 : 3;
-          task = warp, end = tasks(rank), m = 0;
-          sum[0] = sum[1] = sum[2] = sum[3] = 0;
-          waits = true;
-          column = (team_rank * kWarps + warp) * (128 >> bits);
-          step = (128 >> bits) * kWarps << team_bits;
-          factors[0] = factors[1] = s.scale;
-          // What y holds is asked for before v is there.
-          const int own = column + g * (16 >> bits);
+    load_y();
+
+    shrink<kWidth>(rank);
+    const float* const all = exchange<kWidth>(rank, number) + g * kWidth;
+
+    uint32_t high[2 * kFours], low[2 * kFours];
+    float factors[2] = {s.scale, s.scale};
+    {
+      float v[4 * kFours];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool there = 2 * t + e < work.count;
-            y[e] = static_cast<T*>(args.y) + work.rows[there ? 2 * t + e : 0] * args.y_stride + s.begin + own;
-            columns[e] = there ? width - own : 0;
-          }
-          hold();
-        }
-        if (task < end) {
-          copy_wait<kPlainDepth - 1>();
-          __syncwarp();
-          multiply(sum);
-          if (++m == length) {
-            store_part(task, sum, 8 << bits);
-            sum[0] = sum[1] = sum[2] = sum[3] = 0;
-            m = 0, task += kWarps;
-          }
-        } else {
-          if (waits) {
-            waits = false;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-            if (kArch == Arch::kSm90 && team_bits > 0 && !met)
-              asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-            met = true;
-#endif
-            const float* const all = exchange(rank, 3 + bits, slice);
-            const float up = bits == 1   ? load_v<4>(all, rank, high, low)
-                             : bits == 2 ? load_v<2>(all, rank, high, low)
-                                         : load_v<1>(all, rank, high, low);
-            if constexpr (std::is_same_v<T, __half>) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) factors[e] *= __shfl_sync(0xffffffffu, up, 8 * t + 4 * e);
-            }
-          }
-          if (column >= width) continue;
-          copy_wait<kPlainDepth - 1>();
-          __syncwarp();
-          if (bits == 1) {
-            expand<4>(rank, high, low, y, columns, held, factors);
-          } else if (bits == 2) {
-            expand<2>(rank, high, low, y, columns, held, factors);
-          } else {
-            expand<1>(rank, high, low, y, columns, held, factors);
-          }
-          column += step;
-#pragma unroll
-          for (int e = 0; e < 2; ++e) y[e] += step, columns[e] -= step;
-          hold();
-        }
-        __syncwarp();  // all lanes have read
-        read_at += kPlainUnitBytes;
-        if (read_at == ring + kPlainDepth * kPlainUnitBytes) read_at = ring;
+      for (int q = 0; q < kFours; ++q) {
+        const int r = kTiles == 4 ? 4 * t : 32 * (q / 2) + 8 * t + 4 * (q % 2);
+        const auto part = [&](int i) { return *reinterpret_cast<const float4*>(all + i * (kTileRows * kWidth) + r); };
+        const auto sum = [](const float4& a, const float4& b) {
+          return float4{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+        };
+        float4 four = part(0);
+        if (team_bits >= 1) four = sum(four, part(1));
+        if (team_bits >= 2) four = sum(four, sum(part(2), part(3)));
+        if (team_bits >= 3) four = sum(four, sum(sum(part(4), part(5)), sum(part(6), part(7))));
+        v[4 * q] = r < rank ? four.x : 0.0f;
+        v[4 * q + 1] = r + 1 < rank ? four.y : 0.0f;
+        v[4 * q + 2] = r + 2 < rank ? four.z : 0.0f;
+        v[4 * q + 3] = r + 3 < rank ? four.w : 0.0f;
       }
-      start();
+      if constexpr (std::is_same_v<T, __half>) {
+        float largest = 0;
+#pragma unroll
+        for (int i = 0; i < 4 * kFours; ++i) largest = fmaxf(largest, isfinite(v[i]) ? fabsf(v[i]) : 0.0f);
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+        const int exponent = row_exponent(largest);
+#pragma unroll
+        for (int i = 0; i < 4 * kFours; ++i) v[i] *= down_scale(exponent);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) factors[e] *= __shfl_sync(0xffffffffu, up_scale(exponent), 8 * t + 4 * e);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kFours; ++i) {
+        uint16_t h[2], l[2];
+        split<T>(v[2 * i], &h[0], &l[0]);
+        split<T>(v[2 * i + 1], &h[1], &l[1]);
+        high[i] = h[0] | uint32_t{h[1]} << 16;
+        low[i] = l[0] | uint32_t{l[1]} << 16;
+      }
+    }
+
+#pragma unroll 1
+    for (int column = first; column < s.width; column += step) {
+      const uint32_t at = arrived();
+      float sums[kTiles][4] = {};
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if constexpr (kTiles == 4) {
+          uint2 b[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(b[h].x), "=r"(b[h].y)
+                         : "r"(at + 16 * place<1>(8 * g + 2 * i + h, t / 2) + t % 2 * 8)
+                         : "memory");
+          }
+          mma_m16n8k16<T>(sums[i], {b[0].x, b[1].x, b[0].y, b[1].y}, {high[0], high[1]});
+          mma_m16n8k16<T>(sums[i], {b[0].x, b[1].x, b[0].y, b[1].y}, {low[0], low[1]});
+        } else {
+          constexpr int kRowBits = kTiles == 2 ? 2 : 3;
+          const int row = kCount * g + 2 * i;
+#pragma unroll
+          for (int c = 0; c < kFours / 2; ++c) {
+            if (32 * c >= rank) break;
+            const uint4 b0 = load_shared_16(at + 16 * place<kRowBits>(row, 4 * c + t));
+            const uint4 b1 = load_shared_16(at + 16 * place<kRowBits>(row + 1, 4 * c + t));
+            mma_m16n8k16<T>(sums[i], {b0.x, b1.x, b0.y, b1.y}, {high[4 * c], high[4 * c + 1]});
+            mma_m16n8k16<T>(sums[i], {b0.x, b1.x, b0.y, b1.y}, {low[4 * c], low[4 * c + 1]});
+            mma_m16n8k16<T>(sums[i], {b0.z, b1.z, b0.w, b1.w}, {high[4 * c + 2], high[4 * c + 3]});
+            mma_m16n8k16<T>(sums[i], {b0.z, b1.z, b0.w, b1.w}, {low[4 * c + 2], low[4 * c + 3]});
+          }
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (e < count && columns[e] > 0) {
+          Vec<T, kCount> after;
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const uint16_t bits = static_cast<uint16_t>(held[e].values[i / 2] >> (16 * (i % 2)));
+            after.values[i] = from_float<T>(
+                fmaf(factors[e], sums[i / 2][2 * (i % 2) + e], to_float(*reinterpret_cast<const T*>(&bits))));
+          }
+          store<T, kCount>(y[e], after);
+        }
+        y[e] += step;
+        columns[e] -= step;
+      }
+      load_y();
+      release();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    start_first(args.early_reads);
+#pragma unroll 1
+    for (int i = 0; i < work.num_slices; ++i) {
+      const Slice& s = work.slices[i];
+      if (s.rank <= 16) {
+        run_slice<4>(s, i);
+      } else if (s.rank <= 32) {
+        run_slice<2>(s, i);
+      } else {
+        run_slice<1>(s, i);
+      }
     }
     copy_wait<0>();
   }

@@ -28,7 +28,7 @@ Status launch(const Launcher& launcher, const Args& args) {
   shape.cluster = 1u << cluster_bits;
   shape.grid = static_cast<unsigned>(clusters << cluster_bits);
   shape.block = kRingThreads;
-  bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0 && args.h_in <= 1 << 28;
+  bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;
   for (int s = 0; s <= args.num_slices; ++s) plain = plain && args.slice_begin[s] % 8 == 0;
   const size_t general_bytes = general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
   shape.shared_bytes =

@@ -402,7 +402,7 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
       uint32_t done;
       do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
             "selp.b32 %0, 1, 0, p;\n}"
             : "=r"(done)
             : "r"(barrier), "r"(parity)
@@ -587,20 +587,6 @@ __device__ __noinline__ void general_block(const Args& args, RingShared& shared,
   copy_wait<0>();
 }
 
-// How the blocks of a launch form teams, once it is known how many tiles there are: the largest ones for which there
-// are blocks enough. A cluster is one team or several.
-struct Teams {
-  int cluster_bits, min_bits;
-
-  __device__ __forceinline__ int bits(uint32_t tiles) const {
-    int bits = cluster_bits;
-    while (bits > min_bits && tiles > gridDim.x >> bits) --bits;
-    return bits;
-  }
-  // The tile of this block.
-  __device__ __forceinline__ uint32_t operator()(uint32_t tiles) const { return blockIdx.x >> bits(tiles); }
-};
-
 // Grid: blocks in clusters of 1 << cluster_bits. kPlain: rows of x and y are whole, aligned pieces of 16 bytes, and so
 // is each slice of y.
 template <Arch kArch, class T, bool kPlain>
@@ -610,6 +596,8 @@ __global__ void __launch_bounds__(kRingThreads, 2)
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     if (args.early_reads) launch_dependents<kArch>();
+    const int cluster_rank = static_cast<int>(blockIdx.x) & ((1 << cluster_bits) - 1);
+    const int cluster = static_cast<int>(blockIdx.x) >> cluster_bits;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (kArch == Arch::kSm90) {
       if (cluster_bits > 0) {
@@ -619,20 +607,27 @@ __global__ void __launch_bounds__(kRingThreads, 2)
           asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncwarp();
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first send
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first send
       }
     }
 #endif
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    const Teams teams = {cluster_bits, min_team_bits};
-    find_work<T>(args, &shared.scratch, &shared.work, teams);
+    // The largest team for which there are blocks enough.
+    const auto team_bits_of = [&](uint32_t tiles) {
+      int bits = cluster_bits;
+      while (bits > min_team_bits && tiles > gridDim.x >> bits) --bits;
+      return bits;
+    };
+    find_work<T>(args, &shared.scratch, &shared.work, [&](uint32_t tiles) {
+      const int bits = team_bits_of(tiles);
+      return static_cast<uint32_t>((cluster << (cluster_bits - bits)) + (cluster_rank >> bits));
+    });
     if (!args.early_reads) launch_dependents<kArch>();
     if (shared.work.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;
     }
-    const int team_bits = teams.bits(shared.scratch.tiles);
-    const int team_rank = static_cast<int>(blockIdx.x) & ((1 << team_bits) - 1);
+    const int team_bits = team_bits_of(shared.scratch.tiles), team_rank = cluster_rank & ((1 << team_bits) - 1);
     if (kPlain && shared.work.plain) {
       const int rank = min(args.max_rank, kPlainRank);
       float* const parts = reinterpret_cast<float*>(memory + kHeadBytes);

@@ -42,8 +42,6 @@ struct TilesShared {
   Work<kRows> work;
   TileScratch<kWarps> scratch;
   Pass pass;
-  char* y[kRows];  // rows: of y, and of x
-  const char* x[kRows];
   float up[kTiles][kRows];  // float16, of a slice of the pass: see row_exponent()
   alignas(16) float receive[2][kRows * kRanks];
   alignas(16) uint16_t high[kRows * (kRanks + 32)];
@@ -116,11 +114,11 @@ __device__ __forceinline__ void shrink(const Block<T>& b) {
                         reinterpret_cast<uintptr_t>(a) % 16 == 0, args.x, b.lane);
       } else {
         const int row = (fill_unit - tiles) * 16 + b.lane / 8, piece = b.lane % 8;
-        const int at = 2 * (k + 8 * piece);
+        const T* const x = static_cast<const T*>(args.x) + k + 8 * piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const bool valid = row + 4 * i < work.count && k + 8 * piece < h_in;
-          const char* const from = b.shared.x[valid ? row + 4 * i : 0] + at;
+          const T* const from = x + work.rows[valid ? row + 4 * i : 0] * args.x_stride;
           copy_async_16(to + 16 * place<3>(b.lane / 8 + 4 * i, piece), valid ? from : args.x, valid ? 16 : 0);
         }
       }
@@ -155,9 +153,6 @@ __device__ __forceinline__ void shrink(const Block<T>& b) {
       case 6:
         copy_wait<kUnits - 6>();
         break;
-      case 7:
-        copy_wait<kUnits - 7>();
-        break;
       default:
         copy_wait<kUnits - 8>();
     }
@@ -166,16 +161,15 @@ __device__ __forceinline__ void shrink(const Block<T>& b) {
   const auto unit_at = [&](int i) { return b.ring + (slot + i < kUnits ? slot + i : slot + i - kUnits) * kUnitBytes; };
 #pragma unroll 1
   for (int m = 0; m < length; ++m) {
-    // 16 or 32 rows at a time, and A from shared memory for each of them again: it takes few registers then.
-    constexpr int kAtOnce = kT == 1 ? 2 : 1;
+    // 32 rows at a time, so that A is read from shared memory twice and takes few registers.
 #pragma unroll
-    for (int first = 0; first < kGroups / 2; first += kAtOnce) {
-      if (first >= groups) break;
-      arrived(tiles + min(first + kAtOnce, groups));
-      uint4 x[2 * kAtOnce][2];
+    for (int half = 0; half < 2; ++half) {
+      if (2 * half >= groups) break;
+      arrived(tiles + min(2 * half + 2, groups));
+      uint4 x[4][2];
 #pragma unroll
-      for (int i = 0; i < 2 * kAtOnce; ++i) {
-        const uint32_t from = unit_at(tiles + first + i / 2);
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t from = unit_at(tiles + 2 * half + i / 2);
 #pragma unroll
         for (int c = 0; c < 2; ++c) x[i][c] = load_shared_16(from + 16 * place<3>(i % 2 * 8 + g, 4 * c + t));
       }
@@ -188,8 +182,8 @@ __device__ __forceinline__ void shrink(const Block<T>& b) {
             const uint4 upper = load_shared_16(from + 16 * place<3>(g, 4 * c + t));
             const uint4 lower = load_shared_16(from + 16 * place<3>(g + 8, 4 * c + t));
 #pragma unroll
-            for (int i = 0; i < 2 * kAtOnce; ++i) {
-              float (&sum)[4] = sums[j][2 * first + i];
+            for (int i = 0; i < 4; ++i) {
+              float (&sum)[4] = sums[j][4 * half + i];
               mma_m16n8k16<T>(sum, {upper.x, lower.x, upper.y, lower.y}, {x[i][c].x, x[i][c].y});
               mma_m16n8k16<T>(sum, {upper.z, lower.z, upper.w, lower.w}, {x[i][c].z, x[i][c].w});
             }
@@ -248,7 +242,7 @@ __device__ __forceinline__ void exchange(const Block<T>& b, int number) {
   uint32_t done;
   do {
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.b32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(barrier), "r"(number >> 1 & 1)
@@ -302,54 +296,44 @@ __device__ __forceinline__ void exchange(const Block<T>& b, int number) {
 // What y holds of a strip, of the lane: columns 8g .. 8g + 7 of rows 2t and 2t + 1 of each group.
 using Held = bgmv::Words<4>[kGroups][2];
 
-// Where the lane's columns of a strip are, in bytes of a row of y.
-__device__ __forceinline__ int64_t y_column(const Slice& s, int strip, int lane) {
-  return int64_t{2} * (s.begin + strip * kStrip + lane / 4 * 8);
+template <class T>
+__device__ __forceinline__ T* y_at(const Block<T>& b, const Slice& s, int row, int strip) {
+  return static_cast<T*>(b.args.y) + b.shared.work.rows[row] * b.args.y_stride + s.begin + strip * kStrip +
+         b.lane / 4 * 8;
 }
 
 template <class T>
-__device__ __forceinline__ void load_y(const Block<T>& b, int group, int count, int64_t column, bool inside,
+__device__ __forceinline__ void load_y(const Block<T>& b, const Slice& s, int group, int strip,
                                        bgmv::Words<4> (&held)[2]) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     const int row = 8 * group + 2 * (b.lane % 4) + e;
-    held[e] = bgmv::load_if(inside && row < count, b.shared.y[row] + column);
+    const bool there = row < b.shared.work.count && strip * kStrip + b.lane / 4 * 8 < s.width;
+    held[e] = bgmv::load_if(there, y_at(b, s, there ? row : 0, strip));
   }
 }
 
-// kChunks of 32 ranks, 0 standing for a half one: of B, the lane's part of output rows 8g + 2j + h of a strip, as the
-// first operands of products, four neighbouring registers each: otherwise each product would have to put them together.
+// kChunks of 32 ranks, 0 standing for a half one: of B, the lane's part of output rows 8g + 2j + h of a strip.
 template <class T, int kChunks>
 struct Strip {
-  static constexpr int kProducts = kChunks == 0 ? 1 : 2 * kChunks;  // of 16 ranks
-  static constexpr int kWords = kChunks == 0 ? 2 : 4;               // of an access
-  uint32_t operands[kProducts][4][4];
-
-  __device__ __forceinline__ void set(int c, int j, int h, const uint32_t (&words)[kWords]) {
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      // Registers of their own, not those of the access.
-      asm volatile("mov.b32 %0, %1;" : "=r"(operands[kWords / 2 * c + i][j][h]) : "r"(words[2 * i]));
-      asm volatile("mov.b32 %0, %1;" : "=r"(operands[kWords / 2 * c + i][j][2 + h]) : "r"(words[2 * i + 1]));
-    }
-  }
+  static constexpr int kParts = kChunks == 0 ? 1 : kChunks;
+  static constexpr int kWords = kChunks == 0 ? 2 : 4;
+  bgmv::Words<kWords> parts[kParts][4][2];
 
   __device__ __forceinline__ void load(const Slice& s, int strip, int lane) {
-    constexpr int kAccesses = kProducts * 2 / kWords;
     const int g = lane / 4, k = lane % 4 * 2 * kWords;
     const bool aligned = reinterpret_cast<uintptr_t>(s.b) % 16 == 0 && s.b_stride % 8 == 0;
     const T* from = static_cast<const T*>(s.b) + (int64_t{strip} * kStrip + 8 * g) * s.b_stride + k;
     const int rows = s.width - strip * kStrip - 8 * g;
-    if (aligned && s.rank == 16 * kProducts) {
+    if (aligned && s.rank == 32 * kChunks + (kChunks == 0 ? 16 : 0)) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int c = 0; c < kAccesses; ++c) {
-            bgmv::Words<kWords> words = {};
-            if (2 * j + h < rows) words = *reinterpret_cast<const bgmv::Words<kWords>*>(from + 32 * c);
-            set(c, j, h, words.values);
+          for (int c = 0; c < kParts; ++c) {
+            parts[c][j][h] = {};
+            if (2 * j + h < rows) parts[c][j][h] = *reinterpret_cast<const bgmv::Words<kWords>*>(from + 32 * c);
           }
           from += s.b_stride;
         }
@@ -360,14 +344,12 @@ struct Strip {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int c = 0; c < kAccesses; ++c) {
+          for (int c = 0; c < kParts; ++c) {
             const int count = 2 * j + h < rows ? min(max(s.rank - 32 * c - k, 0), 2 * kWords) : 0;
             const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(from + 32 * c), count);
-            const uint32_t four[4] = {v.x, v.y, v.z, v.w};
-            uint32_t words[kWords];
+            const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) words[i] = four[i];
-            set(c, j, h, words);
+            for (int i = 0; i < kWords; ++i) parts[c][j][h].values[i] = words[i];
           }
           from += s.b_stride;
           __syncwarp();  // one after the other: all at once take too many registers
@@ -387,16 +369,11 @@ __device__ __forceinline__ void expand(const Block<T>& b, const Slice& s, int fi
   const int first = b.rank * kWarps + b.warp;
   const uint32_t v_at = (g * kPitch<kT> + first_rank) * 2 + t * (kChunks == 0 ? 8 : 16);
   const uint32_t high_at = shared_address(shared.high) + v_at, low_at = shared_address(shared.low) + v_at;
-  constexpr int kStep = 2 * kWarps * kStrip * 2;  // bytes
-  const int width = s.width;
-  const float scale = s.scale;
-  int64_t column = y_column(s, first, b.lane);
   Strip<T, kChunks> weights;
-  if (first * kStrip < width) weights.load(s, first, b.lane);
+  if (first * kStrip < s.width) weights.load(s, first, b.lane);
 #pragma unroll 1
-  for (int strip = first; strip * kStrip < width; strip += 2 * kWarps) {
-    const bool more = (strip + 2 * kWarps) * kStrip < width, inside = strip * kStrip + 8 * g < width;
-    const bool next_inside = (strip + 2 * kWarps) * kStrip + 8 * g < width;
+  for (int strip = first; strip * kStrip < s.width; strip += 2 * kWarps) {
+    const bool more = (strip + 2 * kWarps) * kStrip < s.width;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       if (8 * group >= count) break;
@@ -410,8 +387,10 @@ __device__ __forceinline__ void expand(const Block<T>& b, const Slice& s, int fi
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low.x), "=r"(low.y) : "r"(low_at + group * kRowBytes));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          mma_m16n8k16<T>(sums[j], weights.operands[0][j], {high.x, high.y});
-          mma_m16n8k16<T>(sums[j], weights.operands[0][j], {low.x, low.y});
+          const auto& w = weights.parts[0][j];
+          const uint32_t a[4] = {w[0].values[0], w[1].values[0], w[0].values[1], w[1].values[1]};
+          mma_m16n8k16<T>(sums[j], a, {high.x, high.y});
+          mma_m16n8k16<T>(sums[j], a, {low.x, low.y});
         }
       } else {
 #pragma unroll
@@ -420,40 +399,38 @@ __device__ __forceinline__ void expand(const Block<T>& b, const Slice& s, int fi
           const uint4 low = load_shared_16(low_at + group * kRowBytes + 64 * c);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            mma_m16n8k16<T>(sums[j], weights.operands[2 * c][j], {high.x, high.y});
-            mma_m16n8k16<T>(sums[j], weights.operands[2 * c][j], {low.x, low.y});
-            mma_m16n8k16<T>(sums[j], weights.operands[2 * c + 1][j], {high.z, high.w});
-            mma_m16n8k16<T>(sums[j], weights.operands[2 * c + 1][j], {low.z, low.w});
+            const auto& w = weights.parts[c][j];
+            const uint32_t a0[4] = {w[0].values[0], w[1].values[0], w[0].values[1], w[1].values[1]};
+            const uint32_t a1[4] = {w[0].values[2], w[1].values[2], w[0].values[3], w[1].values[3]};
+            mma_m16n8k16<T>(sums[j], a0, {high.x, high.y});
+            mma_m16n8k16<T>(sums[j], a0, {low.x, low.y});
+            mma_m16n8k16<T>(sums[j], a1, {high.z, high.w});
+            mma_m16n8k16<T>(sums[j], a1, {low.z, low.w});
           }
         }
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = 8 * group + 2 * t + e;
-        float factor = scale;
+        float factor = s.scale;
         if constexpr (std::is_same_v<T, __half>) factor *= shared.up[slice_of_pass][row];
-        uint32_t after[4];
+        Vec<T, 8> after;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          after[j] = fma_pair<T>(held[group][e].values[j], factor, sums[j][e], sums[j][2 + e]);
+        for (int i = 0; i < 8; ++i) {
+          const uint16_t bits = static_cast<uint16_t>(held[group][e].values[i / 2] >> (16 * (i % 2)));
+          after.values[i] =
+              from_float<T>(fmaf(factor, sums[i / 2][2 * (i % 2) + e], to_float(*reinterpret_cast<const T*>(&bits))));
         }
-        if (inside && row < count) {
-          asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(shared.y[row] + column), "r"(after[0]),
-                       "r"(after[1]), "r"(after[2]), "r"(after[3])
-                       : "memory");
-        }
+        if (row < count && strip * kStrip + 8 * g < s.width) store<T, 8>(y_at(b, s, row, strip), after);
       }
       // The same registers take this part of the next strip.
-      if (more) load_y(b, group, count, column + kStep, next_inside, held[group]);
+      if (more) load_y(b, s, group, strip + 2 * kWarps, held[group]);
     }
     if (more) weights.load(s, strip + 2 * kWarps, b.lane);
-    column += kStep;
   }
   if (then != nullptr) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      load_y(b, group, count, y_column(*then, first, b.lane), first * kStrip + 8 * g < then->width, held[group]);
-    }
+    for (int group = 0; group < kGroups; ++group) load_y(b, *then, group, first, held[group]);
   }
 }
 
@@ -465,10 +442,7 @@ __device__ __forceinline__ void run_pass(const Block<T>& b, int number) {
   Held held;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    const int first = b.rank * kWarps + b.warp;
-    const Slice& s = shared.work.slices[begin];
-    load_y(b, group, shared.work.count, y_column(s, first, b.lane), first * kStrip + b.lane / 4 * 8 < s.width,
-           held[group]);
+    load_y(b, shared.work.slices[begin], group, b.rank * kWarps + b.warp, held[group]);
   }
   exchange<T, kT>(b, number);
   int tile = 0;
@@ -506,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first send
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first send
   if (!args.early_reads) grid_dependency_wait<kArch>();
   find_work<T>(args, &shared.scratch, &shared.work, [&](uint32_t) { return blockIdx.x / 2; });
   if (args.early_reads) {
@@ -523,20 +497,6 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
                       static_cast<int>(blockIdx.x % 2),
                       warp,
                       lane};
-  // B of the warp's first strips, into L2: needed at once when v is there.
-  for (int slice = 0; slice < shared.work.num_slices; ++slice) {
-    const Slice& s = shared.work.slices[slice];
-    const int64_t first = int64_t{b.rank * kWarps + warp} * kStrip;
-    const int64_t rows = min(int64_t{s.width} - first, int64_t{kStrip});
-    const int64_t bytes = rows > 0 ? 2 * (s.b_stride * (rows - 1) + s.rank) : 0;
-    const char* const from = static_cast<const char*>(s.b) + 2 * s.b_stride * first;
-    for (int64_t at = lane * kLineBytes; at < bytes; at += 32 * kLineBytes) prefetch_line(from + at);
-  }
-  if (threadIdx.x < kRows) {
-    const int64_t row = shared.work.rows[static_cast<int>(threadIdx.x) < shared.work.count ? threadIdx.x : 0];
-    shared.y[threadIdx.x] = static_cast<char*>(args.y) + 2 * row * args.y_stride;
-    shared.x[threadIdx.x] = static_cast<const char*>(args.x) + 2 * row * args.x_stride;
-  }
   int number = 0;
 #pragma unroll 1
   for (int slice = 0; slice < shared.work.num_slices; ++number) {
@@ -567,8 +527,8 @@ bool is_tiles(const Launcher& launcher, const Args& args) {
   bool aligned = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;
   for (int s = 0; s <= args.num_slices; ++s) aligned = aligned && args.slice_begin[s] % 8 == 0;
   const int64_t segments = std::min<int64_t>(args.max_segments, args.num_adapters + 1);
-  return launcher.arch == Arch::kSm90 && aligned && args.max_rank <= kRanks && args.h_in <= 1 << 28 &&
-         args.rows >= kManyRows && args.rows >= 8 * segments;
+  return launcher.arch == Arch::kSm90 && aligned && args.max_rank <= kRanks && args.rows >= kManyRows &&
+         args.rows >= 8 * segments;
 }
 
 Status launch_tiles(const Launcher& launcher, DType dtype, const Args& args) {
