@@ -21,13 +21,13 @@ namespace {
 constexpr int kRows = 64;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kUnits = 10;           // of a warp's ring
-constexpr int kRanks = 64;           // of a pass, at most
-constexpr int kTiles = kRanks / 16;  // of 16 ranks
-constexpr int kStrip = 64;           // columns of y
+constexpr int kUnits = 10;                   // of a warp's ring
+constexpr int kRanks = 64;                   // of a pass, at most
+constexpr int kTiles = kRanks / 16;          // of 16 ranks
+[[maybe_unused]] constexpr int kStrip = 64;  // columns of y
 // From here on the tiles of this kernel fill the device.
 constexpr int64_t kManyRows = 2048;
-constexpr int kGroups = kRows / 8;  // of eight rows, the columns of a product
+[[maybe_unused]] constexpr int kGroups = kRows / 8;  // of eight rows, the columns of a product
 
 // What a pass takes x for: the ranks of one slice or of several.
 struct Pass {
@@ -54,6 +54,8 @@ __host__ __device__ constexpr int part_pitch(int tiles) { return 16 * tiles + 4;
 static_assert(kWarps * kRows * part_pitch(kTiles) * 4 <= kUnitBytes * kUnits * kWarps);
 static_assert(kSharedBytes <= 227 * 1024);
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
 // Tiles of a slice in a pass: what its last product of the expand reads is there.
 __device__ __forceinline__ int padded_tiles(int rank) { return rank <= 16 ? 1 : (rank + 31) / 32 * 2; }
 
@@ -78,8 +80,6 @@ __device__ __forceinline__ void plan_pass(const Work<kRows>& work, int begin, Pa
 // Floats from row to row of v's high and of its low numbers, likewise.
 template <int kT>
 inline constexpr int kPitch = kT == 4 ? 96 : 16 * kT;
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <class T>
 struct Block {
