@@ -38,7 +38,7 @@ class AdapterSet:
 
         batch = LoraBatch(indices, adapters.capacity)
         t = adapters.tables["qkv_proj"]
-        add_lora(y, x, t.a_ptr, t.b_ptr, t.ranks, t.scales, batch, layer, t.slice_offsets, max_rank=adapters.max_rank)
+        add_lora(y, x, t.a_ptr, t.b_ptr, t.ranks, t.scales, batch, layer, t.slice_offsets, max_rank=adapters.rank_bound)
 
     An adapter has its own rank for each module, and takes memory for no more. Of PEFT it understands alpha, rsLoRA,
     rank and alpha patterns, and any choice of modules and layers; what it could not represent exactly it refuses by
@@ -53,7 +53,9 @@ class AdapterSet:
         dtype: T of the calls.
         num_layers: layers of the model.
         capacity: adapters at most. 24 bytes of table for each of them and each module.
-        max_rank: an adapter of a larger rank is refused; graphs are captured with this bound.
+        max_rank: an adapter of a larger rank is refused. It bounds the memory that CUDA kernels take on the chip: the
+            tighter, the faster they are. `rank_bound` is a bound that grows with the adapters, in powers of two: graphs
+            that were captured with it as `max_rank` must be captured anew when it has grown.
         layers: path of the list of layers, as in the names of the adapter's tensors.
 
     One thread at a time may call `add` and `remove`.
@@ -88,6 +90,7 @@ class AdapterSet:
         self._host_memory = host
         self._memory = host if self.device.type == "cpu" else host.to(self.device)
         self.tables = self._views(self._memory)
+        self.rank_bound = min(8, max_rank)
         self._slots: dict[str, int] = {}
         self._weights: dict[str, Tensor] = {}
         # The slot that has been free for longest comes next: a stale index meets another adapter as late as possible.
@@ -162,6 +165,9 @@ class AdapterSet:
                 raise
         self._free.popleft()
         self._slots[name], self._weights[name] = slot, memory
+        largest = max((w.rank for w in weights.values()), default=0)
+        while self.rank_bound < largest:
+            self.rank_bound = min(2 * self.rank_bound, self.max_rank)
         return slot
 
     def remove(self, name: str, *, stream: "torch.cuda.Stream | Sequence[torch.cuda.Stream] | None" = None) -> None:

@@ -251,6 +251,20 @@ def test_refused_by_name(name, tmp_path):
     assert adapters.tables["qkv_proj"].ranks[:, 1:].sum() == 0
 
 
+def test_rank_bound(tmp_path):
+    """A power of two that no loaded rank exceeds; it never shrinks."""
+    adapters, bounds = make_set("cpu", max_rank=48, capacity=5), []
+    for rank in (2, 8, 9, 33, 5):
+        folder = write_adapter(
+            tmp_path / f"{rank}", 1, {QKV[0]: 1, QKV[1]: rank}, r=1, rank_pattern={"k_proj": rank}, lora_alpha=1
+        )
+        adapters.add(str(rank), folder)
+        bounds.append(adapters.rank_bound)
+    adapters.remove("33")
+    assert [*bounds, adapters.rank_bound] == [8, 8, 16, 48, 48, 48]
+    assert make_set("cpu", max_rank=3).rank_bound == 3
+
+
 def test_largest_rank(tmp_path):
     folder = write_adapter(tmp_path / "a", 1, dict.fromkeys(MODULES, 4), r=4, lora_alpha=8)
     with pytest.raises(pk.AdapterError, match="has rank 4, max_rank is 3"):

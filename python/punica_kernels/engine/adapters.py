@@ -101,6 +101,9 @@ class Lora:
     def apply(self, projection: str, layer: int, x: Tensor, y: Tensor) -> None:
         """y += scale * B (A x) for the rows whose adapter has modules of this projection."""
         start = time.perf_counter()
-        t = self.adapters.set.tables[projection]
-        pk.add_lora(y, x, t.a_ptr, t.b_ptr, t.ranks, t.scales, self.batch, layer, t.slice_offsets)
+        adapters = self.adapters.set
+        t = adapters.tables[projection]
+        pk.add_lora(
+            y, x, t.a_ptr, t.b_ptr, t.ranks, t.scales, self.batch, layer, t.slice_offsets, max_rank=adapters.rank_bound
+        )  # fmt: skip
         self.adapters.seconds += time.perf_counter() - start

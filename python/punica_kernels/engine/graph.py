@@ -67,6 +67,7 @@ class DecodeGraphs:
         self.model, self.adapters = model, adapters
         self.num_pages, self.page_size = num_pages, page_size
         self.captured: dict[int, Captured] = {}
+        self.rank_bound = adapters.set.rank_bound
         with torch.cuda.device(model.device):
             # One of this device: torch's own stream for captures belongs to the device of the first capture.
             self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -78,6 +79,9 @@ class DecodeGraphs:
 
         The next call overwrites it.
         """
+        if self.rank_bound != self.adapters.set.rank_bound:  # the graphs have the one of before
+            self.captured.clear()
+            self.rank_bound = self.adapters.set.rank_bound
         rows = len(batch.tokens)
         size = 1 << (rows - 1).bit_length()
         with torch.cuda.device(self.model.device):

@@ -24,7 +24,7 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 // Up to so many rows each row counts the others: that takes less time than clearing and adding up counters.
-constexpr int64_t kFewRows = 512;
+constexpr int64_t kFewRows = 256;
 // Keys in shared memory at a time, for sort_by_ranks.
 constexpr int kTile = 4096;
 // With what Shared takes, what every device from sm_80 on has.
@@ -90,9 +90,12 @@ __device__ void sort_by_ranks(const BatchArgs& args, Shared* shared) {
       __syncthreads();
       for (int i = threadIdx.x; i < size; i += kThreads) shared->tile[i] = args.indices[begin + i];
       __syncthreads();
-      for (int i = 0; i < size; ++i) {
-        const int other = shared->tile[i];
-        place += other < mine || (other == mine && begin + i < row);
+      if (row < args.n) {  // warps without rows leave the others the multiprocessor
+#pragma unroll 8
+        for (int i = 0; i < size; ++i) {
+          const int other = shared->tile[i];
+          place += other < mine || (other == mine && begin + i < row);
+        }
       }
     }
     if (row < args.n) args.order[place] = row;
