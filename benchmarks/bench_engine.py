@@ -19,7 +19,7 @@ from typing import Any
 import punica_kernels as pk
 import torch
 from punica_kernels.engine import Engine, SamplingParams
-from punica_kernels.engine.adapters import Adapters, LoraWeights
+from punica_kernels.engine.adapters import Adapters
 from punica_kernels.engine.checkpoint import MODULES, ModelConfig
 from punica_kernels.engine.graph import DecodeGraphs
 from punica_kernels.engine.kv_cache import KvCache
@@ -64,13 +64,13 @@ class NoText:
         return ""
 
 
-def random_adapter(config: ModelConfig, rank: int) -> dict[str, LoraWeights]:
+def random_adapter(config: ModelConfig, rank: int) -> dict[str, pk.LoraWeights]:
     weights = {}
     for module in MODULES:
         h_out, h_in = config.module_shape(module)
         a = torch.empty(config.num_layers, rank, h_in, dtype=DTYPE, device="cuda").normal_(std=h_in**-0.5)
         b = torch.empty(config.num_layers, h_out, rank, dtype=DTYPE, device="cuda").normal_(std=0.3 * rank**-0.5)
-        weights[module] = LoraWeights(rank, a, b, b.transpose(1, 2).contiguous())
+        weights[module] = pk.LoraWeights(a, b, 1.0)
     return weights
 
 
@@ -97,11 +97,9 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device("cuda")
     model = Llama(LLAMA3_8B, RandomWeights(), DTYPE, device)
-    adapters = Adapters(LLAMA3_8B, DTYPE, device)
+    adapters = Adapters(LLAMA3_8B, DTYPE, device, args.adapters)
     for i in range(args.adapters):
-        adapters.weights.append(random_adapter(LLAMA3_8B, args.rank))
-        adapters.names.append(f"random{i}")
-    adapters.groups = {module: adapters._group(module) for module in MODULES}
+        adapters.load_weights(f"random{i}", random_adapter(LLAMA3_8B, args.rank))
     pages = args.batch * -(-(args.prompt_tokens + args.max_tokens) // 16)
     cache = KvCache(LLAMA3_8B, pages, 16, DTYPE, device)
     prompts = torch.randint(LLAMA3_8B.vocab_size, (args.batch, args.prompt_tokens)).tolist()

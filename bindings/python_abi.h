@@ -36,6 +36,8 @@ PUNICA_PYTHON PyObject* PyObject_Type(PyObject* object);
 // From 3.11 on; `count` may have a flag on top.
 PUNICA_PYTHON PyObject* PyObject_Vectorcall(PyObject* function, PyObject* const* args, std::size_t count,
                                             PyObject* names);
+PUNICA_PYTHON PyObject* PySequence_GetItem(PyObject* sequence, std::ptrdiff_t i);  // a new reference
+PUNICA_PYTHON std::ptrdiff_t PySequence_Size(PyObject* sequence);
 PUNICA_PYTHON PyObject* PyTuple_GetItem(PyObject* tuple, std::ptrdiff_t i);
 PUNICA_PYTHON PyObject* PyTuple_New(std::ptrdiff_t size);
 PUNICA_PYTHON int PyTuple_SetItem(PyObject* tuple, std::ptrdiff_t i, PyObject* item);  // takes the reference

@@ -12,7 +12,7 @@ namespace {
 
 // What Python hands over once, kept alive for ever.
 struct Python {
-  PyObject *tensor_type, *parameter_type, *int_type, *float_type;
+  PyObject *tensor_type, *parameter_type, *int_type, *float_type, *tuple_type, *list_type;
   PyObject *none, *yes, *no, *runtime_error;
   PyObject *dispatch_stack_size, *forward_ad, *forward_ad_level;  // a dictionary, and a name in it
   PyObject *is_grad_enabled, *requires_grad;                      // a name too
@@ -95,15 +95,37 @@ TensorView ShortcutCall::table(int i) {
   return ordinary_ ? view(args_[i]) : TensorView{};
 }
 
-int64_t ShortcutCall::integer(int i) {
-  ordinary_ = ordinary_ && type_of(args_[i]) == g_python.int_type;
+int64_t ShortcutCall::integer(int i) { return ordinary_ ? to_integer(args_[i]) : 0; }
+
+int64_t ShortcutCall::to_integer(PyObject* object) {
+  ordinary_ = ordinary_ && type_of(object) == g_python.int_type;
   if (!ordinary_) return 0;
-  const int64_t value = PyLong_AsLongLong(args_[i]);
+  const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
     ordinary_ = false;
   }
   return value;
+}
+
+std::optional<int64_t> ShortcutCall::optional_integers(int i, int64_t* to, int64_t most) {
+  if (is_none(i)) return std::nullopt;
+  ordinary_ = ordinary_ && (type_of(args_[i]) == g_python.tuple_type || type_of(args_[i]) == g_python.list_type);
+  if (!ordinary_) return 0;
+  const int64_t count = PySequence_Size(args_[i]);
+  if (count < 0) PyErr_Clear();
+  ordinary_ = count >= 0 && count <= most;
+  for (int64_t k = 0; ordinary_ && k < count; ++k) {
+    PyObject* const item = PySequence_GetItem(args_[i], k);
+    if (item == nullptr) {
+      PyErr_Clear();
+      ordinary_ = false;
+      break;
+    }
+    to[k] = to_integer(item);
+    Py_DecRef(item);
+  }
+  return count;
 }
 
 double ShortcutCall::number(int i) {

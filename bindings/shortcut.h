@@ -30,8 +30,16 @@ class ShortcutCall {
   TensorView optional_data(int i) { return is_none(i) ? TensorView{} : data(i); }
   TensorView optional_table(int i) { return is_none(i) ? TensorView{} : table(i); }
   int64_t integer(int i);
+  std::optional<int64_t> optional_integer(int i) {
+    return is_none(i) ? std::nullopt : std::optional<int64_t>(integer(i));
+  }
+  // Those of a tuple or list of at most `most`, in `to`; how many there are.
+  std::optional<int64_t> optional_integers(int i, int64_t* to, int64_t most);
   double number(int i);
   std::optional<double> optional_number(int i) { return is_none(i) ? std::nullopt : std::optional<double>(number(i)); }
+
+  // For what only the operation's own code can see: the call is not ordinary.
+  void refuse_arguments() { ordinary_ = false; }
 
   // Validates the params and runs their operation, if all was ordinary. `on` is a tensor of the call; `is_long`: on the
   // CPU it takes so long that other threads should have Python's lock meanwhile. `written`: the arguments that are
@@ -60,6 +68,7 @@ class ShortcutCall {
  private:
   bool is_none(int i) const;
   TensorView view(PyObject* tensor);
+  int64_t to_integer(PyObject* value);
   bool prepare(const TensorView& on, bool is_long, Context* context) const;
   bool count_up(std::initializer_list<int> written) const;  // false: a Python exception is set
   static PyObject* refuse(const Status& status);

@@ -1,4 +1,4 @@
-"""dispatch_bgmv, sgmv_shrink and sgmv_cutlass at one layer, and all LoRA of a layer beside PEFT's mixed batch."""
+"""The LoRA operations at one layer, and all LoRA of a layer beside PEFT's mixed batch."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -129,6 +129,65 @@ def sgmv(name: str, d_in: int, d_out: int, num_segments: int, length: int, rotat
     )
 
 
+def add_lora(name: str, h_in: int, widths: tuple[int, ...], ranks: list[int], length: int, rotation: int) -> Work:
+    """`length` rows for each of len(ranks) adapters, in any order; y is made of slices that read the same x."""
+    num_adapters, rows, width = len(ranks), len(ranks) * length, sum(widths)
+    weight_bytes = sum(ranks) * (len(widths) * h_in + width) * DTYPE.itemsize
+    num_sets = -(-rotation // (weight_bytes + rows * (h_in + width) * DTYPE.itemsize))
+    a = [[random(num_sets, r, h_in, scale=h_in**-0.5) for r in ranks] for _ in widths]
+    b = [[random(num_sets, h_out, r, scale=r**-0.5) for r in ranks] for h_out in widths]
+    a_ptr, b_ptr = (torch.stack([addresses(row) for row in side]) for side in (a, b))
+    rank_table, scales = torch.tensor(ranks, dtype=torch.int32), torch.ones(num_adapters)
+    adapter_of_row = torch.arange(num_adapters).repeat_interleave(length)[torch.randperm(rows)]
+    batch = pk.LoraBatch(adapter_of_row, num_adapters)
+    offsets = [0, *torch.tensor(widths).cumsum(0).tolist()]
+    columns = [slice(start, end) for start, end in pairwise(offsets)]
+    x, y = random(num_sets, rows, h_in), random(num_sets, rows, width)
+
+    def ours(i: int, y: Tensor = y) -> None:
+        pk.add_lora(y[i], x[i], a_ptr, b_ptr, rank_table, scales, batch, i, offsets)
+
+    of_rank = {r: torch.where(rank_table[adapter_of_row] == r, adapter_of_row, -1) for r in sorted(set(ranks))}
+
+    def two_calls(i: int, y: Tensor = y) -> None:
+        for rank, indices in of_rank.items():
+            for s, part in enumerate(columns):
+                v = x.new_zeros(rows, rank)
+                pk.dispatch_bgmv(v, x[i], a_ptr[s], indices, i, 1.0)
+                pk.dispatch_bgmv(y[i][:, part], v, b_ptr[s], indices, i, 1.0)
+
+    rows_of = [(adapter_of_row == adapter).nonzero().squeeze(1) for adapter in range(num_adapters)]
+
+    def loop(i: int, y: Tensor = y) -> None:
+        for adapter, chosen in enumerate(rows_of):
+            x_i = x[i].index_select(0, chosen)
+            for s, part in enumerate(columns):
+                v = F.linear(x_i, a[s][adapter][i])
+                y[i][:, part].index_add_(0, chosen, F.linear(v, b[s][adapter][i]))
+
+    rivals = {"our dispatch_bgmv, two a rank and slice": two_calls, "torch: loop of matmuls": loop}
+
+    def check() -> None:
+        for i in (0, num_sets - 1):
+            exact = y[i].double()
+            pk.reference.add_lora(exact, x[i], a_ptr, b_ptr, rank_table, scales, batch, i, offsets)
+            for label, variant in {"ours": ours, **rivals}.items():
+                got = y.clone()
+                variant(i, got)
+                check_close(f"{name}, {label}", got[i], exact, RTOL if variant is ours else RTOL_RIVAL)
+
+    return Work(
+        name=name,
+        ours=ours,
+        rivals=rivals,
+        num_sets=num_sets,
+        bytes=weight_bytes + rows * (h_in + 2 * width) * DTYPE.itemsize,
+        flop=2 * length * sum(ranks) * (len(widths) * h_in + width),
+        check=check,
+        keep=(a, b),
+    )
+
+
 # ---- All LoRA of one layer, adapters of different ranks -------------------------------------------------------------
 
 # Llama-3-8B.
@@ -141,6 +200,8 @@ MODULES = {
     "up_proj": (4096, 14336),
     "down_proj": (14336, 4096),
 }
+# Those that read the same input, whose outputs lie side by side.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RANKS = (8, 8, 16, 16, 32, 32, 64, 64)  # one adapter each
 
 
@@ -161,7 +222,7 @@ class MixedBatch:
 
     PEFT runs its own `LoraLayer.forward(x, adapter_names=...)` on its own modules. Their base layer is a GivenOutput,
     so that only LoRA is left in its time: splitting the batch, two products an adapter, scaling, adding. Both sides use
-    the same memory for A, and the same numbers for B. Ours is what `punica generate` calls: a pair of calls a rank.
+    the same memory for A and for B. Ours is what `punica generate` calls: add_lora, four times a layer.
     """
 
     def __init__(self, rotation: int):
@@ -172,7 +233,6 @@ class MixedBatch:
         self.layers = self._peft_modules()
         self.a: dict[str, list[Tensor]] = {}
         self.b: dict[str, list[Tensor]] = {}
-        self.b_transposed: dict[str, list[Tensor]] = {}
         for module in MODULES:
             for store, side in ((self.a, "lora_A"), (self.b, "lora_B")):
                 store[module] = []
@@ -182,7 +242,6 @@ class MixedBatch:
                     for part, weight in zip(parts, block, strict=True):
                         part.weight = nn.Parameter(weight, requires_grad=False)
                     store[module].append(block)
-            self.b_transposed[module] = [b.transpose(1, 2).contiguous() for b in self.b[module]]
 
     def _peft_modules(self) -> list[dict[str, nn.Module]]:
         with torch.device("meta"):
@@ -202,45 +261,44 @@ class MixedBatch:
 
     def work(self, name: str, adapter_ids: list[int], length: int) -> Work:
         """A batch of requests of `length` new tokens each; an id of -1 has no adapter. Length 1 is decode."""
-        decode = length == 1
         rows = len(adapter_ids) * length
         peft_names = [self.names[i] if i >= 0 else "__base__" for i in adapter_ids]
-        x = {module: random(rows, h_in) for module, (h_in, _) in MODULES.items()}
-        y = {module: random(rows, h_out) for module, (_, h_out) in MODULES.items()}
+        x: dict[str, Tensor] = {}
+        calls = []
+        for modules in PROJECTIONS:
+            shared = random(rows, MODULES[modules[0]][0])
+            offsets = [0, *torch.tensor([MODULES[module][1] for module in modules]).cumsum(0).tolist()]
+            tables = [torch.stack([addresses(side[module]) for module in modules]) for side in (self.a, self.b)]
+            calls.append((modules, shared, tables, offsets))
+            x |= dict.fromkeys(modules, shared)
         row_ids = torch.tensor(adapter_ids).repeat_interleave(length)
-        bounds = torch.arange(0, rows + 1, length).tolist()
-        segments = [(i, start, end) for i, (start, end) in zip(adapter_ids, pairwise(bounds), strict=True) if i >= 0]
+        batch = pk.LoraBatch(row_ids, len(RANKS))
+        ranks, scales = torch.tensor(RANKS, dtype=torch.int32), torch.ones(len(RANKS))
 
-        def groups() -> Iterator[tuple[int, list[int]]]:
-            for rank in sorted({RANKS[i] for i in adapter_ids if i >= 0}):
-                yield rank, [i for i in range(len(RANKS)) if RANKS[i] == rank]
+        def outputs() -> dict[str, Tensor]:
+            """For each module a part of its projection's output, which is the first one's base."""
+            found = {}
+            for modules, _, _, offsets in calls:
+                wide = random(rows, offsets[-1])
+                found |= {m: wide[:, start:end] for m, (start, end) in zip(modules, pairwise(offsets), strict=True)}
+            return found
 
-        bgmv_calls, sgmv_calls = {}, {}
-        for module in MODULES:
-            bgmv_calls[module], sgmv_calls[module] = [], []
-            for rank, members in groups():
-                a, b = (addresses(side[module]) for side in (self.a, self.b))
-                indices = torch.where(torch.isin(row_ids, torch.tensor(members)), row_ids, -1)
-                bgmv_calls[module].append((rank, a, b, indices))
-                mine = [segment for segment in segments if segment[0] in members]
-                ids, starts, ends = (torch.tensor(column) for column in zip(*mine, strict=True))
-                call = (rank, a[ids], addresses(self.b_transposed[module])[ids], starts.int(), ends.int())
-                sgmv_calls[module].append(call)
-        tmp = torch.empty(pk.sgmv_cutlass_tmp_size(len(segments)), dtype=torch.uint8)
+        def copies(of: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = outputs()
+            for module, tensor in found.items():
+                tensor.copy_(of[module])
+            return found
+
+        def wide(of: dict[str, Tensor], module: str) -> Tensor:
+            base = of[module]._base
+            assert base is not None
+            return base
+
+        y = outputs()
 
         def ours(i: int, y: dict[str, Tensor] = y) -> None:
-            for module in MODULES:
-                x_m, y_m = x[module], y[module]
-                if decode:
-                    for rank, a, b, indices in bgmv_calls[module]:
-                        v = x_m.new_zeros(rows, rank)
-                        pk.dispatch_bgmv(v, x_m, a, indices, i, 1.0)
-                        pk.dispatch_bgmv(y_m, v, b, indices, i, 1.0)
-                else:
-                    for rank, a, b, starts, ends in sgmv_calls[module]:
-                        v = x_m.new_zeros(rows, rank)
-                        pk.sgmv_shrink(v, x_m, a, starts, ends, tmp, i)
-                        pk.sgmv_cutlass(y_m, v, b, starts, ends, tmp, i)
+            for modules, shared, (a_ptr, b_ptr), offsets in calls:
+                pk.add_lora(wide(y, modules[0]), shared, a_ptr, b_ptr, ranks, scales, batch, i, offsets)
 
         def peft(i: int, y: dict[str, Tensor] = y) -> None:
             for module, layer in self.layers[i].items():
@@ -265,15 +323,17 @@ class MixedBatch:
                     v = x[module][chosen].double() @ self.a[module][adapter][i].double().T
                     exact[module][chosen] += v @ self.b[module][adapter][i].double().T
             for label, variant in {"ours": ours, **rivals}.items():
-                got = {module: y[module].clone() for module in MODULES}
+                got = copies(y)
                 variant(i, got)
-                for module in MODULES:  # between shrink and expand v is rounded to bfloat16, by all of them
-                    check_close(f"{name}, {label}, {module}", got[module], exact[module], RTOL_RIVAL)
+                rtol = RTOL if variant is ours else RTOL_RIVAL  # v is rounded to bfloat16, by the rivals
+                for module in MODULES:
+                    check_close(f"{name}, {label}, {module}", got[module], exact[module], rtol)
 
         widths = sum(a + b for a, b in MODULES.values())
         weight_bytes = sum(RANKS[i] for i in rows_of) * widths * DTYPE.itemsize
         with_adapter = sum(i >= 0 for i in row_ids.tolist())
-        io_bytes = with_adapter * sum(h_in + 2 * h_out for h_in, h_out in MODULES.values()) * DTYPE.itemsize
+        inputs = sum(MODULES[modules[0]][0] for modules in PROJECTIONS)  # each once, whoever shares it
+        io_bytes = with_adapter * (inputs + 2 * sum(h_out for _, h_out in MODULES.values())) * DTYPE.itemsize
         return Work(
             name=name,
             ours=ours,
@@ -292,6 +352,10 @@ def works(rotation: int) -> Iterator[Work]:
     yield bgmv("BGMV expand, 64 adapters", 16, 4096, 64, rotation)
     yield sgmv("SGMV shrink, 8 x 64 tokens", 4096, 16, 8, 64, rotation)
     yield sgmv("SGMV expand, 8 x 64 tokens", 16, 4096, 8, 64, rotation)
+    yield add_lora("add_lora, 64 adapters", 4096, (4096,), [16] * 64, 1, rotation)
+    yield add_lora("add_lora, 64 adapters, ranks 8 to 64", 4096, (4096,), [8, 16, 32, 64] * 16, 1, rotation)
+    yield add_lora("add_lora, 64 adapters, q, k and v", 4096, (4096, 1024, 1024), [16] * 64, 1, rotation)
+    yield add_lora("add_lora, 8 x 64 tokens", 4096, (4096,), [16] * 8, 64, rotation)
 
 
 def mixed_works(rotation: int) -> Iterator[Work]:

@@ -34,7 +34,11 @@ def tiny_calls(device: str = "cpu") -> dict[str, Callable[[], Any]]:
     table = (torch.tensor([page.data_ptr()], device=device), indptr, last)
     sizes = (1, 0, heads, page_size)
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
-    kept = (a, b_transposed, page)  # by the closures below: the kernels know only their addresses
+    b = tensor(1, hidden, rank)
+    lora = (a_ptr[None], torch.tensor([[b.data_ptr()]], device=device))
+    ranks, scales = torch.tensor([rank], dtype=torch.int32, device=device), torch.ones(1, device=device)
+    batch = pk.LoraBatch(indices, 1)
+    kept = (a, b, b_transposed, page)  # by the closures below: the kernels know only their addresses
 
     def bgmv(kept: object = kept) -> None:
         pk.dispatch_bgmv(v, x, a_ptr, indices, 0, 1.0)
@@ -43,6 +47,8 @@ def tiny_calls(device: str = "cpu") -> dict[str, Callable[[], Any]]:
         "dispatch_bgmv": bgmv,
         "sgmv_shrink": lambda: pk.sgmv_shrink(v, x, a_ptr, start, end, tmp, 0),
         "sgmv_cutlass": lambda: pk.sgmv_cutlass(y, v, b_ptr, start, end, tmp, 0),
+        "add_lora": lambda: pk.add_lora(y, x, *lora, ranks, scales, batch, 0),
+        "LoraBatch.update": lambda: batch.update(indices),
         "rms_norm": lambda: pk.rms_norm(y, x, weight, 1e-5),
         "append_kv": lambda: pk.append_kv(*table, k, k, *sizes),
         "init_kv": lambda: pk.init_kv(*table, k, k, indptr, *sizes),

@@ -1,6 +1,7 @@
 """Kernels for serving many LoRA adapters in one batch.
 
-    lora        dispatch_bgmv, sgmv_shrink, sgmv_cutlass, sgmv_cutlass_tmp_size
+    lora        dispatch_bgmv, sgmv_shrink, sgmv_cutlass, sgmv_cutlass_tmp_size; add_lora, LoraBatch,
+                AdapterSet
     attention   batch_prefill, batch_decode
     kv_cache    init_kv, append_kv
     norm        rms_norm
@@ -14,16 +15,23 @@ from . import _torch_ops as _torch_ops  # registers the operations with torch
 from . import reference
 from ._library import function as _function
 from ._settings import active_cuda_arch, active_isa, early_reads, has_cuda, last_cuda_arch, last_isa, set_checks
+from .adapter_set import AdapterError, AdapterSet, LoraWeights
 from .attention import batch_decode, batch_prefill
 from .kv_cache import append_kv, init_kv
-from .lora import dispatch_bgmv, sgmv_cutlass, sgmv_cutlass_tmp_size, sgmv_shrink
+from .lora import add_lora, dispatch_bgmv, sgmv_cutlass, sgmv_cutlass_tmp_size, sgmv_shrink
+from .lora_batch import LoraBatch
 from .norm import rms_norm
 
 __version__ = str(_function("version")())
 
 __all__ = [
+    "AdapterError",
+    "AdapterSet",
+    "LoraBatch",
+    "LoraWeights",
     "active_cuda_arch",
     "active_isa",
+    "add_lora",
     "append_kv",
     "batch_decode",
     "batch_prefill",

@@ -23,6 +23,7 @@ from torch.compiler import is_compiling
 
 # The tensor arguments of each operation, in the order in which this package passes them around.
 _TABLES = ("kv_ptrs", "kv_indptr", "last_page_offset")
+_SEGMENTS = ("order", "segment_adapter", "segment_start", "counts")
 TENSORS = {
     "batch_prefill": ("o", "q", "qo_indptr", *_TABLES, "tmpbuf", "lse"),
     "batch_decode": ("o", "q", *_TABLES, "tmpbuf", "lse"),
@@ -31,10 +32,13 @@ TENSORS = {
     "dispatch_bgmv": ("y", "x", "w_ptr", "indices"),
     "sgmv_cutlass": ("y", "x", "w_ptr", "s_start", "s_end", "tmp"),
     "sgmv_shrink": ("y", "x", "w_ptr", "s_start", "s_end", "tmp"),
+    "add_lora": ("y", "x", "a_ptr", "b_ptr", "ranks", "scales", *_SEGMENTS),
+    "update_lora_batch": ("indices", "batch_indices", *_SEGMENTS),
     "rms_norm": ("output", "input", "weight", "residual"),
 }
 
 _OPTIONAL = frozenset({"tmp", "tmpbuf", "lse", "residual"})
+_OPTIONAL_OF = {"add_lora": frozenset({"counts"})}
 
 # The direct way is for tensors whose type is in PLAIN, and optional ones whose type is in PLAIN_OR_NONE.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -75,7 +79,7 @@ def explain(op: str, tensors: Sequence[Tensor | None], cause: Exception) -> None
     success none of this costs anything, and success is what must be fast.
     """
     for name, given in zip(TENSORS[op], tensors, strict=True):
-        if given is None and name not in _OPTIONAL:
+        if given is None and name not in _OPTIONAL and name not in _OPTIONAL_OF.get(op, ()):
             raise TypeError(f"punica_kernels.{op}: {name} must be a tensor, got None") from None
     for name, tensor in _named(op, tensors):
         if tensor.layout is not torch.strided:

@@ -47,7 +47,7 @@ def _set_up_shortcuts() -> bool:
         _C._len_torch_dispatch_stack, vars(forward_ad), sys.intern("_current_level"), _C.is_grad_enabled,
         sys.intern("requires_grad"), Tensor.is_neg, torch.get_num_threads, _C._increment_version,
     )  # fmt: skip
-    objects = (Tensor, torch.nn.Parameter, int, float, None, True, False, RuntimeError, *torchs)
+    objects = (Tensor, torch.nn.Parameter, int, float, tuple, list, None, True, False, RuntimeError, *torchs)
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     return api is not None and bool(
         function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api)))

@@ -17,7 +17,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from . import attention, kv_cache, lora, norm
+from . import attention, kv_cache, lora, lora_batch, norm
 from ._dispatch import TENSORS, error, explain, refuse_grad_and_neg, require_one_device
 
 _TABLES = "Tensor kv_indptr, Tensor last_page_offset"
@@ -27,6 +27,8 @@ _ATTENTION = (
     "float rope_scale=1.0, Tensor(c!)? lse=None, SymInt window_left=-1, float logits_soft_cap=0.0"
 )
 _SGMV = "Tensor(a!) y, Tensor x, Tensor w_ptr, Tensor s_start, Tensor s_end, Tensor(b!)? tmp, SymInt layer_idx"
+
+_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts"
 
 _OPS: dict[str, tuple[str, Callable[..., None]]] = {
     "batch_prefill": (f"Tensor(a!) o, Tensor q, Tensor qo_indptr, {_ATTENTION}", attention._run_prefill),
@@ -42,6 +44,17 @@ _OPS: dict[str, tuple[str, Callable[..., None]]] = {
     ),
     "sgmv_cutlass": (_SGMV, lora._run_cutlass),
     "sgmv_shrink": (_SGMV, lora._run_shrink),
+    "add_lora": (
+        f"Tensor(a!) y, Tensor x, Tensor a_ptr, Tensor b_ptr, Tensor ranks, Tensor scales, {_BATCH}, SymInt layer_idx, "
+        "SymInt[]? slice_offsets=None, *, SymInt? a_layer_stride=None, SymInt? b_layer_stride=None, "
+        f"SymInt? b_row_stride=None, SymInt max_rank={lora.MAX_RANK}",
+        lora._run_add_lora,
+    ),
+    "update_lora_batch": (
+        "Tensor indices, SymInt num_adapters, Tensor(a!) batch_indices, Tensor(b!) order, Tensor(c!) segment_adapter, "
+        "Tensor(d!) segment_start, Tensor(e!) counts",
+        lora_batch._run_update,
+    ),
     "rms_norm": (
         "Tensor(a!) output, Tensor input, Tensor weight, float epsilon, *, Tensor(b!)? residual=None",
         norm._run_rms_norm,

@@ -19,6 +19,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 SAMPLING_KEYS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
 
 
+COMMANDS = (
+    "a line is a prompt as --prompt takes it ('//' starts a text with one /), or a command: /add NAME=PATH loads an "
+    "adapter, /remove NAME drops one, /adapters lists them, /help, /quit."
+)
+
+
 class UsageError(ValueError):
     """A command line or prompts file that does not say what to do."""
 
@@ -43,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="answer prompts, each through the adapter it names",
         description="Answer prompts, each through the adapter it names, all in one continuous batch.",
         epilog="A prompts file is a JSON list of objects: prompt (required), adapter (a name or null), and optionally "
-        "max_tokens, temperature, top_k, top_p, seed, stop (a list of strings).",
+        "max_tokens, temperature, top_k, top_p, seed, stop (a list of strings). With --interactive, " + COMMANDS,
     )
     add = generate.add_argument
     add("--model", required=True, metavar="PATH", help="Hugging Face folder or GGUF file of the Llama family")
@@ -56,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a prompt; '@NAME TEXT' goes through that adapter, '@@' starts a text with one @; may be repeated",
     )
     add("--prompts", type=Path, metavar="FILE", help="a JSON file of prompts")
+    add("--interactive", action="store_true", help="then read lines from standard input and answer each, see below")
     add("--max-tokens", type=int, default=128, help="tokens to generate at most (default 128)")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the best token")
     add("--top-k", type=int, default=0, help="sample from the k best tokens (default 0: all)")
@@ -100,8 +107,10 @@ def fail(message: str) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     prompts = [parse_prompt(text) for text in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
-    if not prompts:
-        raise UsageError("nothing to do: give --prompt or --prompts")
+    if not prompts and not args.interactive:
+        raise UsageError("nothing to do: give --prompt, --prompts or --interactive")
+    if args.interactive and args.json:
+        raise UsageError("--json: not with --interactive")
     adapters = dict(parse_adapter(text) for text in args.adapter)
     if len(adapters) < len(args.adapter):
         raise UsageError("two adapters have the same name")
@@ -146,8 +155,67 @@ def generate(args: argparse.Namespace) -> int:
     console = Console()
     show = show_panes if console.is_terminal else show_lines
     show(engine, console)
-    console.print(summary(engine, load_seconds), highlight=False, soft_wrap=True)
+    if args.interactive:
+        interact(engine, args)
+    if engine.requests:
+        console.print(summary(engine, load_seconds), highlight=False, soft_wrap=True)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------- interactive
+
+
+def interact(engine: Engine, args: argparse.Namespace) -> None:
+    """Answers line after line until the end of the input. A mistake is told in a line, and the next line is read."""
+    from .engine.errors import EngineError
+
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(COMMANDS)
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                print(run_command(engine, line), flush=True)
+            elif line:
+                answer(engine, parse_prompt(line[line.startswith("//") :]), args)
+        except (UsageError, EngineError) as error:
+            print(f"error: {' '.join(str(error).split())}", flush=True)
+
+
+def run_command(engine: Engine, line: str) -> str:
+    """What to say after a command is done."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command == "/add":
+        name, path = parse_adapter(argument)
+        engine.add_adapter(name, path)
+        return f"adapter {name} is loaded"
+    if command == "/remove":
+        if not argument:
+            raise UsageError("expected /remove NAME")
+        engine.remove_adapter(argument)
+        return f"adapter {argument} is gone"
+    if command == "/adapters" and not argument:
+        return ", ".join(engine.adapters.names) or "no adapters"
+    if command == "/help" and not argument:
+        return COMMANDS
+    raise UsageError(f"unknown command {line!r}; " + COMMANDS)
+
+
+def answer(engine: Engine, prompt: Prompt, args: argparse.Namespace) -> None:
+    from .engine import SamplingParams
+
+    tokens = encode(engine.tokenizer, prompt.text, args)
+    engine.add(tokens, prompt.adapter, sampling_params(SamplingParams, args, prompt))
+    for _, text in engine.run():
+        print(text, end="", flush=True)
+    print(flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- input
@@ -156,7 +224,7 @@ def generate(args: argparse.Namespace) -> int:
 def parse_adapter(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UsageError(f"--adapter {text!r}: expected NAME=PATH")
+        raise UsageError(f"adapter {text!r}: expected NAME=PATH")
     return name, path
 
 
@@ -165,7 +233,7 @@ def parse_prompt(text: str) -> Prompt:
         return Prompt(text.removeprefix("@"), None, {})
     name, _, rest = text[1:].partition(" ")
     if not (name and rest.strip()):
-        raise UsageError(f"--prompt {text!r}: expected '@NAME TEXT'")
+        raise UsageError(f"prompt {text!r}: expected '@NAME TEXT'")
     return Prompt(rest.strip(), name, {})
 
 

@@ -7,6 +7,7 @@ Whoever calls keeps those tensors alive. On the CPU these are host addresses.
 once, when `y` is stored. A row's bits do not depend on the other rows of the batch.
 """
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -16,10 +17,15 @@ from torch.compiler import is_dynamo_compiling
 
 from ._dispatch import PLAIN, PLAIN_OR_NONE, explain, is_intercepted, missing, refuse_grad_and_neg
 from ._library import Kernel, function
+from .lora_batch import LoraBatch
 
 _bgmv, _cutlass, _shrink = Kernel("dispatch_bgmv"), Kernel("sgmv_cutlass"), Kernel("sgmv_shrink")
 _bgmv_shortcut, _cutlass_shortcut, _shrink_shortcut = _bgmv.shortcut, _cutlass.shortcut, _shrink.shortcut
+_add_lora = Kernel("add_lora")
+_add_lora_shortcut = _add_lora.shortcut
 _tmp_size = function("sgmv_cutlass_tmp_size")
+
+MAX_RANK = 512  # the default of add_lora's max_rank, and the largest that its CUDA kernels take
 
 # Bytes of weights that a call on the CPU reads, if no two rows share them, in about 100 us: above, the GIL is released.
 _LONG = 2_000_000
@@ -157,6 +163,75 @@ def sgmv_cutlass_tmp_size(num_segments: int) -> int:
     return int(_tmp_size(num_segments))
 
 
+def add_lora(
+    y: Tensor,
+    x: Tensor,
+    a_ptr: Tensor,
+    b_ptr: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    batch: LoraBatch,
+    layer_idx: int,
+    slice_offsets: Sequence[int] | None = None,
+    *,
+    a_layer_stride: int | None = None,
+    b_layer_stride: int | None = None,
+    b_row_stride: int | None = None,
+    max_rank: int = MAX_RANK,
+) -> None:
+    """The whole LoRA of a layer: `y[t, slice s] += scale * B @ (A @ x[t])` for every row t that has an adapter.
+
+    A and B are those of the row's adapter for slice s, each adapter at its own rank r. `A @ x[t]` stays float32; the
+    result is rounded once, when it is stored.
+
+    Args:
+        y: T [rows, width], updated in place. Rows may be strided, here and in `x`.
+        x: T [rows, h_in].
+        a_ptr: int64 [slices, num_adapters], addresses of T [L, r, h_in].
+        b_ptr: int64 [slices, num_adapters], addresses of T [L, h_out of the slice, r]. An address of 0 here or in
+            `a_ptr`, or a rank of 0: that adapter does nothing for that slice.
+        ranks: int32 [num_adapters], or [slices, num_adapters] where slices differ.
+        scales: float32 [num_adapters] or [slices, num_adapters], factor of the update.
+        batch: the adapter of each row; its capacity is at least the rows of `y`. Rows of no adapter stay as they are.
+        layer_idx: which of the L layers.
+        slice_offsets: slices + 1 ascending columns of `y`: slice s is the columns from entry s up to entry s + 1.
+            Columns of no slice stay as they are. Default: one slice, all of `y`. At most 16 slices.
+        a_layer_stride, b_layer_stride: elements from one layer to the next; default r * h_in and
+            h_out * `b_row_stride`. They count for all adapters and slices.
+        b_row_stride: elements from one row of B to the next; default r. Where slots are padded to the largest rank,
+            that rank.
+        max_rank: no adapter's rank is larger. Changes no bit of the result; kernels may be faster if it is low.
+
+    Raises:
+        RuntimeError: an argument breaks this contract; `y` is untouched. On the CPU the contents of the batch, and the
+            ranks and addresses that it chooses, are checked too, on CUDA after `set_checks(True)`.
+    """
+    order, segment_adapter, segment_start, counts = (
+        batch.order,
+        batch.segment_adapter,
+        batch.segment_start,
+        batch.counts,
+    )
+    if not is_dynamo_compiling() and _add_lora_shortcut(
+        y, x, a_ptr, b_ptr, ranks, scales, order, segment_adapter, segment_start, counts, layer_idx, slice_offsets,
+        a_layer_stride, b_layer_stride, b_row_stride, max_rank, _LONG,
+    ):  # fmt: skip
+        return
+    tables = (a_ptr, b_ptr, ranks, scales, order, segment_adapter, segment_start)
+    direct = (
+        not is_intercepted()
+        and type(y) in PLAIN
+        and type(x) in PLAIN
+        and all(type(table) in PLAIN for table in tables)
+        and type(counts) in PLAIN_OR_NONE
+    )
+    run = _run_add_lora if direct else torch.ops.punica_kernels.add_lora
+    run(
+        y, x, *tables, counts, layer_idx, slice_offsets, a_layer_stride=a_layer_stride, b_layer_stride=b_layer_stride,
+        b_row_stride=b_row_stride, max_rank=max_rank,
+    )  # fmt: skip
+
+
 # What follows runs an op on real tensors; the dispatcher's kernels for CPU and CUDA are these same functions.
 
 
@@ -208,3 +283,37 @@ def _run_cutlass(
     y: Tensor, x: Tensor, w_ptr: Tensor, s_start: Tensor, s_end: Tensor, tmp: Tensor | None, layer_idx: int
 ) -> None:
     _run_sgmv("sgmv_cutlass", _cutlass, y, x, w_ptr, s_start, s_end, tmp, layer_idx)
+
+
+def _run_add_lora(
+    y: Tensor,
+    x: Tensor,
+    a_ptr: Tensor,
+    b_ptr: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    segment_adapter: Tensor,
+    segment_start: Tensor,
+    counts: Tensor | None,
+    layer_idx: int,
+    slice_offsets: Sequence[int] | None = None,
+    *,
+    a_layer_stride: int | None = None,
+    b_layer_stride: int | None = None,
+    b_row_stride: int | None = None,
+    max_rank: int = MAX_RANK,
+) -> None:
+    tensors = (y, x, a_ptr, b_ptr, ranks, scales, order, segment_adapter, segment_start, counts)
+    try:
+        floats = (y, x, scales)
+        if any(t.is_neg() for t in floats) or (is_grad_enabled() and any(t.requires_grad for t in floats)):
+            refuse_grad_and_neg("add_lora", tensors)
+        kernel = _add_lora.released if y.is_cpu and 16 * (x.nbytes + y.nbytes) > _LONG else _add_lora.held
+        kernel(
+            *tensors, layer_idx, slice_offsets, a_layer_stride, b_layer_stride, b_row_stride, max_rank,
+            get_num_threads(),
+        )  # fmt: skip
+    except (RuntimeError, AttributeError) as cause:
+        explain("add_lora", tensors, cause)
+    _increment_version((y,))

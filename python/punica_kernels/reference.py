@@ -1,4 +1,4 @@
-"""The nine operations in plain PyTorch: the definition that tests compare with, the place to read what an op means.
+"""The operations in plain PyTorch: the definition that tests compare with, the place to read what an op means.
 
 Same names, arguments and in-place behaviour as the package itself. Everything is computed in float64 from the given
 (already rounded) inputs and rounded once, when it is stored. An output (`o`, `y`, `output`) may also be a float64
@@ -10,10 +10,14 @@ Words: L layers, N KV heads, H query heads, P tokens a page, D head dim, B seque
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .lora_batch import LoraBatch
 
 
 def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -270,6 +274,59 @@ def sgmv_shrink(
     for address, rows in _segments(w_ptr, s_start, s_end, len(x)):
         weight = _weight(address, layer_idx, y.shape[1], x.shape[1], x)
         y[rows] = (y[rows].double() + x[rows].double() @ weight.T).to(y.dtype)
+
+
+def segments_of(batch: "LoraBatch", rows: int, num_adapters: int) -> Iterator[tuple[int, Tensor]]:
+    """(adapter, int64 row numbers) of every run of rows with one adapter."""
+    order = batch.order.tolist()
+    ends = [min(max(int(end), 0), len(order)) for end in batch.segment_start.tolist()]
+    for adapter, start, end in zip(batch.segment_adapter.tolist(), ends, ends[1:], strict=False):
+        chosen = [row for row in order[start:end] if 0 <= row < rows]
+        if 0 <= adapter < num_adapters and chosen:
+            yield adapter, torch.tensor(chosen, device=batch.order.device)
+
+
+@torch.no_grad()
+def add_lora(
+    y: Tensor,
+    x: Tensor,
+    a_ptr: Tensor,
+    b_ptr: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    batch: "LoraBatch",
+    layer_idx: int,
+    slice_offsets: Sequence[int] | None = None,
+    *,
+    a_layer_stride: int | None = None,
+    b_layer_stride: int | None = None,
+    b_row_stride: int | None = None,
+    max_rank: int = 512,
+) -> None:
+    """y[t, slice s] += scale * B (A x[t]) for each row t with an adapter; A [L, r, h_in], B [L, h_out of s, r].
+
+    A rank of 0, or above max_rank, and an address of 0 add nothing.
+    """
+    slices, num_adapters = a_ptr.shape
+    offsets = [0, y.shape[1]] if slice_offsets is None else list(slice_offsets)
+    addresses = (a_ptr.tolist(), b_ptr.tolist())
+    all_ranks, all_scales = (t.expand(slices, num_adapters).tolist() for t in (ranks, scales))
+    for adapter, rows in segments_of(batch, len(y), num_adapters):
+        for s in range(slices):
+            rank, h_in, h_out = all_ranks[s][adapter], x.shape[1], offsets[s + 1] - offsets[s]
+            a_address, b_address = (table[s][adapter] for table in addresses)
+            if a_address == 0 or b_address == 0 or not 0 < rank <= max_rank or h_in == 0 or h_out == 0:
+                continue
+            row = rank if b_row_stride is None else b_row_stride
+            a_layer = rank * h_in if a_layer_stride is None else a_layer_stride
+            b_layer = h_out * row if b_layer_stride is None else b_layer_stride
+            item = x.dtype.itemsize
+            a = tensor_at(a_address + layer_idx * a_layer * item, (rank, h_in), x.dtype, x.device)
+            b = tensor_at(b_address + layer_idx * b_layer * item, ((h_out - 1) * row + rank,), x.dtype, x.device)
+            b = b.as_strided((h_out, rank), (row, 1))
+            v = x[rows].double() @ a.double().T
+            columns = slice(offsets[s], offsets[s + 1])
+            y[rows, columns] = (y[rows, columns].double() + all_scales[s][adapter] * (v @ b.double().T)).to(y.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- norm

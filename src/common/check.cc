@@ -110,6 +110,14 @@ bool Check::data(const char* name, const TensorView& t, Shape shape, Layout layo
   return tensor_of(name, t, dtype_, shape, layout);
 }
 
+bool Check::device_of(const char* name, const TensorView& t) {
+  if (!t.has_value()) return fail(std::string(name) + " is missing");
+  if (t.device.type == DeviceType::kOther) return fail(std::string(name) + " must be on a CPU or CUDA device");
+  first_ = name;
+  device_ = t.device;
+  return true;
+}
+
 bool Check::tensor(const char* name, const TensorView& t, DType dtype, Shape shape) {
   return tensor_of(name, t, dtype, shape, Layout::kContiguous);
 }

@@ -39,6 +39,8 @@ class Check {
 
   // A tensor of type T: the first one of a call says which of float16, bfloat16 and float32 T is, and the device.
   bool data(const char* name, const TensorView& t, Shape shape, Layout layout = Layout::kRows);
+  // Any tensor: names the device of a call that has no data().
+  bool device_of(const char* name, const TensorView& t);
   // A tensor of a fixed type, contiguous.
   bool tensor(const char* name, const TensorView& t, DType dtype, Shape shape);
   // uint8 [>= bytes]; may be absent.
@@ -78,7 +80,7 @@ class Check {
   bool disjoint(const Named* written, size_t num_written, const Named* read, size_t num_read, Span* spans);
 
   const char* op_;
-  const char* first_ = nullptr;  // name of the first data() tensor
+  const char* first_ = nullptr;  // name of the first data() or device_of() tensor
   DType dtype_ = DType::kOther;
   Device device_;
   Status status_;

@@ -2,6 +2,7 @@
 // a workspace that is added to the params meanwhile is not looked at.
 #pragma once
 
+#include "punica/add_lora.h"
 #include "punica/attention.h"
 #include "punica/kv_cache.h"
 #include "punica/lora.h"
@@ -15,6 +16,8 @@ Status run_validated(const InitKvParams& params, const Context& context);
 Status run_validated(const AppendKvParams& params, const Context& context);
 Status run_validated(const BgmvParams& params, const Context& context);
 Status run_validated(const SgmvParams& params, const Context& context);
+Status run_validated(const AddLoraParams& params, const Context& context);
+Status run_validated(const LoraBatchParams& params, const Context& context);
 Status run_validated(const RmsNormParams& params, const Context& context);
 
 }  // namespace punica

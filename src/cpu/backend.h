@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "punica/add_lora.h"
 #include "punica/attention.h"
 #include "punica/kv_cache.h"
 #include "punica/lora.h"
@@ -17,6 +18,8 @@ int64_t workspace_bytes(const BatchDecodeParams& params);
 
 Status dispatch_bgmv(const BgmvParams& params, const Context& context);
 Status sgmv(const SgmvParams& params, const Context& context);
+Status add_lora(const AddLoraParams& params, const Context& context);
+Status update_lora_batch(const LoraBatchParams& params, const Context& context);
 Status batch_prefill(const BatchPrefillParams& params, const Context& context);
 Status batch_decode(const BatchDecodeParams& params, const Context& context);
 Status init_kv(const InitKvParams& params, const Context& context);

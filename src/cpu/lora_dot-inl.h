@@ -55,6 +55,8 @@ HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, i
       const int64_t end = std::min(begin + kDotBlock<kNative>, whole);
       for (int64_t j = begin; j < end; j += Step::kStep) {
         const auto xj = Step::load(x + j);
+        // The next four rows, or what comes behind w: asking for it is harmless.
+        for (const T* row : {row0, row1, row2, row3}) hwy::Prefetch(row + 4 * k + j);
         sum0 = Step::dot(sum0, Step::load(row0 + j), xj);
         sum1 = Step::dot(sum1, Step::load(row1 + j), xj);
         sum2 = Step::dot(sum2, Step::load(row2 + j), xj);
@@ -119,49 +121,45 @@ HWY_INLINE void pack_row(const T* HWY_RESTRICT src, int64_t n, Packed<T, kNative
   }
 }
 
-template <class T, bool kNative>
-void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
+// sums[t * kSumsChunk + i] = dot product of row_of(t) and row first + i of w, for t < num_tokens <= kMaxTokensPerTask
+// and i < num_outputs <= kSumsChunk. w is [num_rows, d_in]; row_of(t) is [d_in]. sums has room for the tokens rounded
+// up to kDotTokens.
+template <class T, bool kNative, class RowOf>
+HWY_INLINE void dot_sums(const T* HWY_RESTRICT w, int64_t num_rows, int64_t d_in, int64_t first, int64_t num_outputs,
+                         int64_t num_tokens, const RowOf& row_of, float* HWY_RESTRICT sums) {
   using P = Packed<T, kNative>;
   constexpr int64_t kStep = DotStep<P, kNative>::kStep;
   constexpr int64_t kBlock = kDotBlock<kNative>;
   // Rows of W that are packed at a time: 32 KiB.
   constexpr int64_t kRows = 16;
-  const int64_t d_out = params.y.shape[1], d_in = params.x.shape[1];
-  const T* w = layer_weights<T>(params.w_ptr, task.segment, params.layer_idx, d_out * d_in);
-  const int64_t x_stride = params.x.stride[0], y_stride = params.y.stride[0];
-  const T* x = params.x.as<const T>() + task.token * x_stride;
-  T* y = params.y.as<T>() + task.token * y_stride + task.output;
 
   // Too few tokens to pay for packing.
-  if (task.num_tokens < 4) {
-    alignas(64) float sums[kSumsChunk];
-    for (int64_t t = 0; t < task.num_tokens; ++t) {
-      dot_rows<T, kNative>(w, d_out, d_in, task.output, task.num_outputs, x + t * x_stride, sums);
-      accumulate_row<kNative>(y + t * y_stride, sums, task.num_outputs, 1.0f);
+  if (num_tokens < 4) {
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      dot_rows<T, kNative>(w, num_rows, d_in, first, num_outputs, row_of(t), sums + t * kSumsChunk);
     }
     return;
   }
 
   alignas(64) P w_packed[kRows * kBlock];
   alignas(64) P x_packed[kDotTokens * kBlock];
-  alignas(64) float sums[kMaxTokensPerTask * kSumsChunk];
-  std::memset(sums, 0, static_cast<size_t>(round_up(task.num_tokens, kDotTokens) * kSumsChunk) * sizeof(float));
+  std::memset(sums, 0, static_cast<size_t>(round_up(num_tokens, kDotTokens) * kSumsChunk) * sizeof(float));
   for (int64_t begin = 0; begin < d_in; begin += kBlock) {
     const int64_t k = std::min(kBlock, d_in - begin);
     const int64_t k_padded = round_up(k, kStep);
     const bool pack_x = !std::is_same_v<T, P> || k != k_padded;
-    for (int64_t i = 0; i < task.num_outputs; i += kRows) {
-      const int64_t num_rows = std::min(kRows, task.num_outputs - i);
-      for (int64_t r = 0; r < round_up(num_rows, 4); ++r) {
-        const int64_t row = task.output + i + std::min(r, num_rows - 1);
+    for (int64_t i = 0; i < num_outputs; i += kRows) {
+      const int64_t rows = std::min(kRows, num_outputs - i);
+      for (int64_t r = 0; r < round_up(rows, 4); ++r) {
+        const int64_t row = first + i + std::min(r, rows - 1);
         const T* p = w + row * d_in + begin;
         prefetch(p + d_in, k);
         pack_row<T, kNative>(p, k, w_packed + r * k_padded);
       }
-      for (int64_t t = 0; t < task.num_tokens; t += kDotTokens) {
+      for (int64_t t = 0; t < num_tokens; t += kDotTokens) {
         const P* tile_x[kDotTokens];
         for (int64_t m = 0; m < kDotTokens; ++m) {
-          const T* row = x + std::min(t + m, task.num_tokens - 1) * x_stride + begin;
+          const T* row = row_of(std::min(t + m, num_tokens - 1)) + begin;
           if (pack_x) {
             pack_row<T, kNative>(row, k, x_packed + m * k_padded);
             tile_x[m] = x_packed + m * k_padded;
@@ -170,19 +168,32 @@ void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
           }
         }
         // x comes from memory, in runs too short for the processor to guess the next one.
-        const bool last_tile = t + kDotTokens >= task.num_tokens;
-        const T* next_x = last_tile ? x + std::min(begin + kBlock, d_in - 1) : x + (t + kDotTokens) * x_stride + begin;
-        const int64_t next_rows = last_tile ? task.num_tokens : task.num_tokens - t - kDotTokens;
-        const int64_t per_tile = num_rows > 8 ? 1 : 2;
-        for (int64_t r = 0; r < num_rows; r += 4) {
-          const int64_t m = std::min(r / 4 * per_tile, next_rows - 1);
-          dot_tile<T, P, kNative>(tile_x, w_packed + r * k_padded, k_padded, next_x + m * x_stride,
-                                  next_x + std::min(m + per_tile - 1, next_rows - 1) * x_stride,
+        const bool last_tile = t + kDotTokens >= num_tokens;
+        const int64_t next_token = last_tile ? 0 : t + kDotTokens;
+        const int64_t next_begin = last_tile ? std::min(begin + kBlock, d_in - 1) : begin;
+        const int64_t per_tile = rows > 8 ? 1 : 2;
+        for (int64_t r = 0; r < rows; r += 4) {
+          const int64_t m = next_token + r / 4 * per_tile;
+          const T* next0 = row_of(std::min(m, num_tokens - 1)) + next_begin;
+          const T* next1 = row_of(std::min(m + per_tile - 1, num_tokens - 1)) + next_begin;
+          dot_tile<T, P, kNative>(tile_x, w_packed + r * k_padded, k_padded, next0, next1,
                                   sums + t * kSumsChunk + i + r);
         }
       }
     }
   }
+}
+
+template <class T, bool kNative>
+void sgmv_dot_task(const SgmvParams& params, const SgmvTask& task) {
+  const int64_t d_out = params.y.shape[1], d_in = params.x.shape[1];
+  const T* w = layer_weights<T>(params.w_ptr, task.segment, params.layer_idx, d_out * d_in);
+  const int64_t x_stride = params.x.stride[0], y_stride = params.y.stride[0];
+  const T* x = params.x.as<const T>() + task.token * x_stride;
+  T* y = params.y.as<T>() + task.token * y_stride + task.output;
+  alignas(64) float sums[kMaxTokensPerTask * kSumsChunk];
+  const auto row_of = [x, x_stride](int64_t t) { return x + t * x_stride; };
+  dot_sums<T, kNative>(w, d_out, d_in, task.output, task.num_outputs, task.num_tokens, row_of, sums);
   for (int64_t t = 0; t < task.num_tokens; ++t) {
     accumulate_row<kNative>(y + t * y_stride, sums + t * kSumsChunk, task.num_outputs, 1.0f);
   }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import punica_kernels as pk
 import torch
-from op_cases import DTYPES, check_attention, check_bgmv, check_sgmv, make_cache, randn
+from op_cases import DTYPES, check_add_lora, check_attention, check_bgmv, check_sgmv, make_cache, randn
 from test_kv_cache import check_init_kv
 from test_norm import check as check_rms_norm
 from torch.profiler import ProfilerActivity, profile
@@ -35,12 +35,21 @@ def append_kv(dtype: torch.dtype) -> None:
     assert torch.equal(cache.tokens(0)[0, :, -1], k[0])
 
 
+def update_lora_batch(rows: int) -> None:
+    batch = pk.LoraBatch(torch.arange(rows, device="cuda") % 5, 5)
+    expected = [t for i in range(5) for t in range(i, rows, 5)]
+    assert batch.order.tolist() == expected
+
+
 assert pk.last_cuda_arch() is None
 for dtype in DTYPES:
     for shape in ((70, 16), (16, 70), (33, 5), (512, 16), (16, 512)):
         run("dispatch_bgmv", lambda s=shape, t=dtype: check_bgmv(*s, t, "cuda"))
         for name in ("sgmv_shrink", "sgmv_cutlass"):
             run(name, lambda s=shape, t=dtype, n=name: check_sgmv(n, *s, t, "cuda"))
+    for rows in (1, 40, 600):
+        run("add_lora", lambda t=dtype, n=rows: check_add_lora([16, 3, 40], 96, [0, 64], t, "cuda", [1, 0, 2, -1] * n))
+        run("update_lora_batch", lambda n=rows: update_lora_batch(n))
     for head_dim in (64, 6, 128):
         for options in ({}, {"rope_theta": 1e4, "window_left": 9}):
             run(

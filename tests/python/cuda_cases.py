@@ -8,11 +8,12 @@ from typing import Any
 
 import punica_kernels as pk
 import torch
-from op_cases import int32, make_adapters, make_cache, randn
+from op_cases import int32, make_adapters, make_cache, make_lora, public, randn
 from torch import Tensor
 
 OPS = [
-    "batch_prefill", "batch_decode", "init_kv", "append_kv", "dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "rms_norm",
+    "batch_prefill", "batch_decode", "init_kv", "append_kv", "dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "add_lora",
+    "update_lora_batch", "rms_norm",
 ]  # fmt: skip
 DTYPE = torch.bfloat16
 ROWS = 40
@@ -38,7 +39,7 @@ class Call:
     kept: list[Any]  # what addresses point to
 
     def run(self) -> None:
-        getattr(pk, self.op)(**self.arguments)
+        public(self.op)(**self.arguments)
 
     def snapshot(self) -> list[Tensor]:
         torch.cuda.synchronize()
@@ -98,6 +99,27 @@ def make(op: str, seed: int, device: str = "cuda") -> Call:
             arguments |= {"w_ptr": table, "s_start": int32(start, device), "s_end": int32(end, device)}
             arguments |= {"tmp": None, "layer_idx": adapters.layer}
         return Call(op, arguments, [y], (weight, weight + 1), [adapters])
+
+    if op in ("add_lora", "update_lora_batch"):
+        indices = torch.randint(-1, 3, (ROWS,), generator=torch.Generator().manual_seed(seed)).to(device)
+        indices[ROWS // 2] = seed % 3
+        batch = pk.LoraBatch(indices, 3, capacity=ROWS + 2)
+        if op == "update_lora_batch":
+            held = {"batch_indices": batch.indices, "order": batch.order, "segment_adapter": batch.segment_adapter}
+            held |= {"segment_start": batch.segment_start, "counts": batch.counts}
+            for tensor in held.values():
+                tensor.fill_(-7)
+            return Call(
+                op, {"indices": indices, "num_adapters": 3} | held, list(held.values()), (indices, indices * 0), []
+            )
+        lora = make_lora([16, 8, 40], 512, [0, 384, 640], DTYPE, device, seed=seed + 1)
+        y = data(ROWS, 640, seed=seed + 100)
+        tables = dict(zip(("a_ptr", "b_ptr", "ranks", "scales"), lora.tables, strict=True))
+        segments = {"order": batch.order, "segment_adapter": batch.segment_adapter}
+        segments |= {"segment_start": batch.segment_start, "counts": batch.counts, "layer_idx": lora.layer}
+        arguments = {"y": y, "x": data(ROWS, 512, seed=seed + 200)} | tables | segments
+        weight = lora.a[0][seed % 3]
+        return Call(op, arguments | {"slice_offsets": lora.offsets}, [y], (weight, weight + 1), [lora])
 
     cache, tables = cache_arguments(seed, device)
     scalars = dict(zip(("num_layers", "layer_idx", "num_kv_heads", "page_size"), cache.scalars, strict=True))

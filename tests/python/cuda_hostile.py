@@ -69,6 +69,30 @@ def lora(dtype: torch.dtype) -> None:
         y.check(op.__name__)
 
 
+def add_lora(dtype: torch.dtype) -> None:
+    rows, h_in, h_out = chance.choice([(1, 64, 16), (33, 16, 200), (130, 96, 33), (700, 128, 128)])
+    rank, adapters, slices, segments = chance.choice([4, 16, 64]), 3, chance.choice([1, 2]), chance.choice([1, 7, 40])
+    weights = [torch.randn(2, rank * max(h_in, h_out), device="cuda").to(dtype) for _ in range(2 * adapters * slices)]
+    addresses = torch.tensor([w.data_ptr() for w in weights], device="cuda").view(2, slices, adapters)
+    x = Guarded((rows, h_in), dtype, chance.choice([0, 3, 8])).tensor
+    y = Guarded((rows, slices * h_out), dtype, chance.choice([0, 5, 8]))
+    ranks = garbage(torch.int32, slices * adapters, rank).view(slices, adapters)
+    capacity = rows + chance.choice([0, 9])
+    batch = pk.LoraBatch.of(
+        garbage(torch.int32, capacity, rows), garbage(torch.int32, segments, adapters),
+        garbage(torch.int32, segments + 1, capacity), chance.choice([None, garbage(torch.int32, 2, segments)]),
+    )  # fmt: skip
+    tables = (addresses[0].contiguous(), addresses[1].contiguous(), ranks, torch.ones(adapters, device="cuda"))
+    offsets = [h_out * s for s in range(slices + 1)]
+    pk.add_lora(y.tensor, x, *tables, batch, 1, offsets, max_rank=rank)
+    y.check("add_lora")
+    held = [Guarded((1, n), torch.int32) for n in (capacity, capacity, min(capacity, 4), min(capacity, 4) + 1, 2)]
+    indices = garbage(chance.choice([torch.int32, torch.int64]), rows, 3)
+    torch.ops.punica_kernels.update_lora_batch(indices, 3, *(t.tensor[0] for t in held))
+    for guarded in held:
+        guarded.check("update_lora_batch")
+
+
 def attention(dtype: torch.dtype) -> None:
     page_size, head_dim, batch = chance.choice([1, 3, 16, 64]), chance.choice([6, 64, 128, 256]), chance.choice([1, 9])
     layers, heads, group, pages = 2, 2, chance.choice([1, 4]), 12
@@ -111,6 +135,7 @@ def main() -> None:
     for turn in range(int(sys.argv[1]) if len(sys.argv) > 1 else 60):
         dtype = DTYPES[turn % len(DTYPES)]
         lora(dtype)
+        add_lora(dtype)
         attention(dtype)
     torch.cuda.synchronize()
     print("nothing beside the outputs was written")

@@ -7,7 +7,7 @@ import json
 
 import punica_kernels as pk
 import torch
-from op_cases import DTYPES, check_attention, check_bgmv, check_sgmv, make_cache, randn
+from op_cases import DTYPES, check_add_lora, check_attention, check_bgmv, check_sgmv, make_cache, randn
 from test_kv_cache import check_init_kv
 from test_norm import check as check_rms_norm
 
@@ -26,6 +26,9 @@ for dtype in DTYPES:
         for name in ("sgmv_shrink", "sgmv_cutlass"):
             check_sgmv(name, *shape, dtype)
             record(name)
+    for ranks in ([16, 8, 4], [32, 5, 100]):
+        check_add_lora(ranks, 70, [0, 40, 56], dtype, indices=[0, 2, 1, 1, 1, 1, 1, -1])
+        record("add_lora")
     for head_dim in (64, 6):
         for options in ({}, {"rope_theta": 1e4, "window_left": 9}):
             check_attention([21, 3], None, dtype, head_dim=head_dim, decode=True, **options)

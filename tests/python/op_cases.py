@@ -44,6 +44,27 @@ def beside(view: Tensor) -> Tensor:
     return torch.cat((wide[:, :3], wide[:, 3 + row :]), dim=1)
 
 
+# The operations by name, as functions of what torch's dispatcher takes.
+
+
+def add_lora(
+    y, x, a_ptr, b_ptr, ranks, scales, order, segment_adapter, segment_start, counts, layer_idx, slice_offsets=None, *,
+    a_layer_stride=None, b_layer_stride=None, b_row_stride=None, max_rank=512,
+):  # fmt: skip
+    batch = pk.LoraBatch.of(order, segment_adapter, segment_start, counts)
+    return pk.add_lora(
+        y, x, a_ptr, b_ptr, ranks, scales, batch, layer_idx, slice_offsets, a_layer_stride=a_layer_stride,
+        b_layer_stride=b_layer_stride, b_row_stride=b_row_stride, max_rank=max_rank,
+    )  # fmt: skip
+
+
+def public(op: str):
+    """The package's function, which takes the tensors of a LoraBatch one by one here."""
+    if op == "add_lora":
+        return add_lora
+    return pk.lora_batch._update_lora_batch if op == "update_lora_batch" else getattr(pk, op)
+
+
 # --------------------------------------------------------------------------------------------------------------- lora
 
 
@@ -111,6 +132,107 @@ def check_sgmv(
     for s, e in segments:
         covered[s:e] = True
     assert torch.equal(y.cpu()[~covered], y0.cpu()[~covered])
+    return y
+
+
+@dataclasses.dataclass
+class LoraTables:
+    """Adapters of one projection; a[s][i] is [L, r, h_in], b[s][i] is [L, h_out of slice s, r], None where left out."""
+
+    a: list[list[Tensor | None]]
+    b: list[list[Tensor | None]]
+    a_ptr: Tensor
+    b_ptr: Tensor
+    ranks: Tensor
+    scales: Tensor
+    offsets: list[int]
+    layer: int
+    options: dict
+
+    @property
+    def tables(self):
+        return self.a_ptr, self.b_ptr, self.ranks, self.scales
+
+
+def make_lora(
+    ranks, h_in, offsets, dtype, device="cpu", *, scales=None, layers=2, layer=1, padded=None, seed=0, std=1.0,
+) -> LoraTables:  # fmt: skip
+    """ranks: a list by adapter, or one such list a slice; rank 0 has an address that is never to be read.
+
+    padded: rows of B that far apart, and layers of A that many rows; what pads is NaN, as are the other layers.
+    """
+    slices = len(offsets) - 1
+    table = ranks if ranks and isinstance(ranks[0], (list, tuple)) else [ranks] * slices
+    rank_tensor = int32(ranks, device)
+    if scales is None:
+        scales = torch.rand(rank_tensor.shape, generator=generator(seed + 99)) * 2 - 1
+    a, b, options = [], [], {}
+    for s in range(slices):
+        a.append([])
+        b.append([])
+        h_out = offsets[s + 1] - offsets[s]
+        for i, r in enumerate(table[s]):
+            width = padded or r
+            memory = torch.full((layers, max(width, 1), h_in), math.nan, dtype=dtype, device=device)
+            memory[layer, :r] = std * randn(r, h_in, dtype=dtype, device=device, seed=1000 * seed + 10 * i + s)
+            a[s].append(memory)
+            memory = torch.full((layers, h_out, max(width, 1)), math.nan, dtype=dtype, device=device)
+            memory[layer, :, :r] = randn(h_out, r, dtype=dtype, device=device, seed=1000 * seed + 10 * i + s + 5)
+            b[s].append(memory)
+    if padded:
+        options = {"a_layer_stride": padded * h_in, "b_row_stride": padded}
+
+    def addresses(side):
+        # An adapter that has nothing to do has an address that nothing could be read from.
+        rows = [[t.data_ptr() if r else 4 for t, r in zip(side[s], table[s], strict=True)] for s in range(slices)]
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    return LoraTables(
+        a, b, addresses(a), addresses(b), rank_tensor, torch.as_tensor(scales, dtype=torch.float32).to(device),
+        list(offsets), layer, options,
+    )  # fmt: skip
+
+
+def add_lora_terms(y0: Tensor, x: Tensor, lora: LoraTables, indices) -> tuple[Tensor, Tensor]:
+    """The exact result in float64, by plain products and not by the library's reference, and the sums of |terms|."""
+    exact, terms = y0.double(), y0.double().abs()
+    slices = len(lora.offsets) - 1
+    ranks, scales = (t.expand(slices, t.shape[-1]).tolist() for t in (lora.ranks, lora.scales))
+    for t, i in enumerate(indices):
+        for s in range(slices):
+            if not 0 <= i < len(ranks[s]) or ranks[s][i] == 0 or 0 in (lora.a_ptr[s, i], lora.b_ptr[s, i]):
+                continue
+            r, columns = ranks[s][i], slice(lora.offsets[s], lora.offsets[s + 1])
+            a, b = lora.a[s][i][lora.layer, :r].double(), lora.b[s][i][lora.layer, :, :r].double()
+            exact[t, columns] += scales[s][i] * (b @ (a @ x[t].double()))
+            # What float32 loses in v is a part of the sum of |terms| of v.
+            terms[t, columns] += abs(scales[s][i]) * (b.abs() @ (a.abs() @ x[t].double().abs()))
+    return exact, terms
+
+
+def check_add_lora(
+    ranks, h_in, offsets, dtype, device="cpu", indices=(2, 0, -1, 1, 2, 2, 0, -7, 1), *, width=None, rows=None,
+    capacity=None, lora=None, **options,
+):  # fmt: skip
+    rows = rows or (lambda t: t)
+    lora = lora or make_lora(ranks, h_in, offsets, dtype, device, seed=h_in, **options)
+    width = lora.offsets[-1] if width is None else width
+    y0 = randn(len(indices), width, dtype=dtype, device=device, seed=1)
+    y, x = rows(y0), rows(randn(len(indices), h_in, dtype=dtype, device=device, seed=2))
+    batch = pk.LoraBatch(
+        torch.tensor(indices, dtype=torch.int64, device=device), lora.a_ptr.shape[1], capacity=capacity
+    )
+    exact, terms = add_lora_terms(y0, x, lora, indices)
+    reference_y = y0.double()
+    arguments = (x, *lora.tables, batch, lora.layer, lora.offsets)
+    reference.add_lora(reference_y, *arguments, **lora.options)
+    torch.testing.assert_close(reference_y, exact, rtol=1e-12, atol=1e-9)
+    pk.add_lora(y, *arguments, **lora.options)
+    assert_close(y, exact, terms=terms)
+    untouched = torch.tensor([not 0 <= i < lora.a_ptr.shape[1] for i in indices], dtype=torch.bool, device=device)
+    assert torch.equal(y[untouched], y0[untouched])
+    assert torch.equal(y[:, : lora.offsets[0]], y0[:, : lora.offsets[0]])
+    assert torch.equal(y[:, lora.offsets[-1] :], y0[:, lora.offsets[-1] :])
     return y
 
 

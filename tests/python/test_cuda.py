@@ -18,7 +18,7 @@ from conftest import DEVICES
 from cuda_cases import OPS, Call, make, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_cases import DTYPES, int32, make_adapters, make_cache, randn
+from op_cases import DTYPES, int32, make_adapters, make_cache, public, randn
 from test_errors import VALID, contents_cases
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def test_graph_of_several_calls(op):
 def test_other_stream(op):
     """The input is written late on the current stream; the default stream is idle all the while."""
     case = make(op, 1)
-    name = next(name for name in ("x", "q", "k", "input") if name in case.arguments)
+    name = next(name for name in ("x", "q", "k", "input", "indices") if name in case.arguments)
     late, expected = case.arguments[name].clone(), case.result()
     before = case.snapshot()
     case.arguments[name].zero_()
@@ -174,7 +174,7 @@ def test_checks_of_contents(wrong, checks):
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         before = [tensor.clone() for tensor in tensors]
         with pytest.raises(RuntimeError) as caught:
-            getattr(pk, wrong.op)(**arguments)
+            public(wrong.op)(**arguments)
         messages.append(str(caught.value))
         for tensor, old in zip(tensors, before, strict=True):
             assert torch.equal(tensor.view(torch.uint8), old.view(torch.uint8))

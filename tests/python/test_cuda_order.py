@@ -52,7 +52,7 @@ def test_stream_order_holds_for_everything(op):
 
 # Of adapters or tables. The attention kernels wait before they read anything, promise or not, and rms_norm reads
 # nothing that the promise is about.
-@pytest.mark.parametrize("op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "init_kv", "append_kv"])
+@pytest.mark.parametrize("op", ["dispatch_bgmv", "sgmv_shrink", "sgmv_cutlass", "add_lora", "init_kv", "append_kv"])
 def test_early_reads_reads_early(op):
     if pk.active_cuda_arch() != "sm_90":
         pytest.skip("the sm_80 path reads in stream order always")
@@ -120,6 +120,10 @@ def idle(op):
         case.arguments["indices"].fill_(-1)
     elif op.startswith("sgmv"):
         case.arguments["s_end"].copy_(case.arguments["s_start"])
+    elif op == "add_lora":
+        case.arguments["segment_adapter"].fill_(-1)
+    elif op == "update_lora_batch":
+        case.arguments["indices"] = case.arguments["indices"][:0]
     else:
         case.arguments["kv_indptr"].zero_()
     return case
@@ -146,6 +150,33 @@ def test_chain_through_a_call_without_work(op, early):
             last.run()
         assert same(last.snapshot(), expected)
         last.restore(before)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_an_updated_batch_is_seen(early, between):
+    """writer of indices -> update -> (another kernel ->) add_lora, which reads the batch early where it may."""
+    case, norm = make("add_lora", 0), make("rms_norm", 0)
+    indices, new = (torch.tensor([(i * k) % 3 for i in range(40)], device="cuda") for k in (1, 2))
+    batch = pk.LoraBatch(indices, 3)
+    old = indices.clone()
+    case.arguments |= {name: getattr(batch, name) for name in ("order", "segment_adapter", "segment_start", "counts")}
+    stale = case.result()
+    batch.update(new)
+    expected = case.result()
+    assert not same(stale, expected)
+    for _ in range(5):
+        indices.copy_(old)
+        batch.update(indices)
+        before = case.snapshot()
+        delayed_write(indices, new)
+        with promised(early):
+            batch.update(indices)
+            if between:
+                norm.run()
+            case.run()
+        assert same(case.snapshot(), expected)
+        case.restore(before)
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import int32, make_adapters, make_cache, randn
+from op_cases import int32, make_adapters, make_cache, make_lora, public, randn
 from torch import Tensor
 
 DTYPE = torch.bfloat16
@@ -73,6 +73,29 @@ def sgmv_arguments(device: str = "cpu") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def add_lora_arguments(device: str = "cpu") -> dict[str, Any]:
+    lora = make_lora([[4, 0, 3], [2, 5, 8]], 8, [0, 6, 16], DTYPE, device, scales=[0.5, 1.0, -2.0])
+    KEEP_ALIVE.append(lora)
+    return {
+        "y": torch.zeros(4, 16, dtype=DTYPE, device=device), "x": randn(4, 8, dtype=DTYPE, device=device),
+        "a_ptr": lora.a_ptr, "b_ptr": lora.b_ptr, "ranks": lora.ranks, "scales": lora.scales,
+        "order": int32([3, 0, 2, 1, -1], device), "segment_adapter": int32([-1, 0, 2, -1], device),
+        "segment_start": int32([0, 1, 3, 4, 0], device), "counts": int32([3, 3], device), "layer_idx": 1,
+        "slice_offsets": [0, 6, 16], "a_layer_stride": None, "b_layer_stride": None, "b_row_stride": None,
+        "max_rank": 512,
+    }  # fmt: skip
+
+
+def update_arguments(device: str = "cpu") -> dict[str, Any]:
+    def empty(n):
+        return torch.full((n,), -7, dtype=torch.int32, device=device)
+
+    return {
+        "indices": torch.tensor([2, 0, -1, 2], device=device), "num_adapters": 3, "batch_indices": empty(6),
+        "order": empty(6), "segment_adapter": empty(4), "segment_start": empty(5), "counts": empty(2),
+    }  # fmt: skip
+
+
 def norm_arguments(device: str = "cpu") -> dict[str, Any]:
     return {
         "output": torch.zeros(3, 16, dtype=DTYPE, device=device), "input": randn(3, 16, dtype=DTYPE, device=device),
@@ -90,6 +113,8 @@ VALID: dict[str, Callable[..., dict[str, Any]]] = {
     "dispatch_bgmv": bgmv_arguments,
     "sgmv_shrink": sgmv_arguments,
     "sgmv_cutlass": sgmv_arguments,
+    "add_lora": add_lora_arguments,
+    "update_lora_batch": update_arguments,
     "rms_norm": norm_arguments,
 }
 TENSORS = {op: [name for name, value in make().items() if isinstance(value, Tensor)] for op, make in VALID.items()}
@@ -98,6 +123,8 @@ TENSORS["batch_decode"].append("tmpbuf")
 WRITTEN = {
     "batch_prefill": ["o", "lse", "tmpbuf"], "batch_decode": ["o", "lse", "tmpbuf"], "init_kv": [], "append_kv": [],
     "dispatch_bgmv": ["y"], "sgmv_shrink": ["y", "tmp"], "sgmv_cutlass": ["y", "tmp"],
+    "add_lora": ["y"],
+    "update_lora_batch": ["batch_indices", "order", "segment_adapter", "segment_start", "counts"],
     "rms_norm": ["output", "residual"],
 }  # fmt: skip
 STRIDED = {"o", "q", "k", "v", "y", "x", "output", "input", "residual"}  # their rows may lie apart
@@ -113,7 +140,7 @@ def same_bits(a: Tensor) -> bytes:
 
 
 def ways(op: str):
-    yield getattr(pk, op)
+    yield public(op)
     yield getattr(torch.ops.punica_kernels, op)
 
 
@@ -179,6 +206,14 @@ def spread_rows(tensor: Tensor) -> Tensor:
     return torch.cat((tensor, tensor), dim=-1)[..., : tensor.shape[-1]]
 
 
+FREE_DTYPE = {("update_lora_batch", "indices")}  # both kinds of integers
+# Those that say what the others must be, and those with a bound only.
+FREE_EXTENT = {
+    ("add_lora", "a_ptr", 0), ("add_lora", "a_ptr", 1), ("add_lora", "order", 0), ("add_lora", "segment_adapter", 0),
+    ("update_lora_batch", "indices", 0), ("update_lora_batch", "order", 0), ("update_lora_batch", "segment_adapter", 0),
+}  # fmt: skip
+
+
 def tensor_cases():
     for op, names in TENSORS.items():
         for name in names:
@@ -198,7 +233,9 @@ def tensor_cases():
                 yield Wrong(op, name, f"dtype {dtype}", of(lambda t, dtype=dtype: t.to(dtype)), ("got",))
             valid = VALID[op]()[name]
             other = {DTYPE: torch.float16, torch.int64: torch.int32, torch.int32: torch.int64}.get(valid.dtype)
-            if other is not None and name not in ("y", "q", "k", "output"):  # those four say what T is
+            if (
+                other is not None and name not in ("y", "q", "k", "output") and (op, name) not in FREE_DTYPE
+            ):  # those four say what T is
                 yield Wrong(op, name, "dtype", of(lambda t, other=other: t.to(other)), (str(other)[6:], "got"))
             yield Wrong(op, name, "rank more", of(lambda t: t.unsqueeze(0)), ("shape", "got"))
             yield Wrong(
@@ -217,7 +254,7 @@ def tensor_cases():
                     ("q", 0), ("q", 1), ("k", 0), ("kv_ptrs", 0), ("y", 0), ("y", 1), ("x", 1), ("output", 0),
                     ("output", 1), ("w_ptr", 0), ("tmp", 0), ("last_page_offset", 0), ("q", 2), ("k", 2),
                 }  # fmt: skip
-                if (name, dim) not in free:
+                if (name, dim) not in free and (op, name, dim) not in FREE_EXTENT:
                     length = valid.shape[dim]
                     yield Wrong(
                         op, name, f"extent {dim} short", of(lambda t, d=dim: t.narrow(d, 0, t.shape[d] - 1)),
@@ -249,6 +286,9 @@ SCALARS = {
     "sm_scale": [math.nan, math.inf], "rope_theta": [0.0, -1.0, math.nan, math.inf],
     "rope_scale": [0.0, -2.0, math.nan, math.inf], "window_left": [-2], "logits_soft_cap": [-1.0, math.nan, math.inf],
     "scale": [math.nan, -math.inf, 1e300], "epsilon": [-1e-6, math.nan, math.inf],
+    "slice_offsets": [None, [], [0, 16], [0, 6, 17], [7, 6, 16], [-1, 6, 16], [0, 6, 16, 16], list(range(40))],
+    "a_layer_stride": [-1], "b_layer_stride": [-1], "b_row_stride": [-1], "max_rank": [0, -1],
+    "num_adapters": [-1, 2**31],
 }  # fmt: skip
 
 
@@ -258,7 +298,7 @@ def scalar_cases():
             if name in TENSORS[op]:
                 continue
             wrong = list(SCALARS[name])
-            if name == "layer_idx" and not op.endswith(("gmv", "shrink", "cutlass")):
+            if name == "layer_idx" and not op.endswith(("gmv", "shrink", "cutlass", "lora")):
                 wrong += [3, 2**40]  # num_layers is 3; LoRA knows no upper bound
             for bad in wrong:
                 # No page can have 0 heads, so k and v cannot be right either: whichever is named first.
@@ -325,6 +365,26 @@ def contents_cases():
         yield Wrong(op, "s_end", "backwards", changed("s_end", 1, 3), ("s_end[1]", "3"))
         yield Wrong(op, "s_end", "overlap", changed("s_end", 0, 5), ("segments 0 and 2", "overlap"))
 
+    yield Wrong("update_lora_batch", "indices", "index", changed("indices", 3, 3), ("indices[3]", "num_adapters", "3"))
+    op = "add_lora"
+    for index, value, words in [
+        (1, 4, ("order[1]", "rows of y", "4")), (2, 2**31 - 1, ("order[2]", "rows of y")),
+        (2, 0, ("order[2]", "row 0 a second time")), (3, -1, ("order[3]", "-1")),
+    ]:  # fmt: skip
+        yield Wrong(op, "order", f"[{index}] = {value}", changed("order", index, value), words)
+    yield Wrong(
+        op, "segment_adapter", "adapter", changed("segment_adapter", 2, 3), ("segment_adapter[2]", "num_adapters", "3")
+    )
+    for index, value in [(1, -1), (2, 0), (2, 6), (3, 1), (3, 6), (3, 2**31 - 1)]:
+        yield Wrong(op, "segment_start", f"[{index}] = {value}", changed("segment_start", index, value))
+    for index, value in [((0, 0), -1), ((1, 2), 513), ((0, 2), 2**31 - 1)]:
+        entry = f"ranks[{3 * index[0] + index[1]}]"
+        yield Wrong(op, "ranks", f"{index} = {value}", changed("ranks", index, value), (entry, "max_rank", str(value)))
+    for name in ("a_ptr", "b_ptr"):
+        yield Wrong(op, name, "alignment", changed(name, (1, 2), 1001), (f"{name}[5]", "2 bytes", "1001"))
+    yield Wrong(op, "max_rank", "below a rank", lambda a: 7, ("ranks[5]", "max_rank", "8"))
+    yield Wrong(op, "b_row_stride", "below a rank", lambda a: 7, ("ranks[5]", "b_row_stride", "8"))
+
 
 @pytest.mark.parametrize("op", VALID)
 def test_the_valid_call_is_valid(op):
@@ -354,7 +414,7 @@ def test_refused(wrong):
 def test_every_argument_has_cases():
     seen = {(wrong.op, wrong.argument) for wrong in cases()}
     for op in VALID:
-        for name in inspect.signature(getattr(pk, op)).parameters:
+        for name in inspect.signature(public(op)).parameters:
             assert (op, name) in seen or name == "indicies", f"{op}: {name} is not tested"
 
 
@@ -402,12 +462,12 @@ def test_overlap_is_exact():
     wide = torch.zeros(9, 40, dtype=DTYPE)
     for op in ("sgmv_shrink", "sgmv_cutlass"):
         arguments = sgmv_arguments() | {"y": wide[:, 4:20], "x": wide[:, 20:28]}
-        getattr(pk, op)(**arguments)
+        public(op)(**arguments)
         assert_refused(op, arguments | {"x": wide[:, 19:27]}, "y", "x", "overlap")
         assert_refused(op, arguments | {"x": wide[:, 0:8]}, "y", "x", "overlap")
         # Other strides in the same memory: rows of 8 in what y's rows leave free, and then one that is not free.
         flat = wide.flatten()
-        getattr(pk, op)(**arguments | {"x": flat.as_strided((9, 8), (40, 1), 28)})
+        public(op)(**arguments | {"x": flat.as_strided((9, 8), (40, 1), 28)})
         assert_refused(op, arguments | {"x": flat.as_strided((9, 8), (8, 1), 0)}, "overlap")
     x = torch.zeros(4, 16, dtype=DTYPE)
     weight = torch.ones(8, dtype=DTYPE)
@@ -454,12 +514,12 @@ def test_workspace_too_small_names_the_bytes():
         for options in ({}, {"rope_theta": 1e4}):
             arguments = VALID[op]() | options | {"tmpbuf": torch.zeros(0, dtype=torch.uint8)}
             try:
-                getattr(pk, op)(**arguments)
+                public(op)(**arguments)
             except RuntimeError as error:
                 needed = int(re.search(r"tmpbuf must have at least (\d+) bytes, got 0", str(error)).group(1))
                 arguments["tmpbuf"] = torch.zeros(needed - 1, dtype=torch.uint8)
                 assert_refused(op, arguments, "tmpbuf", f"{needed} bytes", f"got {needed - 1}")
-                getattr(pk, op)(**arguments | {"tmpbuf": torch.zeros(needed, dtype=torch.uint8)})
+                public(op)(**arguments | {"tmpbuf": torch.zeros(needed, dtype=torch.uint8)})
     with pytest.raises(RuntimeError, match=r"punica_kernels.sgmv_cutlass_tmp_size: num_segments .* got -1"):
         pk.sgmv_cutlass_tmp_size(-1)
 
@@ -473,7 +533,7 @@ def test_requires_grad(op):
         arguments[name] = arguments[name].requires_grad_()
         assert_refused(op, arguments, name, "no backward; use torch.no_grad()")
         with torch.no_grad():
-            getattr(pk, op)(**arguments)
+            public(op)(**arguments)
 
 
 @pytest.mark.parametrize("op", VALID)
@@ -497,8 +557,12 @@ def test_lazy_views(op):
 @pytest.mark.parametrize("op", VALID)
 def test_wrong_python_types(op):
     for name, value in VALID[op]().items():
-        if name in ("tmp", "tmpbuf", "lse", "residual", "sm_scale", "rope_theta"):
+        if name in ("tmp", "tmpbuf", "lse", "residual", "sm_scale", "rope_theta") or name.endswith("_stride"):
             bad = ["text"]
+        elif name == "slice_offsets":
+            bad = ["text", 3, [0, "text", 16], [0, 6.5, 16]]
+        elif op == "add_lora" and name == "counts":
+            bad = ["text", [1.0]]
         elif isinstance(value, Tensor):
             bad = [None, [1.0], 3]
         else:
@@ -507,7 +571,7 @@ def test_wrong_python_types(op):
             arguments = VALID[op]() | {name: wrong}
             assert_refused(op, arguments, error=(RuntimeError, TypeError), prefix=False)
     with pytest.raises(TypeError):
-        getattr(pk, op)()
+        public(op)()
 
 
 def test_the_two_spellings():

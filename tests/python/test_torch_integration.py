@@ -8,7 +8,7 @@ import time
 import punica_kernels as pk
 import pytest
 import torch
-from op_cases import int32, make_adapters, make_cache, randn
+from op_cases import int32, make_adapters, make_cache, public, randn
 from punica_kernels import _library
 from test_errors import TENSORS, VALID, WRITTEN
 from torch import Tensor
@@ -52,7 +52,7 @@ def test_schema_declares_what_is_written(op):
 @pytest.mark.parametrize("op", OPS)
 def test_both_ways_agree(op):
     direct, through = VALID[op](), VALID[op]()
-    getattr(pk, op)(**direct)
+    public(op)(**direct)
     getattr(torch.ops.punica_kernels, op)(**through)
     for name in WRITTEN[op]:
         if direct[name] is not None:
@@ -65,7 +65,8 @@ def test_both_ways_agree(op):
 KERNELS = {
     "batch_prefill": pk.attention._prefill, "batch_decode": pk.attention._decode, "init_kv": pk.kv_cache._init_kv,
     "append_kv": pk.kv_cache._append_kv, "dispatch_bgmv": pk.lora._bgmv, "sgmv_shrink": pk.lora._shrink,
-    "sgmv_cutlass": pk.lora._cutlass, "rms_norm": pk.norm._rms_norm,
+    "sgmv_cutlass": pk.lora._cutlass, "add_lora": pk.lora._add_lora, "update_lora_batch": pk.lora_batch._update,
+    "rms_norm": pk.norm._rms_norm,
 }  # fmt: skip
 
 
@@ -81,12 +82,12 @@ def test_ordinary_calls_take_the_direct_way(op, monkeypatch):
 
     monkeypatch.setattr(KERNELS[op], "held", long_way)
     monkeypatch.setattr(KERNELS[op], "released", long_way)
-    getattr(pk, op)(**VALID[op]())
+    public(op)(**VALID[op]())
     with torch.inference_mode():
-        getattr(pk, op)(**VALID[op]())
+        public(op)(**VALID[op]())
     arguments = VALID[op]()
     with pytest.raises(pytest.fail.Exception), PassingMode():
-        getattr(pk, op)(**arguments)
+        public(op)(**arguments)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -97,10 +98,10 @@ def test_direct_calls_keep_nothing(op):
     def counts():
         return [sys.getrefcount(value) for value in objects]
 
-    getattr(pk, op)(**arguments)
+    public(op)(**arguments)
     before = counts()
     for _ in range(100):
-        getattr(pk, op)(**arguments)
+        public(op)(**arguments)
     after = counts()
     # Others may make and free some meanwhile, but not one at every call.
     assert all(abs(b - a) < 50 for a, b in zip(before, after, strict=True))
@@ -113,7 +114,16 @@ def test_refused_direct_calls_keep_nothing(op):
     wrong = arguments | {first: arguments[first][None]}
     objects = [*wrong.values(), *map(type, wrong.values()), None, True, False, RuntimeError]
     direct, before = KERNELS[op].shortcut, None
-    count = {"init_kv": 11, "append_kv": 10, "dispatch_bgmv": 7, "rms_norm": 6, "batch_decode": 17, "batch_prefill": 18}
+    count = {
+        "add_lora": 17,
+        "update_lora_batch": 8,
+        "init_kv": 11,
+        "append_kv": 10,
+        "dispatch_bgmv": 7,
+        "rms_norm": 6,
+        "batch_decode": 17,
+        "batch_prefill": 18,
+    }
     values = [*wrong.values(), *[0] * 18][: count.get(op, 8)]
     for _ in range(100):
         assert direct(*values) is False
@@ -231,7 +241,7 @@ def test_make_fx(op):
     assert any(node.target is overload(op) for node in graph.graph.nodes)
 
     def function(*a):
-        getattr(pk, op)(*a, **kwargs)
+        public(op)(*a, **kwargs)
 
     graph = make_fx(function)(*args)
     assert any(node.target is overload(op) for node in graph.graph.nodes)
@@ -243,8 +253,8 @@ def test_fake_tensors(op):
     real = VALID[op]()
     with FakeTensorMode() as mode:
         arguments = tree_map_only(Tensor, mode.from_tensor, real)
-        assert getattr(pk, op)(**arguments) is None
-    assert getattr(pk, op)(**arguments) is None
+        assert public(op)(**arguments) is None
+    assert public(op)(**arguments) is None
 
 
 # ---------------------------------------------------------------------------------------------- modes and subclasses
@@ -261,7 +271,7 @@ def test_dispatch_mode_sees_the_op(op):
 
     arguments = VALID[op]()
     with Recorder():
-        getattr(pk, op)(**arguments)
+        public(op)(**arguments)
     assert overload(op) in seen
 
 
@@ -288,7 +298,7 @@ class Named(Tensor):
 @pytest.mark.parametrize("op", OPS)
 def test_subclasses(op):
     expected = VALID[op]()
-    getattr(pk, op)(**expected)
+    public(op)(**expected)
     for name in TENSORS[op]:
         for make in (Wrapper, lambda t: t.as_subclass(Named), torch.nn.Parameter):
             arguments = VALID[op]()
@@ -297,7 +307,7 @@ def test_subclasses(op):
                 continue
             arguments[name] = make(plain)
             with torch.no_grad():
-                getattr(pk, op)(**arguments)
+                public(op)(**arguments)
             arguments[name] = plain
             for written in WRITTEN[op]:
                 if written not in ("tmp", "tmpbuf"):
@@ -343,7 +353,7 @@ def test_compiling_with_a_tensor_that_requires_grad_is_refused():
 
 @pytest.mark.parametrize("op", OPS)
 def test_version_counter(op):
-    for way in (getattr(pk, op), getattr(torch.ops.punica_kernels, op)):
+    for way in (public(op), getattr(torch.ops.punica_kernels, op)):
         arguments = VALID[op]()
         before = {n: v._version for n, v in arguments.items() if isinstance(v, Tensor)}
         way(**arguments)
@@ -366,11 +376,11 @@ def test_backward_notices_an_overwritten_input():
 def test_inference_mode(op):
     with torch.inference_mode():
         arguments = VALID[op]()
-        getattr(pk, op)(**arguments)
+        public(op)(**arguments)
         getattr(torch.ops.punica_kernels, op)(**arguments)
-    getattr(pk, op)(**arguments)  # inference tensors have no version counter, outside of the mode either
+    public(op)(**arguments)  # inference tensors have no version counter, outside of the mode either
     with torch.inference_mode():
-        getattr(pk, op)(**VALID[op]())
+        public(op)(**VALID[op]())
 
 
 # --------------------------------------------------------------------------------------------------- settings, threads
@@ -437,7 +447,7 @@ def test_long_calls_release_the_gil(threads):
 
 
 def test_short_calls_hold_the_gil():
-    for family in (pk.lora._bgmv, pk.lora._shrink, pk.attention._decode, pk.kv_cache._append_kv, pk.norm._rms_norm):
+    for family in (pk.lora._bgmv, pk.lora._add_lora, pk.attention._decode, pk.kv_cache._append_kv, pk.norm._rms_norm):
         assert family.held.release_gil is False
         assert family.released.release_gil is True
 

@@ -1,7 +1,7 @@
 """A small serving engine over punica_kernels: one Llama-family model, many LoRA adapters, one continuous batch.
 
 checkpoint.py   a Hugging Face folder or a GGUF file, taken exactly or refused
-adapters.py     PEFT adapters in the kernels' layouts; LoRA of a mixed batch    sgmv_shrink, sgmv_cutlass, dispatch_bgmv
+adapters.py     the adapters, and the LoRA of a mixed batch       AdapterSet, LoraBatch, add_lora
 kv_cache.py     the pool of pages and the page tables
 graph.py        decoding under CUDA graphs
 model.py        the forward pass              rms_norm, init_kv, batch_prefill, append_kv, batch_decode
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .adapters import Adapters
+from .adapters import MAX_ADAPTERS, Adapters
 from .checkpoint import Weights, open_checkpoint
 from .errors import EngineError
 from .kv_cache import KvCache, page_bytes
@@ -36,11 +36,13 @@ def load_engine(
     num_pages: int | None = None,
     kv_memory: int = 512 << 20,
     max_batch: int = 64,
+    max_adapters: int = MAX_ADAPTERS,
     cuda_graphs: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Engine:
     """An engine for a checkpoint and its adapters (name -> PEFT folder).
 
+    Up to `max_adapters` adapters, or as many as are given, can be loaded at once: more may come and go later.
     The KV pool has `num_pages` pages of `page_size` tokens; without it, as many as fit into `kv_memory` bytes.
     On CUDA, decoding runs under CUDA graphs unless `cuda_graphs` is off.
     `progress` is told in a few words what is being loaded.
@@ -49,8 +51,10 @@ def load_engine(
     device = torch.device(device)
     progress("checkpoint (a GGUF file is converted once and then kept)")
     checkpoint = open_checkpoint(model, dtype)
-    pool = Adapters(checkpoint.config, dtype, device)  # before the weights: mistakes in small files show at once
-    for name, path in (adapters or {}).items():
+    adapters = adapters or {}
+    # Before the weights: mistakes in small files show at once.
+    pool = Adapters(checkpoint.config, dtype, device, max(max_adapters, len(adapters)))
+    for name, path in adapters.items():
         progress(f"adapter {name}")
         pool.load(name, Path(path).expanduser())
     if page_size < 1:

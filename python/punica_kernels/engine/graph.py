@@ -13,7 +13,7 @@ from torch import Tensor
 
 import punica_kernels as pk
 
-from .adapters import Adapters, DecodeLora
+from .adapters import Adapters, Lora
 from .kv_cache import PageTable
 from .model import Batch, Llama
 
@@ -55,7 +55,7 @@ class StepTables:
 @dataclass(frozen=True)
 class Captured:
     tables: StepTables
-    lora: DecodeLora
+    lora: Lora
     graph: torch.cuda.CUDAGraph
     logits: Tensor
 
@@ -67,7 +67,7 @@ class DecodeGraphs:
         self.model, self.adapters = model, adapters
         self.num_pages, self.page_size = num_pages, page_size
         self.captured: dict[int, Captured] = {}
-        self.num_adapters = len(adapters.names)
+        self.rank_bound = adapters.set.rank_bound
         with torch.cuda.device(model.device):
             # One of this device: torch's own stream for captures belongs to the device of the first capture.
             self.stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
@@ -79,9 +79,9 @@ class DecodeGraphs:
 
         The next call overwrites it.
         """
-        if self.num_adapters != len(self.adapters.names):  # the tables that the graphs hold are those of before
+        if self.rank_bound != self.adapters.set.rank_bound:  # the graphs have the one of before
             self.captured.clear()
-            self.num_adapters = len(self.adapters.names)
+            self.rank_bound = self.adapters.set.rank_bound
         rows = len(batch.tokens)
         size = 1 << (rows - 1).bit_length()
         with torch.cuda.device(self.model.device):
@@ -96,10 +96,10 @@ class DecodeGraphs:
     def _capture(self, size: int) -> Captured:
         device = self.model.device
         tables = StepTables(size, self.num_pages, self.page_size, device)
-        lora = DecodeLora(self.adapters, [], capacity=size)
+        lora = Lora(self.adapters, [], capacity=size)
         batch = Batch(tables.tokens, tables.positions, tables.pages, lora)
         # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
-        # tables are written before a replay, in stream order, and adapters never.
+        # tables, those of adapters that come and go too, are written before a replay, in stream order.
         with pk.early_reads():
             self.stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self.stream):

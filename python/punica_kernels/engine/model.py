@@ -14,7 +14,7 @@ from torch import Tensor
 
 import punica_kernels as pk
 
-from .adapters import DecodeLora, PrefillLora
+from .adapters import Lora
 from .checkpoint import ModelConfig
 from .kv_cache import PageTable
 
@@ -26,7 +26,7 @@ class Batch:
     tokens: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
     pages: PageTable
-    lora: DecodeLora | PrefillLora
+    lora: Lora
     qo_indptr: Tensor | None = None  # int32 [B + 1]: rows of each sequence; None: one each (decode)
 
 
@@ -106,7 +106,7 @@ class Llama:
         """Logits [B, vocab] of each sequence's last row, float32. Keys and values of all rows go into their pages."""
         config, pages = self.config, batch.pages
         num_q, num_kv = config.num_heads, config.num_kv_heads
-        q_size, kv_size = num_q * config.head_dim, num_kv * config.head_dim
+        q_size = num_q * config.head_dim
         cos, sin = self.cos[batch.positions, None], self.sin[batch.positions, None]
         lora = batch.lora.apply
 
@@ -117,9 +117,7 @@ class Llama:
         for i, layer in enumerate(self.layers):
             pk.rms_norm(hidden, delta, layer.input_norm, config.rms_norm_eps, residual=residual)
             qkv = layer.qkv_proj(hidden)
-            lora("q_proj", i, hidden, qkv[:, :q_size])
-            lora("k_proj", i, hidden, qkv[:, q_size : q_size + kv_size])
-            lora("v_proj", i, hidden, qkv[:, q_size + kv_size :])
+            lora("qkv_proj", i, hidden, qkv)
             heads = qkv.view(len(qkv), -1, config.head_dim)
             q, k, v = heads[:, :num_q], heads[:, num_q : num_q + num_kv], heads[:, num_q + num_kv :]
             # Rotated here and not in the kernels: the cache then holds keys for every kind of rope scaling.
@@ -139,9 +137,8 @@ class Llama:
 
             pk.rms_norm(hidden, delta, layer.post_attention_norm, config.rms_norm_eps, residual=residual)
             gate_up = layer.gate_up_proj(hidden)
+            lora("gate_up_proj", i, hidden, gate_up)
             gate, up = gate_up[:, : config.intermediate_size], gate_up[:, config.intermediate_size :]
-            lora("gate_proj", i, hidden, gate)
-            lora("up_proj", i, hidden, up)
             activated = F.silu(gate).mul_(up)
             delta = layer.down_proj(activated)
             lora("down_proj", i, activated, delta)

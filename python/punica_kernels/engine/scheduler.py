@@ -1,15 +1,17 @@
 """Continuous batching: requests of any adapter join the batch when the page pool has room, and leave when done."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapters, DecodeLora, PrefillLora
+from .adapters import Adapters, Lora
 from .errors import EngineError
 from .graph import DecodeGraphs
 from .kv_cache import KvCache
@@ -78,7 +80,7 @@ class Engine:
         self.running: list[Request] = []
         self.requests: list[Request] = []
         self.statistics = Statistics()
-        self._decode_lora: DecodeLora | None = None
+        self._decode_lora: Lora | None = None
         self.graphs: DecodeGraphs | None = None
         if cuda_graphs and model.device.type == "cuda":
             self.graphs = DecodeGraphs(model, adapters, cache.num_pages, cache.page_size)
@@ -104,6 +106,17 @@ class Engine:
         self.requests.append(request)
         self.waiting.append(request)
         return request
+
+    def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Loads a PEFT folder; requests that are added from now on may name it. EngineError if it cannot be served."""
+        self.adapters.load(name, Path(path).expanduser())
+
+    def remove_adapter(self, name: str) -> None:
+        """EngineError if there is no such adapter, or if a request that is not done yet uses it."""
+        self.adapters.id(name)
+        if users := sum(request.adapter == name for request in (*self.waiting, *self.running)):
+            raise EngineError(f"adapter {name} is in use by {users} request{'s' if users > 1 else ''}")
+        self.adapters.remove(name)
 
     def _most_tokens(self, request: Request) -> int:
         """Positions that the request can fill at most: the last token is only given out, never read back."""
@@ -150,8 +163,7 @@ class Engine:
             joining.append(self.waiting.popleft())
         self.statistics.peak_pages = max(self.statistics.peak_pages, self.cache.num_pages - len(self.cache.free))
         self.statistics.peak_batch = max(self.statistics.peak_batch, len(self.running) + len(joining))
-        # Prompts of one adapter side by side are one LoRA segment.
-        return sorted(joining, key=lambda request: request.adapter_id)
+        return joining
 
     def _prefill_batch(self, requests: list[Request]) -> Batch:
         device = self.model.device
@@ -162,7 +174,7 @@ class Engine:
             tokens=torch.tensor([token for request in requests for token in request.prompt_tokens], device=device),
             positions=torch.cat(positions).to(device),
             pages=self.cache.table([(r.pages, length) for r, length in zip(requests, lengths, strict=True)]),
-            lora=PrefillLora(self.adapters, [request.adapter_id for request in requests], lengths),
+            lora=Lora(self.adapters, [request.adapter_id for request in requests], lengths),
             qo_indptr=indptr.to(device, torch.int32),
         )
 
@@ -170,12 +182,12 @@ class Engine:
         ids = [request.adapter_id for request in self.running]
         if self._decode_lora is None:  # only when somebody has joined or left
             # A graph has its own.
-            self._decode_lora = DecodeLora(self.adapters, ids if self.graphs is None else [])
+            self._decode_lora = Lora(self.adapters, ids if self.graphs is None else [])
         if self.graphs is None:
             return self.model.forward(self._decode_batch(self._decode_lora, self.model.device))
         return self.graphs.forward(self._decode_batch(self._decode_lora, torch.device("cpu")), ids)
 
-    def _decode_batch(self, lora: DecodeLora, device: torch.device) -> Batch:
+    def _decode_batch(self, lora: Lora, device: torch.device) -> Batch:
         # The newest token has no keys yet: it takes the next position.
         lengths = [len(request.prompt_tokens) + len(request.tokens) for request in self.running]
         sequences = [(request.pages, length) for request, length in zip(self.running, lengths, strict=True)]

@@ -53,7 +53,7 @@ MISTAKES = {
         "expected a Hugging Face folder or a .gguf file",
     ),
     "empty folder": (["--model", "{folder}/broken", "--prompt", "hi"], "config.json: No such file"),
-    "nothing to do": ([*GOOD], "give --prompt or --prompts"),
+    "nothing to do": ([*GOOD], "give --prompt, --prompts or --interactive"),
     "missing adapter": ([*GOOD, "--adapter", "two={folder}/nothing", "--prompt", "hi"], "adapter two .*no such folder"),
     "broken adapter": (
         [*GOOD, "--adapter", "two={folder}/broken", "--prompt", "hi"],
@@ -73,6 +73,7 @@ MISTAKES = {
         "needs 3 pages, the pool has 1",
     ),
     "no pool": ([*GOOD, "--num-pages", "0", "--prompt", "hi"], "no page"),
+    "JSON and lines": ([*GOOD, "--interactive", "--json"], "--json: not with --interactive"),
     "no batch": ([*GOOD, "--max-batch", "0", "--prompt", "hi"], "--max-batch"),
     "page size": ([*GOOD, "--page-size", "0", "--prompt", "hi"], "page_size"),
     "no tokens": ([*GOOD, "--max-tokens", "0", "--prompt", "hi"], "max_tokens must be >= 1"),
@@ -158,6 +159,46 @@ def test_lines(capsys, files):
     assert all(re.match(r"\[(0 one|1 base|2 base)\] ", line) for line in lines)
     assert {line[1] for line in lines} == {"0", "1", "2"}
     assert re.match(r"3 requests, 20 prompt tokens, \d+ generated in .* tokens/s .* LoRA [\d.]+ % of the time", last)
+
+
+def interactive(capsys, monkeypatch, files, lines, *arguments):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(line.format(**files) for line in lines)))
+    return run(capsys, files, *GOOD[:2], *GOOD[4:], "--interactive", *arguments)
+
+
+def test_interactive(capsys, files, monkeypatch):
+    """Adapters come and go between requests; a mistake is one line, and the next line is answered all the same."""
+    lines = [
+        "/adapters", "@one hello", "/add one={one}", "/adapters", "@one hello", "hello", "", "/add one={one}",
+        "/add two={folder}/broken", "/remove two", "/remove one", "@one hello", "/remove", "/shout", "//hello",
+        "/add one={one}", "@one hello", "/quit", "never answered",
+    ]  # fmt: skip
+    code, out, err = interactive(capsys, monkeypatch, files, lines)
+    assert (code, err) == (0, "")
+    texts = {}
+    for adapter in (None, "one"):
+        _, result, _ = run(capsys, files, *GOOD, "--prompt", f"@{adapter} hello" if adapter else "hello", "--json")
+        texts[adapter] = json.loads(result)["requests"][0]["text"]
+    assert texts[None] != texts["one"]
+    expected = [
+        "no adapters", "error: no adapter named 'one' (none loaded)", "adapter one is loaded", "one", texts["one"],
+        texts[None], "error: adapter one is given twice", r"error: .*broken/adapter_config.json: No such file.*",
+        r"error: no adapter named 'two' \(one loaded\)", "adapter one is gone",
+        r"error: no adapter named 'one' \(none loaded\)", "error: expected /remove NAME",
+        r"error: unknown command '/shout'; .*", ".*", "adapter one is loaded", texts["one"],
+        r"4 requests, 21 prompt tokens, .*",
+    ]  # fmt: skip
+    expected = [e if "*" in e or "\\" in e else re.escape(e) for e in expected]
+    assert re.fullmatch("\n".join(expected) + "\n", out, re.DOTALL), out
+
+
+def test_interactive_after_prompts(capsys, files, monkeypatch):
+    code, out, _ = interactive(capsys, monkeypatch, files, ["hello"], "--prompt", "first")
+    assert code == 0
+    assert re.search(r"^\[0 base\] ", out, re.MULTILINE)
+    assert "2 requests, 10 prompt tokens" in out
+    code, out, _ = interactive(capsys, monkeypatch, files, [])
+    assert (code, out) == (0, "")
 
 
 def test_panes(files):

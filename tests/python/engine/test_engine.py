@@ -10,10 +10,7 @@ from punica_kernels.engine import EngineError, SamplingParams, load_engine
 from punica_kernels.engine.checkpoint import MODULES
 from punica_kernels.engine.sampling import Sampler, TextStream
 
-OPS = (
-    *("batch_prefill", "batch_decode", "init_kv", "append_kv"),
-    *("dispatch_bgmv", "sgmv_cutlass", "sgmv_cutlass_tmp_size", "sgmv_shrink", "rms_norm"),
-)
+OPS = ("batch_prefill", "batch_decode", "init_kv", "append_kv", "add_lora", "rms_norm")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -238,6 +235,56 @@ def test_requests_join_and_leave(served, device, fresh):
     assert [len(r.tokens) for r in together] == lengths
     assert max(sizes) >= 2
     assert sizes[-1] == 0
+
+
+def test_adapters_come_and_go(served, device):
+    """Between requests, while others run; one that is in use stays."""
+    folder, adapters = served
+    engine = load_engine(folder, {"all": adapters["all"]}, dtype=torch.float32, page_size=4, device=device)
+    everything = load_engine(folder, adapters, dtype=torch.float32, page_size=4, device=device)
+    engine.stop_tokens = everything.stop_tokens = frozenset()
+    prompt = tokens(9)[0]
+
+    def ask(from_engine, name, max_tokens=10):
+        return from_engine.add(prompt, name, SamplingParams(max_tokens=max_tokens))
+
+    def finish(from_engine, request):
+        list(from_engine.run())
+        return request.tokens
+
+    expected = {name: finish(everything, ask(everything, name)) for name in (None, *adapters)}
+    assert len({tuple(found) for found in expected.values()}) > 2
+    with pytest.raises(EngineError, match=r"no adapter named 'patterns' \(all loaded\)"):
+        ask(engine, "patterns")
+    running = ask(engine, "all")
+    engine.step()
+    engine.step()
+    engine.add_adapter("patterns", adapters["patterns"])  # while a request runs
+    joined = ask(engine, "patterns")
+    with pytest.raises(EngineError, match=r"adapter all is in use by 1 request$"):
+        engine.remove_adapter("all")
+    with pytest.raises(EngineError, match=r"adapter patterns is in use by 1 request$"):
+        engine.remove_adapter("patterns")
+    assert finish(engine, running) == expected["all"]
+    assert joined.tokens == expected["patterns"]
+    engine.remove_adapter("all")
+    with pytest.raises(EngineError, match="no adapter named 'all'"):
+        engine.remove_adapter("all")
+    for name in ("layers", "rslora"):
+        engine.add_adapter(name, adapters[name])
+        assert finish(engine, ask(engine, name)) == expected[name]
+        assert finish(engine, ask(engine, None)) == expected[None]
+    assert finish(engine, ask(engine, "patterns")) == expected["patterns"]
+    with pytest.raises(EngineError, match="no such folder"):
+        engine.add_adapter("new", folder / "nothing")
+
+
+def test_more_adapters_than_slots(served):
+    folder, adapters = served
+    engine = load_engine(folder, adapters, dtype=torch.float32, max_adapters=2)
+    assert engine.adapters.names == list(adapters)
+    with pytest.raises(EngineError, match="all 4 slots are taken"):
+        engine.add_adapter("fifth", adapters["all"])
 
 
 def test_context_end(served):

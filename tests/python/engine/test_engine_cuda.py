@@ -47,7 +47,7 @@ def test_graphs_follow_new_adapters(served):  # noqa: F811
         return request.tokens
 
     before = ask("all"), ask(None)
-    engine.adapters.load("patterns", adapters["patterns"])
+    engine.add_adapter("patterns", adapters["patterns"])
     after = ask("all"), ask(None)
     with_new = ask("patterns")
     assert after == before

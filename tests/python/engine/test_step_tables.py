@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from punica_kernels.engine.adapters import NO_ADAPTER, DecodeLora
 from punica_kernels.engine.graph import StepTables
 from punica_kernels.engine.kv_cache import PageTable
 from punica_kernels.engine.model import Batch
@@ -39,32 +38,3 @@ def test_set(size):
         assert (tables.pages.kv_indptr[rows:] == count).all()
         assert torch.equal(tables.pages.last_page_offset[:rows], pages.last_page_offset)
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(kept[:2], (tables.tokens, tables.positions), strict=True))
-
-
-class Group:
-    def __init__(self, *members):
-        self.members = frozenset(members)
-
-
-class Loaded:
-    """As much of Adapters as DecodeLora asks for."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, groups):
-        self.groups = groups
-
-
-def test_adapter_of_each_row():
-    both, one = Group(0, 1), Group(1)
-    lora = DecodeLora(Loaded({"q_proj": [both], "v_proj": [both, one]}), [], capacity=4)
-    lora.set([1, 0, NO_ADAPTER])
-    assert lora.indices[both.members].tolist() == [1, 0, NO_ADAPTER, NO_ADAPTER]
-    assert lora.indices[one.members].tolist() == [1, NO_ADAPTER, NO_ADAPTER, NO_ADAPTER]
-    lora.set([0])
-    assert lora.indices[both.members].tolist() == [0] + [NO_ADAPTER] * 3
-    assert [group for group, _ in lora.calls["v_proj"]] == [both, one]
-    assert lora.calls["q_proj"][0][1].data_ptr() == lora.calls["v_proj"][0][1].data_ptr()
-    # Without a capacity, only who is in the batch.
-    assert list(DecodeLora(Loaded({"q_proj": [both], "v_proj": [one]}), [0, 0]).indices) == [both.members]
-    assert DecodeLora(Loaded({}), [NO_ADAPTER]).indices == {}

@@ -1,0 +1,289 @@
+// Times add_lora: graphs of calls over weights, x and y that rotate over more than four times the L2. Columns, us a
+// call: `chain`, calls after each other with early_reads; `default`, without; `alone`, each call between kernels that
+// are no programmatic dependents (their own time, measured without the calls, is taken off); `two`, alone, the same by
+// shrink and expand (dispatch_bgmv up to 256 rows, sgmv_shrink otherwise), where all ranks are equal and there is one
+// slice; `floor`, 1.5 us and the bytes: weights of each adapter and x once at 4.5 TB/s, y read and written at 4.13.
+// Usage: add_lora_probe [part of a work's name]
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "punica/add_lora.h"
+#include "punica/cuda.h"
+#include "src/cuda/backend.h"
+
+namespace {
+
+void must(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+void must(const punica::Status& status) {
+  if (status.ok()) return;
+  std::printf("%s\n", status.message().c_str());
+  std::exit(1);
+}
+
+__global__ void nothing() {}
+
+__global__ void fill(uint16_t* data, size_t count) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
+    data[i] = static_cast<uint16_t>(0x3c00 + (i * 2654435761u >> 20) % 512 + (i * 40503u >> 7) % 2 * 0x8000);
+  }
+}
+
+template <class E>
+E* on_device(const std::vector<E>& from) {
+  E* to;
+  must(cudaMalloc(&to, from.size() * sizeof(E)));
+  must(cudaMemcpy(to, from.data(), from.size() * sizeof(E), cudaMemcpyHostToDevice));
+  return to;
+}
+
+uint16_t* numbers(size_t count) {
+  uint16_t* to;
+  must(cudaMalloc(&to, count * 2));
+  fill<<<1024, 256>>>(to, count);
+  return to;
+}
+
+punica::TensorView view(void* data, punica::DType dtype, std::vector<int64_t> shape) {
+  punica::TensorView v;
+  v.data = data;
+  v.dtype = dtype;
+  v.device = {punica::DeviceType::kCuda, 0};
+  v.rank = static_cast<int>(shape.size());
+  int64_t stride = 1;
+  for (int i = v.rank - 1; i >= 0; --i) {
+    v.shape[i] = shape[i];
+    v.stride[i] = stride;
+    stride *= shape[i];
+  }
+  return v;
+}
+
+// Median microseconds of a graph of what `record` puts into the stream.
+double time_graph(const std::function<void(cudaStream_t)>& record) {
+  cudaStream_t stream;
+  must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  record(stream);
+  must(cudaStreamEndCapture(stream, &graph));
+  must(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  must(cudaEventCreate(&begin));
+  must(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < 15; ++i) {
+    must(cudaEventRecord(begin, stream));
+    must(cudaGraphLaunch(exec, stream));
+    must(cudaEventRecord(end, stream));
+    must(cudaEventSynchronize(end));
+    float ms;
+    must(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 3) times.push_back(ms * 1000);
+  }
+  std::sort(times.begin(), times.end());
+  must(cudaGraphExecDestroy(exec));
+  must(cudaGraphDestroy(graph));
+  must(cudaStreamDestroy(stream));
+  return times[times.size() / 2];
+}
+
+struct Work {
+  const char* name;
+  int64_t rows, h_in;
+  std::vector<int64_t> widths;  // of the slices
+  int adapters;
+  bool in_turn;  // rows take adapters in turn; otherwise neighbours share one
+  std::vector<int> ranks;
+};
+
+void probe(const Work& work) {
+  const int slices = static_cast<int>(work.widths.size()), n = work.adapters;
+  const int64_t width = std::accumulate(work.widths.begin(), work.widths.end(), int64_t{0});
+  const int max_rank = *std::max_element(work.ranks.begin(), work.ranks.end());
+  const auto rank_of = [&](int a) { return work.ranks[a % work.ranks.size()]; };
+  int64_t weight_bytes = 0;
+  for (int a = 0; a < n; ++a) weight_bytes += 2 * rank_of(a) * (slices * work.h_in + width);
+  const int64_t set_bytes = weight_bytes + 2 * work.rows * (work.h_in + width);
+  const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / set_bytes, 4, 1000);
+  const int64_t calls = std::max<int64_t>(sets, 60);
+  std::vector<uint16_t*> memory;
+  std::vector<int64_t> a_ptr(slices * n), b_ptr(slices * n);
+  std::vector<int32_t> ranks(n);
+  // The sets are the layers of the adapters.
+  uint16_t* const weights = numbers(weight_bytes / 2 * sets);
+  memory.push_back(weights);
+  uint16_t* next = weights;
+  for (int s = 0; s < slices; ++s) {
+    for (int a = 0; a < n; ++a) {
+      ranks[a] = rank_of(a);
+      a_ptr[s * n + a] = reinterpret_cast<int64_t>(next);
+      next += sets * rank_of(a) * work.h_in;
+      b_ptr[s * n + a] = reinterpret_cast<int64_t>(next);
+      next += sets * rank_of(a) * work.widths[s];
+    }
+  }
+  uint16_t* const x = numbers(sets * work.rows * work.h_in);
+  uint16_t* const y = numbers(sets * work.rows * width);
+  uint16_t* const v = numbers(sets * work.rows * max_rank);
+  memory.insert(memory.end(), {x, y, v});
+  std::vector<int64_t> index(work.rows);
+  for (int64_t t = 0; t < work.rows; ++t) index[t] = work.in_turn ? (t * 37 + 11) % n : t * n / work.rows;
+  std::vector<int32_t> order(work.rows), adapter, start, end;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return index[a] < index[b]; });
+  for (int64_t p = 0; p < work.rows; ++p) {
+    if (p == 0 || index[order[p]] != adapter.back()) {
+      adapter.push_back(static_cast<int32_t>(index[order[p]]));
+      start.push_back(static_cast<int32_t>(p));
+    }
+  }
+  const int64_t segments = static_cast<int64_t>(adapter.size());
+  start.push_back(static_cast<int32_t>(work.rows));
+  end.assign(start.begin() + 1, start.end());
+  auto* const a_device = on_device(a_ptr);
+  auto* const b_device = on_device(b_ptr);
+  auto* const index_device = on_device(index);
+  auto* const rank_device = on_device(ranks);
+  auto* const scale_device = on_device(std::vector<float>(n, 1e-3f));
+  auto* const order_device = on_device(order);
+  auto* const adapter_device = on_device(adapter);
+  auto* const start_device = on_device(start);
+  auto* const end_device = on_device(end);
+  must(cudaDeviceSynchronize());
+
+  using punica::DType;
+  const auto call = [&](cudaStream_t stream, int64_t i, bool early) {
+    const int64_t set = i % sets;
+    punica::AddLoraParams p;
+    p.y = view(y + set * work.rows * width, DType::kBFloat16, {work.rows, width});
+    p.x = view(x + set * work.rows * work.h_in, DType::kBFloat16, {work.rows, work.h_in});
+    p.a_ptr = view(a_device, DType::kInt64, {slices, n});
+    p.b_ptr = view(b_device, DType::kInt64, {slices, n});
+    p.ranks = view(rank_device, DType::kInt32, {n});
+    p.scales = view(scale_device, DType::kFloat32, {n});
+    p.batch.order = view(order_device, DType::kInt32, {work.rows});
+    p.batch.segment_adapter = view(adapter_device, DType::kInt32, {segments});
+    p.batch.segment_start = view(start_device, DType::kInt32, {segments + 1});
+    for (int s = 0; s < slices; ++s) p.slice_offsets[s + 1] = p.slice_offsets[s] + work.widths[s];
+    p.layer_idx = set;
+    p.max_rank = max_rank;
+    punica::Context context;
+    context.stream = stream;
+    context.early_reads = early;
+    must(punica::cuda::add_lora(p, context));
+  };
+  const auto two_calls = [&](cudaStream_t stream, int64_t i) {
+    const int64_t set = i % sets;
+    punica::Context context;
+    context.stream = stream;
+    for (int half = 0; half < 2; ++half) {
+      const auto wide = [&](uint16_t* data, int64_t h) {
+        return view(data + set * work.rows * h, DType::kBFloat16, {work.rows, h});
+      };
+      const auto narrow = wide(v, max_rank);
+      const auto w_ptr = view(half == 0 ? a_device : b_device, DType::kInt64, {n});
+      if (work.rows <= 256) {
+        punica::BgmvParams p;
+        p.x = half == 0 ? wide(x, work.h_in) : narrow;
+        p.y = half == 0 ? narrow : wide(y, width);
+        p.w_ptr = w_ptr;
+        p.indices = view(index_device, DType::kInt64, {work.rows});
+        p.layer_idx = set;
+        p.scale = 1e-3f;
+        must(punica::cuda::dispatch_bgmv(p, context));
+      } else {
+        punica::SgmvParams p;
+        p.x = half == 0 ? wide(x, work.h_in) : narrow;
+        p.y = half == 0 ? narrow : wide(y, width);
+        p.w_ptr = w_ptr;
+        p.s_start = view(start_device, DType::kInt32, {n});
+        p.s_end = view(end_device, DType::kInt32, {n});
+        p.layer_idx = set;
+        must(punica::cuda::sgmv(p, context));
+      }
+    }
+  };
+  const auto chain = [&](bool early) {
+    return time_graph([&](cudaStream_t stream) {
+             for (int64_t i = 0; i < calls; ++i) call(stream, i, early);
+           }) /
+           calls;
+  };
+  const double early = chain(true), standard = chain(false);
+  const double empty = time_graph([&](cudaStream_t stream) {
+    for (int64_t i = 0; i < calls; ++i) nothing<<<1, 32, 0, stream>>>();
+  });
+  const auto alone = [&](auto body) {
+    return (time_graph([&](cudaStream_t stream) {
+              for (int64_t i = 0; i < calls; ++i) {
+                body(stream, i);
+                nothing<<<1, 32, 0, stream>>>();
+              }
+            }) -
+            empty) /
+           calls;
+  };
+  const double ours = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, false); });
+  const double ours_early = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
+  const bool comparable = slices == 1 && work.ranks.size() == 1 && (work.rows <= 256 || segments == n);
+  const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
+  const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
+                       4.0 * work.rows * width / 4.13e6;
+  std::printf(
+      "%-34s | chain %7.2f default %7.2f alone %7.2f (early %7.2f) | two %7.2f | floor %6.2f, alone/floor %.2f\n",
+      work.name, early, standard, ours, ours_early, two, floor, ours / floor);
+  std::fflush(stdout);
+  for (uint16_t* m : memory) must(cudaFree(m));
+  for (void* m :
+       {static_cast<void*>(a_device), static_cast<void*>(b_device), static_cast<void*>(index_device),
+        static_cast<void*>(rank_device), static_cast<void*>(scale_device), static_cast<void*>(order_device),
+        static_cast<void*>(adapter_device), static_cast<void*>(start_device), static_cast<void*>(end_device)}) {
+    must(cudaFree(m));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  must(cudaSetDevice(0));
+  punica::cuda::Arch arch;
+  must(punica::cuda::active_arch(0, &arch));
+  std::printf("%s, bfloat16, us\n", punica::cuda::arch_name(arch));
+  const Work works[] = {
+      {"B=1 r=16", 1, 4096, {4096}, 1, true, {16}},
+      {"B=16 distinct r=16", 16, 4096, {4096}, 16, true, {16}},
+      {"B=64 distinct r=16", 64, 4096, {4096}, 64, true, {16}},
+      {"B=64 distinct r=64", 64, 4096, {4096}, 64, true, {64}},
+      {"B=64 one r=16", 64, 4096, {4096}, 1, true, {16}},
+      {"B=64 8 adapters r=16", 64, 4096, {4096}, 8, true, {16}},
+      {"B=256 distinct r=16", 256, 4096, {4096}, 256, true, {16}},
+      {"QKV B=64 distinct r=16", 64, 4096, {4096, 1024, 1024}, 64, true, {16}},
+      {"B=64 mixed 8/16/32/64", 64, 4096, {4096}, 64, true, {8, 16, 32, 64}},
+      {"down B=64 distinct r=16", 64, 14336, {4096}, 64, true, {16}},
+      {"gate_up B=64 distinct r=16", 64, 4096, {14336, 14336}, 64, true, {16}},
+      {"8x512 r=16", 4096, 4096, {4096}, 8, false, {16}},
+      {"64x64 r=16", 4096, 4096, {4096}, 64, false, {16}},
+      {"1x4096 r=16", 4096, 4096, {4096}, 1, false, {16}},
+      {"8x512 r=64", 4096, 4096, {4096}, 8, false, {64}},
+      {"2x256 r=16", 512, 4096, {4096}, 2, false, {16}},
+      {"4x256 r=16", 1024, 4096, {4096}, 4, false, {16}},
+  };
+  for (const Work& work : works) {
+    if (argc < 2 || std::string(work.name).find(argv[1]) != std::string::npos) probe(work);
+  }
+  return 0;
+}

@@ -1,0 +1,66 @@
+// add_lora on CUDA devices: y += scale * B (A x), every row through its own adapter at its own rank, in one launch.
+#include <algorithm>
+#include <string>
+
+#include "src/cuda/backend.h"
+#include "src/cuda/lora/add_lora.cuh"
+
+namespace punica::cuda {
+
+Status add_lora(const AddLoraParams& p, const Context& context) {
+  constexpr int64_t kMaxWidth = int64_t{1} << 30;
+  if (p.x.shape[1] > kMaxWidth || p.y.shape[1] > kMaxWidth) {
+    return {StatusCode::kUnsupported, "add_lora: on CUDA h_in and the width of y must be at most 1073741824"};
+  }
+  if (p.max_rank > kMaxLoraRank) {
+    return {StatusCode::kUnsupported, "add_lora: on CUDA max_rank must be at most " + std::to_string(kMaxLoraRank) +
+                                          ", got " + std::to_string(p.max_rank)};
+  }
+  if (p.y.shape[0] >= int64_t{1} << 27) {
+    return {StatusCode::kUnsupported, "add_lora: on CUDA there may be at most 134217727 rows"};
+  }
+  const int64_t item = static_cast<int64_t>(dtype_size(p.y.dtype));
+  const auto rows_aligned = [&](const TensorView& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (view.shape[0] <= 1 || view.stride[0] * item % 16 == 0);
+  };
+  fused_lora::Args args = {};
+  args.y = p.y.data;
+  args.x = p.x.data;
+  args.a_ptr = p.a_ptr.as<const int64_t>();
+  args.b_ptr = p.b_ptr.as<const int64_t>();
+  args.ranks = p.ranks.as<const int32_t>();
+  args.scales = p.scales.as<const float>();
+  args.order = p.batch.order.as<const int32_t>();
+  args.segment_adapter = p.batch.segment_adapter.as<const int32_t>();
+  args.segment_start = p.batch.segment_start.as<const int32_t>();
+  args.y_stride = p.y.stride[0];
+  args.x_stride = p.x.stride[0];
+  args.rank_stride = p.rank_stride();
+  args.scale_stride = p.scale_stride();
+  args.num_adapters = p.num_adapters();
+  args.rows = p.y.shape[0];
+  args.layer_idx = p.layer_idx;
+  args.a_layer_stride = p.a_layer_stride.value_or(-1);
+  args.b_layer_stride = p.b_layer_stride.value_or(-1);
+  args.b_row_stride = p.b_row_stride.value_or(-1);
+  args.capacity = static_cast<int>(std::min<int64_t>(p.batch.order.shape[0], INT32_MAX));
+  args.max_segments = static_cast<int>(std::min<int64_t>(p.max_segments(), INT32_MAX));
+  args.h_in = static_cast<int>(p.x.shape[1]);
+  args.max_rank = static_cast<int>(p.max_rank);
+  args.num_slices = p.num_slices();
+  for (int s = 0; s <= args.num_slices; ++s) args.slice_begin[s] = static_cast<int>(p.slice_offsets[s]);
+  args.early_reads = context.early_reads;
+  args.x_vectors = rows_aligned(p.x);
+  args.y_vectors = rows_aligned(p.y);
+  if (args.rows == 0 || args.h_in == 0 || args.max_segments == 0 || args.num_adapters == 0 ||
+      args.slice_begin[args.num_slices] == args.slice_begin[0]) {
+    return {};
+  }
+  return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
+    if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
+    return fused_lora::is_tiles(launcher, args) ? fused_lora::launch_tiles(launcher, p.y.dtype, args)
+                                                : fused_lora::launch_ring(launcher, p.y.dtype, args);
+  });
+}
+
+}  // namespace punica::cuda
