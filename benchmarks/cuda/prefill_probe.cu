@@ -1,5 +1,5 @@
 // Times batch_prefill alone, causal, bfloat16, pages of 16 tokens scattered over the cache: microseconds and TFLOP/s.
-// Usage: prefill_probe [B kv_len q_len heads kv_heads D [page_size]]
+// Usage: prefill_probe [B kv_len q_len heads kv_heads D [page_size [rope_theta [window_left [soft_cap]]]]]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -49,7 +49,8 @@ TensorView view(void* data, DType dtype, std::vector<int64_t> shape) {
   return v;
 }
 
-void probe(int64_t batch, int64_t kv_len, int64_t q_len, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page) {
+void probe(int64_t batch, int64_t kv_len, int64_t q_len, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page,
+           double theta = 0, int64_t window_left = -1, double cap = 0) {
   const int64_t pages = (kv_len + page - 1) / page, all_pages = pages * batch,
                 page_elements = 2 * kv_heads * page * dim;
   const int64_t rows = batch * q_len;
@@ -73,6 +74,9 @@ void probe(int64_t batch, int64_t kv_len, int64_t q_len, int64_t heads, int64_t 
   p.kv.kv_indptr = view(upload(kv_indptr), DType::kInt32, {batch + 1});
   p.kv.last_page_offset = view(upload(last), DType::kInt32, {batch});
   p.kv.num_layers = 1, p.kv.num_kv_heads = kv_heads, p.kv.page_size = page;
+  if (theta > 0) p.rope_theta = theta;
+  p.window_left = window_left;
+  p.logits_soft_cap = cap;
   p.q = view(q, DType::kBFloat16, {rows, heads, dim});
   p.o = view(o, DType::kBFloat16, {rows, heads, dim});
   p.qo_indptr = view(upload(qo_indptr), DType::kInt32, {batch + 1});
@@ -120,7 +124,8 @@ void probe(int64_t batch, int64_t kv_len, int64_t q_len, int64_t heads, int64_t 
 int main(int argc, char** argv) {
   const auto number = [&](int i, int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
   if (argc > 6) {
-    probe(number(1, 0), number(2, 0), number(3, 0), number(4, 0), number(5, 0), number(6, 0), number(7, 16));
+    probe(number(1, 0), number(2, 0), number(3, 0), number(4, 0), number(5, 0), number(6, 0), number(7, 16),
+          static_cast<double>(number(8, 0)), number(9, -1), static_cast<double>(number(10, 0)));
     return 0;
   }
   for (const int64_t dim : {128, 64}) {

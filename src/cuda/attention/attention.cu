@@ -1,5 +1,6 @@
 // batch_prefill and batch_decode on CUDA devices: from params to launches. The fast decode (decode.h) serves what it
-// can; the general kernel (general.cuh) the rest, and in decode the one that merges (merge.cuh).
+// can, so do the fast prefills (prefill.h, and prefill_mma.h for what that leaves); the general kernel (general.cuh)
+// the rest, and in decode the one that merges (merge.cuh).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include "src/cuda/attention/general.cuh"
 #include "src/cuda/attention/merge.cuh"
 #include "src/cuda/attention/prefill.h"
+#include "src/cuda/attention/prefill_mma.h"
 #include "src/cuda/backend.h"
 #include "src/cuda/common/device.cuh"
 #include "src/cuda/common/launch.h"
@@ -155,7 +157,13 @@ Status launch_decode(const Launcher& launcher, DType dtype, const AttentionArgs&
                                   : launch_decode_bfloat16(launcher, args, rope);
 }
 
-int64_t workspace_bytes(const BatchPrefillParams& params) { return prefill_workspace_bytes(params); }
+// What the device's path needs; enough for either where there is no such device.
+int64_t workspace_bytes(const BatchPrefillParams& params) {
+  const int64_t by_warpgroups = prefill_workspace_bytes(params), by_warps = prefill_mma_workspace_bytes(params);
+  Arch arch;
+  if (!active_arch("batch_prefill", params.q.device.index, &arch).ok()) return std::max(by_warpgroups, by_warps);
+  return arch == Arch::kSm90 ? by_warpgroups : by_warps;
+}
 
 int64_t workspace_bytes(const BatchDecodeParams& params) {
   const int64_t slots = num_slots(params);
@@ -168,6 +176,11 @@ Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
   return on_device("batch_prefill", params.q.device, context, [&](const Launcher& launcher) {
     if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args);
+    if (serves_prefill_mma(launcher.arch, params)) {
+      return launch_prefill_mma(
+          launcher, params, args,
+          params.rope_theta ? &rope_table(*params.rope_theta, params.rope_scale, args.head_dim) : nullptr);
+    }
     // Each sequence may have one tile that is not full.
     const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
     return attend(launcher, params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks));

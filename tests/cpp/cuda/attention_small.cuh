@@ -151,6 +151,7 @@ void test_small() {
     }
     if (t == DType::kFloat16 || !with_garbage()) continue;
     test_hostile_tables(t);
+    test_hostile_prefill(t);
     test_hostile_append(t);
   }
   test_chunks({DType::kBFloat16, 2, 4, 64, 16}, 40);

@@ -90,8 +90,11 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   Rows prefilled(c.dtype, batch, q.heads, c.dim);
   auto prefill = make_params<BatchPrefillParams>(c, tables, prefilled, q, nullptr);
   prefill.qo_indptr = indptr.view();
+  const Buffer prefill_tmpbuf(cuda::workspace_bytes(prefill), 1);
+  prefill.tmpbuf = workspace(prefill_tmpbuf);
   run(cuda::batch_prefill(prefill, {}), what);
-  const bool one_kernel = !cuda::decode_serves(c.dtype, c.dim);
+  const bool general_prefill = c.dtype == DType::kFloat32 || std::strcmp(cuda::last_arch(), "sm_90") == 0;
+  const bool one_kernel = general_prefill && !cuda::decode_serves(c.dtype, c.dim);
   for (int64_t i = 0; i < batch; ++i) {
     const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
     if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
@@ -110,8 +113,8 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   }
 }
 
-// Every query has the same bits in whatever chunk it comes.
-void test_chunks(const Case& c, int64_t length) {
+// Every query has the same bits in whatever chunk it comes; those before the last `tail` are not asked again.
+void test_chunks(const Case& c, int64_t length, int64_t tail = std::numeric_limits<int64_t>::max()) {
   if (!in_part()) return;
   const std::string what = "chunks " + c.name();
   announce(what);
@@ -128,20 +131,45 @@ void test_chunks(const Case& c, int64_t length) {
     p.q = q.view(first, last);
     p.o = o.view(0, last - first);
     p.qo_indptr = indptr.view();
-    // With a workspace, short chunks of long contexts take another way to the same bits.
-    const Buffer tmpbuf(first > 0 ? cuda::workspace_bytes(p) : 0, 1, true);
+    // Short chunks of long contexts take another way to the same bits.
+    const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
     if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
     run(cuda::batch_prefill(p, {}), what);
     EXPECT(tmpbuf.guards_intact(), what);
   };
   chunk(0, length, whole);
   for (const int64_t size : {int64_t{1}, int64_t{4}, int64_t{17}, int64_t{100}}) {
-    for (int64_t first = size == 1 ? length - 9 : 0; first < length; first += size) {
+    for (int64_t first = size == 1 ? length - 9 : std::max<int64_t>(length - tail, 0); first < length; first += size) {
       const int64_t last = std::min(first + size, length);
       Rows part(c.dtype, last - first, q.heads, c.dim);
       chunk(first, last, part);
       for (int64_t row = first; row < last; ++row) EXPECT(part.same(row - first, whole, row), what);
     }
+  }
+}
+
+// Shapes of the prefill by warp products: each padded head dim at, below and above its multiple of 8, rotated or not,
+// more than one split (in one block, and in blocks of their own), windows, a cap, a negative scale, unaligned rows.
+void test_prefill_mma(bool small) {
+  const std::vector<int64_t> kv_len = {130, 5, 200, 37, 1, 0, 3, 300}, q_len = {130, 0, 64, 5, 1, 3, 7, 17};
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {2, 16, 62, 64, 72, 80, 96, 104, 128, 130, 192, 200, 250, 256}) {
+      for (const double theta : {0.0, 1e4}) {
+        const std::optional<double> rope = theta > 0 ? std::optional<double>(theta) : std::nullopt;
+        if (small) {
+          test_prefill({t, 2, 3, dim, 7, rope}, {17, 70, 0}, {17, 3, 2});
+          continue;
+        }
+        test_prefill({t, 2, 3, dim, 16, rope}, kv_len, q_len);
+        test_prefill({t, 1, 8, dim, 1, rope, 4.0, 40}, kv_len, q_len);
+        test_prefill({t, 1, 2, dim, 100, rope, 1.0, -1, 20.0, -0.2}, kv_len, q_len);
+        test_prefill({t, 1, 1, dim, 16, rope, 1.0, 2200}, {4500, 2049}, {30, 9});
+        if (dim % 16 == 0) test_chunks({t, 1, 4, dim, 16, rope}, 2300, 60);
+        test_chunks({t, 1, 3, dim, 5, rope}, 150);
+      }
+    }
+    // Items for every block, so that splits stay together.
+    if (!small) test_prefill({t, 16, 4, 64, 16, 1e4}, {2500, 2200}, {300, 300});
   }
 }
 
@@ -364,14 +392,16 @@ int main(int argc, char** argv) {
     std::printf("skipped: no CUDA device\n");
     return 77;
   }
-  // Any argument: small sizes, for compute-sanitizer; but "fast": the fast decode alone; "small-fast": both; "prefill":
-  // the fast prefill alone.
+  // Any argument: small sizes, for compute-sanitizer; but "fast": the fast decode alone; "prefill": the prefill by
+  // warpgroup products alone; "mma": that by warp products alone; "small-fast", "small-mma": both.
   const std::string argument = argc > 1 ? argv[1] : "";
-  const bool small = argc > 1 && argument != "fast" && argument != "prefill";
+  const bool small = argc > 1 && argument != "fast" && argument != "prefill" && argument != "mma";
   const bool fast_alone = argument == "fast" || argument == "small-fast", prefill_alone = argument == "prefill";
-  if (!fast_alone) test_fast_prefill(small);
+  const bool mma_alone = argument == "mma" || argument == "small-mma";
+  if (!fast_alone && !mma_alone) test_fast_prefill(small);
   if (prefill_alone) return report();
-  test_fast_decode(small);
+  if (!mma_alone) test_fast_decode(small);
+  if (!fast_alone) test_prefill_mma(small);
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   std::vector<Case> cases;
   for (const DType t : kTypes) {
@@ -397,7 +427,7 @@ int main(int argc, char** argv) {
     };
     cases.insert(cases.end(), some.begin(), some.end());
   }
-  if (fast_alone) cases.clear();
+  if (fast_alone || mma_alone) cases.clear();
   for (const Case& c : cases) {
     if (small) {
       test_prefill(c, {17, 5, 3, 0, 70}, {5, 0, 7, 2, 21});
@@ -411,7 +441,7 @@ int main(int argc, char** argv) {
     test_decode(c, lengths);
   }
   for (const DType t : kTypes) {
-    if (fast_alone) break;
+    if (fast_alone || mma_alone) break;
     if (t == DType::kFloat32) test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
     if (!small) test_prefill({t, 1, 3, 96, 48}, {2300, 4097}, {30, 4});
     test_chunks({t, 1, 3, 80, 5, 1e4}, small ? 40 : 310);
