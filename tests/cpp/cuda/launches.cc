@@ -13,11 +13,13 @@ using punica::cuda::LaunchShape;
 
 // What the linker's --wrap=SYMBOL makes of Launcher::launch_symbol: calls of it come to __wrap_SYMBOL, and itself is
 // __real_SYMBOL. A member function takes `this` as a free function takes its first argument.
+// NOLINTBEGIN(misc-use-internal-linkage): the linker joins them to other files
 punica::Status real_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
                                   const LaunchShape& shape, void** parameters) __asm__("__real_" PUNICA_LAUNCH_SYMBOL);
 punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
                                      const LaunchShape& shape,
                                      void** parameters) __asm__("__wrap_" PUNICA_LAUNCH_SYMBOL);
+// NOLINTEND(misc-use-internal-linkage)
 
 namespace {
 
@@ -70,7 +72,8 @@ bool KernelCover::needs(const std::vector<std::string>& kernels, const std::vect
     for (const std::string& type : {std::string("6__half"), std::string("13__nv_bfloat16")}) {
       for (size_t at; (at = either.find(type)) != std::string::npos;) either.replace(at, type.size(), "16");
     }
-    for (const std::string& feature : features) needed |= seen_.insert(either + " " + feature).second;
+    either += ' ';
+    for (const std::string& feature : features) needed |= seen_.insert(std::string(either).append(feature)).second;
   }
   return needed;
 }
