@@ -1,6 +1,7 @@
 """PEFT's adapter folders: what they say, and whether `y += scale * B (A x)` is all of it."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def _join_layers(
     for layer, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise AdapterError(f"{where}: layer {layer} {short} has no lora_{'B' if 'A' in pair else 'A'}")
+        for side, tensor in pair.items():
+            if tensor.dim() != 2:
+                raise AdapterError(f"{where}: layer {layer} {short}: lora_{side} has shape {tuple(tensor.shape)}")
         r = len(pair["A"])
         if pair["A"].shape != (r, h_in) or pair["B"].shape != (h_out, r):
             raise AdapterError(
@@ -107,6 +111,10 @@ def _join_layers(
 def _check_settings(where: str, peft: Any) -> None:
     if not isinstance(peft, dict) or not isinstance(peft.get("r"), int) or "lora_alpha" not in peft:
         raise AdapterError(f"{where}: adapter_config.json has no r or lora_alpha")
+    if not _is_number(peft["lora_alpha"]):
+        raise AdapterError(f"{where}: lora_alpha = {json.dumps(peft['lora_alpha'])} is not a number")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(where, setting, peft.get(setting) or {})
     for setting, off in (("peft_type", "LORA"), ("bias", "none")):
         if peft.get(setting, off) != off:
             raise AdapterError(f"{where}: {setting} = {peft[setting]!r} is not supported")
@@ -115,6 +123,20 @@ def _check_settings(where: str, peft: Any) -> None:
     for setting, value in peft.items():
         if value and setting not in APPLIED | HARMLESS:
             raise AdapterError(f"{where}: {setting} = {json.dumps(value)} is not supported")
+
+
+def _check_pattern(where: str, setting: str, pattern: Any) -> None:
+    if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+        raise AdapterError(f"{where}: {setting} = {json.dumps(pattern)} does not map patterns to numbers")
+    try:
+        for expression in pattern:
+            re.compile(expression)
+    except re.error as error:
+        raise AdapterError(f"{where}: {setting}: {error.pattern!r} is not a pattern ({error})") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_pairs(

@@ -41,9 +41,9 @@ class AdapterSet:
         add_lora(y, x, t.a_ptr, t.b_ptr, t.ranks, t.scales, batch, layer, t.slice_offsets, max_rank=adapters.rank_bound)
 
     An adapter has its own rank for each module, and takes memory for no more. Of PEFT it understands alpha, rsLoRA,
-    rank and alpha patterns, and any choice of modules and layers; what it could not represent exactly it refuses by
-    name.
-    (Layers whose ranks differ share blocks of the largest, and layers whose scales differ have theirs in B.)
+    rank and alpha patterns, and any choice of modules and layers; what else would change the result it refuses by
+    name. Weights of another type are rounded to `dtype`; those of the same keep their bits. (Layers whose ranks differ
+    share blocks of the largest; layers whose scales differ have theirs multiplied into B, which is rounded again.)
 
     Args:
         base_shapes: the projections, each one call of `add_lora`, and in each the modules that share its input, one
@@ -77,6 +77,10 @@ class AdapterSet:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if capacity < 1:
             raise AdapterError(f"capacity must be at least 1, got {capacity}")
+        if max_rank < 1:
+            raise AdapterError(f"max_rank must be at least 1, got {max_rank}")
+        if self.device.type == "cuda" and max_rank > MAX_RANK:
+            raise AdapterError(f"max_rank must be at most {MAX_RANK} on CUDA, got {max_rank}")
         self.num_layers, self.capacity, self.max_rank, self.layers = num_layers, capacity, max_rank, layers
         self.base_shapes = {projection: dict(modules) for projection, modules in base_shapes.items()}
         self.module_shapes: dict[str, tuple[int, int]] = {}
@@ -149,7 +153,8 @@ class AdapterSet:
     ) -> int:
         """As `add`, from tensors: for some of the modules A [L, r, h_in], B [L, h_out, r] and the scale.
 
-        Tensors on the device are copied there, in the order of the first stream; others go through pinned memory.
+        Tensors on the device are copied there, behind what is queued on the current stream, and may be dropped at
+        once; others go through pinned memory.
         """
         self._check_room(name)
         self._check_weights(name, weights)
@@ -202,6 +207,11 @@ class AdapterSet:
             if module not in self.module_shapes:
                 known = ", ".join(self.module_shapes)
                 raise AdapterError(f"adapter {name}: {module} is not one of {known}")
+            if w.a.dim() != 3 or w.b.dim() != 3:
+                raise AdapterError(
+                    f"adapter {name}: {module} must have A [L, r, h_in] and B [L, h_out, r], "
+                    f"got {tuple(w.a.shape)} and {tuple(w.b.shape)}"
+                )
             h_out, h_in = self.module_shapes[module]
             expected = (self.num_layers, w.rank, h_in), (self.num_layers, h_out, w.rank)
             if (tuple(w.a.shape), tuple(w.b.shape)) != expected:
@@ -280,6 +290,8 @@ class AdapterSet:
         for module, w in weights.items():
             for offset, source in zip(offsets[module], (w.a, w.b), strict=True):
                 staged[offset : offset + source.numel()].view(source.shape).copy_(source)
+                if source.is_cuda:  # the caller may drop it before the copy has run
+                    source.record_stream(torch.cuda.current_stream(source.device))
         if staged is not memory:
             memory.copy_(staged, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -302,8 +314,8 @@ class AdapterSet:
         self._retire(streams[:1], [staged])
 
     def _enter(self, stream: "torch.cuda.Stream | Sequence[torch.cuda.Stream] | None") -> "list[torch.cuda.Stream]":
-        """The streams of a call; the first one waits for the others. None on the CPU."""
-        self.collect()
+        """The streams of a call; the first one waits for the others, and for the one that may have made what is to be
+        copied. None on the CPU."""
         if self.device.type != "cuda":
             return []
         if stream is None:
@@ -312,14 +324,17 @@ class AdapterSet:
             streams = [stream] if isinstance(stream, torch.cuda.Stream) else list(stream)
         if not streams:
             raise AdapterError("stream: expected a stream or a list of streams, got an empty list")
-        for s in streams:
+        current = torch.cuda.current_stream(self.device)
+        for s in (*streams, current):
             if s.device != self.device:
                 raise AdapterError(f"stream: expected a stream of {self.device}, got one of {s.device}")
             with torch.cuda.stream(s):
                 if torch.cuda.is_current_stream_capturing():
                     raise AdapterError("adapters cannot come or go while a CUDA graph is captured")
-        for other in streams[1:]:
-            streams[0].wait_stream(other)
+        self.collect()  # asks events, which a capture forbids
+        for other in (current, *streams[1:]):
+            if other != streams[0]:
+                streams[0].wait_stream(other)
         return streams
 
     def _retire(self, streams: "list[torch.cuda.Stream]", tensors: list[Tensor]) -> None:

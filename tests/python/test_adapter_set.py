@@ -231,6 +231,12 @@ REFUSED = {
     "shape": (tensors(lambda t: t.update({A: torch.ones(4, 17)})), "made for another model: q_proj maps 17 to 24"),
     "layer": (tensors(lambda t: t.update({A.replace(".0.", ".2."): t[A]})), "made for another model: layer 2 of 2"),
     "half": (tensors(lambda t: t.pop(A)), "layer 0 q_proj has no lora_A"),
+    "alpha": (edit(lora_alpha="16"), 'lora_alpha = "16" is not a number'),
+    "patterns": (edit(rank_pattern=["q_proj"]), "rank_pattern .* does not map patterns to numbers"),
+    "values": (edit(alpha_pattern={"q_proj": None}), "alpha_pattern .* does not map patterns to numbers"),
+    "expression": (edit(alpha_pattern={"(": 1}), r"alpha_pattern: '\(' is not a pattern"),
+    "vector": (tensors(lambda t: t.update({A: torch.ones(4)})), r"layer 0 q_proj: lora_A has shape \(4,\)"),
+    "number": (tensors(lambda t: t.update({A: torch.tensor(4.0)})), r"layer 0 q_proj: lora_A has shape \(\)"),
     "nothing": (shutil.rmtree, "no such folder"),
 }
 
@@ -271,6 +277,8 @@ def test_largest_rank(tmp_path):
         make_set("cpu", max_rank=3).add("a", folder)
     with pytest.raises(pk.AdapterError, match="capacity must be at least 1"):
         make_set("cpu", capacity=0)
+    with pytest.raises(pk.AdapterError, match="max_rank must be at least 1, got 0"):
+        make_set("cpu", max_rank=0)
     with pytest.raises(pk.AdapterError, match="one comes twice"):
         pk.AdapterSet({"a": {"x": (1, 1)}, "b": {"x": (1, 1)}}, "cpu", torch.float32, num_layers=1)
 
@@ -288,6 +296,8 @@ def test_from_tensors(device):
         adapters.add_weights("c", {"o_proj": pk.LoraWeights(a, b, 1.0)})
     with pytest.raises(pk.AdapterError, match="must have shapes"):
         adapters.add_weights("c", {QKV[0]: pk.LoraWeights(a, b, 1.0)})
+    with pytest.raises(pk.AdapterError, match=r"must have A \[L, r, h_in\]"):
+        adapters.add_weights("c", {QKV[0]: pk.LoraWeights(a[0, 0], b, 1.0)})
 
 
 class Traffic:
@@ -418,10 +428,11 @@ def test_memory_is_freed_when_all_streams_have_passed():
 def test_capture_is_refused():
     adapters = make_set("cuda")
     weights = {QKV[0]: pk.LoraWeights(torch.ones(LAYERS, 4, 16), torch.ones(LAYERS, 24, 4), 1.0)}
+    adapters.add_weights("before", weights)  # leaves events behind, which a capture forbids to ask
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(pk.AdapterError, match="captured"):
         adapters.add_weights("a", weights)
-    assert len(adapters) == 0
+    assert adapters.names == ["before"]
 
 
 def test_safetensors_is_imported_by_readers_alone():

@@ -95,7 +95,7 @@ __device__ __forceinline__ void cut_segment(const Args& args, Segment* s) {
   s->start = max(s->start, 0);
   s->end = min(s->end, args.capacity);
   const bool used = s->adapter >= 0 && s->adapter < args.num_adapters && s->end > s->start;
-  s->tiles = used ? static_cast<uint32_t>(s->end - s->start + kRows - 1) / kRows : 0u;
+  s->tiles = used ? (static_cast<uint32_t>(s->end - s->start) + kRows - 1) / kRows : 0u;
 }
 
 __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value, int lane) {

@@ -159,6 +159,10 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_short(const SgmvArgs args, c
     int number = 0;
 #pragma unroll 1
     for (;; ++number) {
+      // Both warps have ended the tile before the last one. What this warp sends lets the other block go on, whose
+      // sums may then take that tile's place in `received`.
+      __syncwarp();
+      hopper::named_barrier_sync(1, kAddThreads);
       const Item item = wait_item(slot, phase);
       __syncwarp();
       if (lane == 0) hopper::barrier_arrive(shared_address(queue_empty + slot));
