@@ -6,7 +6,8 @@
 namespace punica::cuda::fused_lora {
 namespace {
 
-// Blocks that a launch of few tiles is filled up to, about one for each multiprocessor of an H200. Nothing that depends on it changes bits.
+// Blocks that a launch of few tiles is filled up to, about one for each multiprocessor of an H200. Nothing that depends
+// on it changes bits.
 constexpr int64_t kBlocks = 128;
 
 template <Arch kArch, class T>

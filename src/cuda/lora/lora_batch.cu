@@ -214,7 +214,8 @@ Status launch(const Launcher& launcher, const BatchArgs& args) {
   LaunchShape shape;
   shape.grid = dim3(1);
   shape.block = dim3(kThreads);
-  shape.shared_bytes = sizeof(int) * static_cast<size_t>(args.count_warps) * (static_cast<size_t>(args.num_adapters) + 1);
+  shape.shared_bytes =
+      sizeof(int) * static_cast<size_t>(args.count_warps) * (static_cast<size_t>(args.num_adapters) + 1);
   return launcher.launch<lora_batch_kernel<kArch>>(shape, args);
 }
 
