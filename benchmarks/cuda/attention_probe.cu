@@ -17,21 +17,11 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/cuda/probe.cuh"
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
 
 namespace {
-
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-void must(const punica::Status& status) {
-  if (status.ok()) return;
-  std::printf("%s\n", status.message().c_str());
-  std::exit(1);
-}
 
 __global__ void nothing() {}
 
@@ -67,50 +57,8 @@ __global__ void read_bytes(const uint4* from, int64_t count, unsigned* out) {
   if (sum == 0x12345678u) *out = sum;  // never, in practice: keeps the loads
 }
 
-punica::TensorView view(void* data, punica::DType dtype, std::vector<int64_t> shape) {
-  punica::TensorView v;
-  v.data = data;
-  v.dtype = dtype;
-  v.device = {punica::DeviceType::kCuda, 0};
-  v.rank = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  for (int i = v.rank - 1; i >= 0; --i) {
-    v.shape[i] = shape[i];
-    v.stride[i] = stride;
-    stride *= shape[i];
-  }
-  return v;
-}
-
 // Median microseconds of a graph of what `record` puts into the stream.
-double time_graph(const std::function<void(cudaStream_t)>& record) {
-  cudaStream_t stream;
-  must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  record(stream);
-  must(cudaStreamEndCapture(stream, &graph));
-  must(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  must(cudaEventCreate(&begin));
-  must(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 11; ++i) {
-    must(cudaEventRecord(begin, stream));
-    must(cudaGraphLaunch(exec, stream));
-    must(cudaEventRecord(end, stream));
-    must(cudaEventSynchronize(end));
-    float ms;
-    must(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms * 1000);
-  }
-  std::sort(times.begin(), times.end());
-  must(cudaGraphExecDestroy(exec));
-  must(cudaGraphDestroy(graph));
-  must(cudaStreamDestroy(stream));
-  return times[times.size() / 2];
-}
+double time_few_runs(const std::function<void(cudaStream_t)>& record) { return time_graph(record, 11, 2); }
 
 template <class To>
 void launch_dependent(cudaStream_t stream, int grid, int threads, void (*kernel)(const uint4*, int64_t, To*),
@@ -137,7 +85,7 @@ double read_floor(const uint4* pool, int64_t pool_bytes, int64_t bytes, unsigned
       if (blocks * threads > 132 * 2048 * 4) continue;
       for (const int unroll : {4, 8}) {
         best =
-            std::min(best, time_graph([&](cudaStream_t stream) {
+            std::min(best, time_few_runs([&](cudaStream_t stream) {
                              for (int i = 0; i < calls; ++i) {
                                launch_dependent(stream, blocks, threads, unroll == 4 ? &read_bytes<4> : &read_bytes<8>,
                                                 pool + i % turns * (bytes / 16), bytes / 16, out);
@@ -245,7 +193,7 @@ struct Times {
 };
 Times time_calls(int64_t calls, const std::function<void(cudaStream_t, int64_t, bool)>& call) {
   const auto chain = [&](bool early) {
-    return time_graph([&](cudaStream_t stream) {
+    return time_few_runs([&](cudaStream_t stream) {
              for (int64_t i = 0; i < calls; ++i) call(stream, i, early);
            }) /
            static_cast<double>(calls);
@@ -253,13 +201,13 @@ Times time_calls(int64_t calls, const std::function<void(cudaStream_t, int64_t, 
   Times times;
   times.early = chain(true);
   times.standard = chain(false);
-  const double pairs = time_graph([&](cudaStream_t stream) {
+  const double pairs = time_few_runs([&](cudaStream_t stream) {
     for (int64_t i = 0; i < calls; ++i) {
       call(stream, i, false);
       nothing<<<1, 32, 0, stream>>>();
     }
   });
-  const double empty = time_graph([&](cudaStream_t stream) {
+  const double empty = time_few_runs([&](cudaStream_t stream) {
     for (int64_t i = 0; i < calls; ++i) nothing<<<1, 32, 0, stream>>>();
   });
   times.alone = (pairs - empty) / static_cast<double>(calls);
@@ -349,7 +297,7 @@ void probe_write(const Work& w, const Arena& arena, bool append) {
   double best = 1e30;
   for (const int blocks : {132, 264, 528, 1056, 2112}) {
     for (const int threads : {256, 512, 1024}) {
-      best = std::min(best, time_graph([&](cudaStream_t stream) {
+      best = std::min(best, time_few_runs([&](cudaStream_t stream) {
                               for (int64_t i = 0; i < calls; ++i) {
                                 const int64_t turns = arena.pool_bytes / bytes / 2;
                                 launch_dependent(

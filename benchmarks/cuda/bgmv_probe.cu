@@ -11,16 +11,11 @@
 #include <functional>
 #include <vector>
 
+#include "benchmarks/cuda/probe.cuh"
 #include "punica/cuda.h"
 #include "src/cuda/backend.h"
 
 namespace {
-
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
 
 __global__ void nothing() {}
 
@@ -28,51 +23,6 @@ __global__ void fill(uint16_t* data, size_t count) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
     data[i] = static_cast<uint16_t>(0x3c00 + (i * 2654435761u >> 20) % 512);
   }
-}
-
-punica::TensorView view(void* data, punica::DType dtype, std::vector<int64_t> shape) {
-  punica::TensorView v;
-  v.data = data;
-  v.dtype = dtype;
-  v.device = {punica::DeviceType::kCuda, 0};
-  v.rank = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  for (int i = v.rank - 1; i >= 0; --i) {
-    v.shape[i] = shape[i];
-    v.stride[i] = stride;
-    stride *= shape[i];
-  }
-  return v;
-}
-
-// Median microseconds of a graph of what `record` puts into the stream.
-double time_graph(const std::function<void(cudaStream_t)>& record) {
-  cudaStream_t stream;
-  must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  record(stream);
-  must(cudaStreamEndCapture(stream, &graph));
-  must(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  must(cudaEventCreate(&begin));
-  must(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 15; ++i) {
-    must(cudaEventRecord(begin, stream));
-    must(cudaGraphLaunch(exec, stream));
-    must(cudaEventRecord(end, stream));
-    must(cudaEventSynchronize(end));
-    float ms;
-    must(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms * 1000);
-  }
-  std::sort(times.begin(), times.end());
-  must(cudaGraphExecDestroy(exec));
-  must(cudaGraphDestroy(graph));
-  must(cudaStreamDestroy(stream));
-  return times[times.size() / 2];
 }
 
 void probe(int64_t batch, int64_t h_in, int64_t h_out, int64_t adapters, int64_t offset) {
