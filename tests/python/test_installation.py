@@ -2,10 +2,10 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -24,11 +24,23 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
 # ----------------------------------------------------------------------------------------------------------- selftest
 
 
+@pytest.fixture
+def only(monkeypatch):
+    """Leaves these operations to the selftest, and rms_norm."""
+
+    def leave(*ops):
+        kept = {op: checks for op, checks in selftest.OPERATIONS.items() if op in (*ops, "rms_norm")}
+        monkeypatch.setattr(selftest, "OPERATIONS", kept)
+
+    return leave
+
+
 def test_selftest_passes_and_is_quick():
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run("selftest")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert time.monotonic() - start < 30 * max(1, len(devices()))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 30 * len(devices())  # of the CPU: the machine may be busy
     for op in selftest.OPERATIONS:
         assert len(re.findall(rf"^  {op} .* ok .* ok .* ok ", result.stdout, re.MULTILINE)) == len(devices()), op
     assert re.search(r"all right$", result.stdout.strip())
@@ -55,7 +67,8 @@ def slightly_wrong(op):
 
 
 @pytest.mark.parametrize("op", [op for op in selftest.OPERATIONS if not op.endswith("_kv")])
-def test_selftest_finds_one_wrong_element(op, monkeypatch, capsys):
+def test_selftest_finds_one_wrong_element(op, only, monkeypatch, capsys):
+    only(op, "dispatch_bgmv")
     monkeypatch.setattr(pk, op, slightly_wrong(getattr(pk, op)))
     assert selftest.main(["--device", "cpu"]) == 1
     output = capsys.readouterr().out
@@ -66,13 +79,15 @@ def test_selftest_finds_one_wrong_element(op, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("op", ["init_kv", "append_kv"])
-def test_selftest_finds_a_token_that_was_not_written(op, monkeypatch, capsys):
+def test_selftest_finds_a_token_that_was_not_written(op, only, monkeypatch, capsys):
+    only(op)
     monkeypatch.setattr(pk, op, lambda *arguments: None)
     assert selftest.main(["--device", "cpu"]) == 1
     assert f"cpu: {op}, float16, head_dim=64: " in capsys.readouterr().out
 
 
-def test_selftest_finds_bits_that_change(monkeypatch, capsys):
+def test_selftest_finds_bits_that_change(only, monkeypatch, capsys):
+    only("rms_norm")
     calls, rms_norm = [], pk.rms_norm
 
     def sometimes(output, *arguments, **options):
@@ -86,7 +101,9 @@ def test_selftest_finds_bits_that_change(monkeypatch, capsys):
     assert "two runs gave different bits" in capsys.readouterr().out
 
 
-def test_selftest_goes_on_after_an_exception(monkeypatch, capsys):
+def test_selftest_goes_on_after_an_exception(only, monkeypatch, capsys):
+    only("dispatch_bgmv")
+
     def broken(*arguments, **options):
         raise RuntimeError("no such luck")
 
