@@ -176,23 +176,26 @@ def run(
 
 
 def check(loras: dict[int, Lora], rows: list[int], x: Tensor, y0: Tensor, y: Tensor, all_v: dict[int, Tensor]) -> None:
-    """Row by row: v of the row's own adapter, the row's update from that v, nothing in rows without one."""
+    """v of each row's own adapter, the row's update from that v, nothing in rows without one. On the CPU."""
+    x, y0, y = x.cpu().double(), y0.cpu(), y.cpu()
+    all_v = {rank: v.cpu() for rank, v in all_v.items()}
+    chosen = {i: torch.tensor([row == i for row in rows]) for i in loras}
+    weights = {i: (lora.a[LAYER].cpu().double(), lora.b[LAYER].cpu().double()) for i, lora in loras.items()}
     for rank, v in all_v.items():
         exact, terms = torch.zeros_like(v, dtype=torch.float64), torch.zeros_like(v, dtype=torch.float64)
-        for row, adapter in enumerate(rows):
-            if adapter in loras and loras[adapter].rank == rank:
-                a, xr = loras[adapter].a[LAYER].double(), x[row].double()
-                exact[row], terms[row] = xr @ a, xr.abs() @ a.abs()
+        for i, mine in chosen.items():
+            if loras[i].rank == rank:
+                exact[mine], terms[mine] = x[mine] @ weights[i][0], x[mine].abs() @ weights[i][0].abs()
         assert_close(v, exact, terms=terms)
     exact, terms = y0.double(), y0.double().abs()
-    for row, adapter in enumerate(rows):
-        if adapter in loras:
-            v, b = all_v[loras[adapter].rank][row].double(), loras[adapter].b[LAYER].double()
-            exact[row] += v @ b
-            terms[row] += v.abs() @ b.abs()
+    for i, mine in chosen.items():
+        if mine.any():
+            v, b = all_v[loras[i].rank][mine].double(), weights[i][1]
+            exact[mine] += v @ b
+            terms[mine] += v.abs() @ b.abs()
     assert_close(y, exact, terms=terms)
     without = torch.tensor([adapter not in loras for adapter in rows])
-    assert torch.equal(y.cpu()[without], y0.cpu()[without])
+    assert torch.equal(y[without], y0[without])
 
 
 MIXED = [0] * 20 + [3] * 5 + [0] * 1 + [7] * 17 + [5] * 30 + [1] * 9 + [3] * 12 + [6] * 2 + [2] * 40
