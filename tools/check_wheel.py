@@ -47,7 +47,7 @@ def problems(wheel: Path) -> Iterator[str]:
     if wheel.stat().st_size >= MAX_BYTES:
         yield f"it has {wheel.stat().st_size} bytes, {MAX_BYTES} are too many"
     with zipfile.ZipFile(wheel) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
+        files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     info = next(name for name in files if name.endswith(".dist-info/RECORD")).removesuffix("RECORD")
     yield from record_problems(files, info)
     missing = sorted(name for name in LICENSES if info + "licenses/" + name not in files)
