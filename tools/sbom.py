@@ -81,8 +81,9 @@ def parts(build: Path, has_gpu_code: bool) -> list[dict[str, Any]]:
     ]  # fmt: skip
     if has_gpu_code:
         # "[<include>][<libcudart>][<bin>][<version>]": what CMake's FindCUDAToolkit has found.
-        found = re.findall(r"\[([^]]*)\]", cache["FIND_PACKAGE_MESSAGE_DETAILS_CUDAToolkit"])
-        (number,) = defined(Path(found[0]) / "cuda_runtime_api.h", "CUDART_VERSION")
+        found = re.findall(r"[^][;]+", cache["FIND_PACKAGE_MESSAGE_DETAILS_CUDAToolkit"])
+        headers = [header for place in found if (header := Path(place) / "cuda_runtime_api.h").exists()]
+        (number,) = defined(headers[0], "CUDART_VERSION")
         cuda = f"{int(number) // 1000}.{int(number) % 1000 // 10}"
         made.append(
             component("cudart_static", cuda, supplier={"name": "NVIDIA Corporation"}, licenses=[CUDA_LICENSE],
