@@ -63,7 +63,9 @@ class Layer:
     def tables(self, with_a: bool, with_b: bool) -> Tables:
         found = self._tables.get((with_a, with_b))
         if found is None:
-            found = Tables(self.a if with_a else None, self.b if with_b else None)
+            # vLLM's first call comes in inference mode, and not all that change a slot do.
+            with torch.inference_mode(False):
+                found = Tables(self.a if with_a else None, self.b if with_b else None)
             self._tables[with_a, with_b] = found
         return found
 

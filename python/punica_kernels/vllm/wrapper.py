@@ -145,8 +145,9 @@ class PunicaKernelsWrapperCPU(OurKernels, PunicaWrapperCPU):  # type: ignore[mis
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         config = kwargs["lora_config"]
         self._max_rank = config.max_lora_rank
-        nobody = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32, device=device)
-        self._tokens, self._prompts = (LoraBatch(nobody, config.max_loras) for _ in range(2))
+        with torch.inference_mode(False):  # vLLM updates in it and outside of it
+            nobody = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32, device=device)
+            self._tokens, self._prompts = (LoraBatch(nobody, config.max_loras) for _ in range(2))
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
