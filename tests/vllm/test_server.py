@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES, environment
@@ -24,8 +25,9 @@ def serving(model, adapters, log):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "smollm2",
-        "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", "3", "--max-cpu-loras", "5",
+        sys.executable, str(Path(__file__).with_name("serve_script.py")), "serve", str(model),
+        "--served-model-name", "smollm2",
+        "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", "5", "--max-cpu-loras", "5",
         "--max-lora-rank", "32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
         "--max-num-batched-tokens", "256", "--lora-modules", *(f"{name}={path}" for name, path in adapters.items()),
     ]  # fmt: skip
@@ -44,7 +46,8 @@ def serving(model, adapters, log):
             time.sleep(1)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(30)
         with contextlib.suppress(ProcessLookupError):
