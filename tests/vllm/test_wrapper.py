@@ -166,7 +166,9 @@ def test_compiled_as_vllm_does(ours, layer):
             return y
 
     module = Module()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    # vLLM sets this option: what its own passes of the compiler expect.
+    options = {"enable_auto_functionalized_v2": False}
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, options=options)
     with torch.inference_mode():
         for token_ids in (TOKEN_IDS, (0, 5, 11) * 4):  # the graph reads what the wrapper is told later
             wrapper.update_metadata(LoRAMapping(token_ids, (7,)), IDS, SLOTS + 1, 1000)
