@@ -5,7 +5,8 @@
 Needs an environment with vLLM (`make test-vllm` sets one up). Two engines serve the same requests in turns, one with
 PUNICA_VLLM=0, in processes of their own on the same cores: SmolLM2-135M, 16 requests at once, over 1, 4 and 16 random
 adapters of rank 16 on all linear layers. The LoRA time is what the calls of the Punica wrapper take inside the worker,
-measured around each of them, in both engines alike; a decode step is one of 16 tokens. Writes vllm_cpu.json and vllm_cpu.md.
+measured around each of them, in both engines alike; a decode step is one of 16 tokens. Writes vllm_cpu.json and
+vllm_cpu.md.
 """
 
 import argparse
@@ -162,7 +163,8 @@ def measure(servers: dict[str, Server], rounds: int, max_tokens: int) -> list[di
     rows = []
     for n in (0, *ADAPTERS):
         medians = {
-            side: {key: statistics.median(r[key] for r in found[n, side]) for key in found[n, side][0]} for side in SIDES
+            side: {key: statistics.median(r[key] for r in found[n, side]) for key in found[n, side][0]}
+            for side in SIDES
         }
         ours, vllms = medians["ours"], medians["vLLM"]
         rows.append({
@@ -182,13 +184,13 @@ def measure(servers: dict[str, Server], rounds: int, max_tokens: int) -> list[di
 
 
 def markdown(result: dict[str, Any]) -> str:
-    versions = result["versions"]
+    versions, settings = result["versions"], result["settings"]
     lines = [
-        f"{result['device']}, {result['settings']['threads']} threads, {result['date'][:10]}, vLLM {versions['vllm']}, torch "
-        f"{versions['torch']}: SmolLM2-135M, bfloat16, {BATCH} requests at once, adapters of rank {RANK} on all linear layers, "
-        f"median of {result['settings']['rounds']} rounds.",
+        f"{result['device']}, {settings['threads']} threads, {result['date'][:10]}, vLLM {versions['vllm']}, torch "
+        f"{versions['torch']}: SmolLM2-135M, bfloat16, {BATCH} requests at once, adapters of rank {RANK} on all linear "
+        f"layers, median of {settings['rounds']} rounds.",
         "",
-        "| adapters | LoRA a decode step, ours | vLLM's own | less by | linear layers only | tokens/s ours | vLLM's own |",
+        "| adapters | LoRA a decode step, ours | vLLM's own | less by | linear layers only | tokens/s, ours | vLLM's |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:

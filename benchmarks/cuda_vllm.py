@@ -276,27 +276,32 @@ def measure(vllm: types.SimpleNamespace, deadline: float) -> list[dict[str, Any]
 
 def markdown(rows: list[dict[str, Any]], device: str, date: str) -> str:
     met = sum(row["ours"] <= row["goal"] for row in rows)
-    default = sum(row["ours"] <= max(row["rivals"][VLLM] / 2, 1.15 * row["floor"]) for row in rows)
+    met_default = sum(row["ours"] <= max(row["rivals"][VLLM] / 2, 1.15 * row["floor"]) for row in rows)
+    versions = f"torch {torch.__version__}, triton {sys.modules['triton'].__version__}"
     lines = [
-        f"{device}, {date}, torch {torch.__version__}, triton {sys.modules['triton'].__version__}, bfloat16, replayed CUDA "
-        f"graphs, weights not in the cache; {SLOTS} slots of rank {MAX_RANK}. Microseconds a call of a whole layer; vLLM: "
-        "its shrink and expand kernels, whose time does not depend on the adapters' ranks, with a grid for all slots (its "
-        "default) and with its option `specialize_active_lora`. Floor: computed, 1.5 us, 4.5 TB/s for what is read, 4.13 "
-        "TB/s for y. Goal: half of the faster of vLLM's times, or 1.15 times the floor where that is more: "
-        f"{met} of {len(rows)} met (against the default alone {default}).",
+        f"{device}, {date}, {versions}, bfloat16, replayed CUDA graphs, weights not in the cache; {SLOTS} slots of "
+        f"rank {MAX_RANK}. Microseconds a call of a whole layer; vLLM: its shrink and expand kernels, whose time does "
+        "not depend on the adapters' ranks, with a grid for all slots (its default) and with its option "
+        "`specialize_active_lora`. Floor: computed, 1.5 us, 4.5 TB/s for what is read, 4.13 TB/s for y. Goal: half of "
+        f"the faster of vLLM's times, or 1.15 times the floor where that is more: {met} of {len(rows)} met (against "
+        f"the default alone {met_default}).",
         "",
-        "| layer | tokens | adapters | vLLM | specialized | ours, rank " + " | rank ".join(map(str, RANKS))
+        "| layer | tokens | adapters | vLLM | specialized | ours, rank "
+        + " | rank ".join(map(str, RANKS))
         + " | floors | best of vLLM / ours |",
         "|---|---:|---:|---:|---:|" + "---:|" * (len(RANKS) + 2),
     ]
     for (layer, tokens, adapters), group in itertools.groupby(rows, lambda r: (r["layer"], r["rows"], r["adapters"])):
         by_rank = {row["rank"]: row for row in group}
         default, specialized = (by_rank[RANKS[0]]["rivals"][name] for name in (VLLM, SPECIALIZED))
-        cells = [f"{by_rank[r]['ours']:.1f}{'' if by_rank[r]['ours'] <= by_rank[r]['goal'] else ' (missed)'}" for r in RANKS]
+        cells = [
+            f"{by_rank[r]['ours']:.1f}{'' if by_rank[r]['ours'] <= by_rank[r]['goal'] else ' (missed)'}" for r in RANKS
+        ]
         floors = " / ".join(f"{by_rank[r]['floor']:.1f}" for r in RANKS)
         ratios = " / ".join(f"{min(default, specialized) / by_rank[r]['ours']:.1f}" for r in RANKS)
         lines.append(
-            f"| {layer} | {tokens} | {adapters} | {default:.1f} | {specialized:.1f} | {' | '.join(cells)} | {floors} | {ratios} |"
+            f"| {layer} | {tokens} | {adapters} | {default:.1f} | {specialized:.1f} | {' | '.join(cells)} | {floors} "
+            f"| {ratios} |"
         )
     return "\n".join(lines) + "\n"
 

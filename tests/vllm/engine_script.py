@@ -19,9 +19,7 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     llm = LLM(**job["settings"])
-    requests = {
-        name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)
-    }
+    requests = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)}
     results = []
     for step in job["steps"]:
         if "add" in step:

@@ -38,7 +38,7 @@ def ours(smollm2, adapters, demo, run_engine):
 
 def test_same_texts_as_vllms_own_wrapper(smollm2, adapters, demo, run_engine, ours, tokenizer):
     results, log = ours
-    # vLLM's own wrapper gives rows of no adapter that of the last slot (index -1), so one more slot here, which stays empty.
+    # vLLM's own wrapper gives rows of no adapter that of the last slot (index -1): so one slot more, which stays empty.
     theirs, their_log = run_engine(
         smollm2, adapters, [{"generate": demo, "max_tokens": NEW}], {"PUNICA_VLLM": "0"}, max_loras=5, dtype="bfloat16"
     )
@@ -48,7 +48,9 @@ def test_same_texts_as_vllms_own_wrapper(smollm2, adapters, demo, run_engine, ou
     for (_, name), a, b in zip(demo, results[0], theirs[0], strict=True):
         print(f"{name}: {tokenizer.decode(a['tokens'])!r}")
         difference = first_difference(a, b)
-        assert difference is None, f"{name}: {tokenizer.decode(a['tokens'])!r}, {tokenizer.decode(b['tokens'])!r}: {difference}"
+        assert difference is None, (
+            f"{name}: {tokenizer.decode(a['tokens'])!r}, {tokenizer.decode(b['tokens'])!r}: {difference}"
+        )
     # And the adapters do what they were trained for.
     texts = [tokenizer.decode(result["tokens"]) for result in results[0]]
     for (_, name), text in zip(demo, texts, strict=True):

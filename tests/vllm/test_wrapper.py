@@ -12,7 +12,12 @@ from vllm.platforms import current_platform
 
 SLOTS, MAX_RANK, H_IN, TOKENS = 4, 8, 64, 12
 WIDTHS = (48, 16, 16)
-IDS = [11, None, 7, 5]  # adapters in the slots; the last slot is taken: vLLM's own wrapper would give it to rows of none
+IDS = [
+    11,
+    None,
+    7,
+    5,
+]  # adapters in the slots; the last slot is taken: vLLM's own wrapper would give it to rows of none
 RANKS = {0: 8, 2: 3, 3: 5}
 TOKEN_IDS = (7, 7, 11, 5, 11, 7, 5, 5, 11, 7, 7, 5)
 CONFIG = SimpleNamespace(

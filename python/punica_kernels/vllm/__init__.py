@@ -1,7 +1,7 @@
-"""vLLM's LoRA layers on this package's kernels: a plugin that vLLM loads by itself (entry point `vllm.general_plugins`).
+"""vLLM's LoRA layers on this package's kernels: a plugin that vLLM loads itself (entry point `vllm.general_plugins`).
 
 vLLM asks its platform for the class that computes LoRA, the Punica wrapper. `register` puts itself before that answer:
-where this package can serve, it is `PunicaKernelsWrapperCPU` or `PunicaKernelsWrapperGPU`, otherwise vLLM's own, and the
+where this package can serve, it is `PunicaKernelsWrapperCPU` or `PunicaKernelsWrapperGPU`, otherwise vLLM's own; the
 log says which and why. `PUNICA_VLLM=0` turns it off. Nothing here needs vLLM to be imported; `wrapper` does.
 """
 
@@ -10,8 +10,8 @@ import logging
 import os
 from typing import Any
 
-# What the code in this folder was written for and tested with. With another version it runs if the parts of vLLM that it
-# touches have not changed (interface.py), and says in the log that nobody has tested it.
+# What the code in this folder was written for and tested with. With another version it runs if the parts of vLLM that
+# it touches have not changed (interface.py), and says in the log that nobody has tested it.
 TESTED_VERSIONS = ("0.32.0",)
 
 # Below vLLM's logger, for only that one has a handler.

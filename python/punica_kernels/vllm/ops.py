@@ -1,8 +1,8 @@
 """The calls of vLLM's LoRA layers as torch operations, `torch.ops.punica_kernels_vllm.*`, over `add_lora`.
 
-The address tables of a layer are found when the operation runs, by the addresses of its weights. So compiled code holds
-nothing but tensors, and vLLM's layers stay alike for its compiler. Nothing in here waits for the device. Memory is taken
-from torch's allocator, as vLLM's own operations take it.
+The address tables of a layer are found when the operation runs, by the addresses of its weights. So compiled code
+holds nothing but tensors, and vLLM's layers stay alike for its compiler. Nothing in here waits for the device. Memory
+is taken from torch's allocator, as vLLM's own operations take it.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def linear(
 def shrink(y: Tensor, x: Tensor, a: Sequence[Tensor], batch: Batch, scale: float, *, exact: bool) -> None:
     """`y[s] = scale * A_s x`, y: float32 [slices, rows, rank]; zero where a row has no adapter, or a smaller rank.
 
-    y is rounded to x's type, as what goes into B is at the latest; with `exact` (for what will be summed first) it keeps
-    the bits of two such numbers.
+    y is rounded to x's type, as what goes into B is at the latest; with `exact` (for what will be summed first) it
+    keeps the bits of two such numbers.
     """
     if is_intercepted():
         torch.ops.punica_kernels_vllm.shrink(y, x, list(a), *batch, scale, exact)
@@ -52,9 +52,7 @@ def shrink(y: Tensor, x: Tensor, a: Sequence[Tensor], batch: Batch, scale: float
         _shrink(y, x, a, *batch, scale, exact)
 
 
-def expand(
-    y: Tensor, x: Tensor, b: Sequence[Tensor], batch: Batch, widths: Sequence[int], start: int
-) -> None:
+def expand(y: Tensor, x: Tensor, b: Sequence[Tensor], batch: Batch, widths: Sequence[int], start: int) -> None:
     """`y[:, slice s] += B_s x[s]` for every row that has an adapter; x: [slices, rows, rank], rounded to y's type.
 
     The slices begin in column `start`.

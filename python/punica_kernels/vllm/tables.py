@@ -1,10 +1,10 @@
 """What `add_lora` reads for a layer of vLLM: addresses of its slots, and how many of their ranks are in use.
 
-vLLM keeps the adapters of a layer in stacked tensors, for each slice A [slots, 1, max_rank, h_in] and B [slots, 1, h_out,
-max_rank], zero beyond an adapter's own rank. A slot is then a padded adapter, of which only the rank must be known. No
-argument says it, and tensor parallelism and packed layers change it on the way; so it is read from the weights: rows of
-A (columns of B) up to the last one that is not zero, on the device, which nobody waits for, whenever vLLM has filled a
-slot.
+vLLM keeps the adapters of a layer in stacked tensors, for each slice A [slots, 1, max_rank, h_in] and B [slots, 1,
+h_out, max_rank], zero beyond an adapter's own rank. A slot is then a padded adapter, of which only the rank must be
+known. No argument says it, and tensor parallelism and packed layers change it on the way; so it is read from the
+weights: rows of A (columns of B) up to the last one that is not zero, on the device, which nobody waits for, whenever
+vLLM has filled a slot.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def remove(layers: Sequence[Layer]) -> None:
 
 
 def of(a: Sequence[Tensor] | None, b: Sequence[Tensor] | None) -> Tables:
-    """The tables of a call with these weights; made when it comes for the first time, which must not be in a capture."""
+    """The tables of a call with these weights; made when it first comes, which must not be in a capture."""
     weights = b if a is None else a
     if weights is None:
         raise ValueError("no weights")

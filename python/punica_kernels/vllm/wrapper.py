@@ -195,7 +195,7 @@ def install() -> None:
 
 
 def _register_layers(manager: Any) -> None:
-    layers, left, done = [], Counter[str](), 0
+    layers, left = [], Counter[str]()
     for module in manager.modules.values():
         layer = _layer_of(module)
         if layer is None:
