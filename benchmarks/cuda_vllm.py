@@ -146,7 +146,13 @@ class Work:
     def ours(self) -> None:
         for call, meta in enumerate(self.metas):
             a, b = self.layer.sets[call % SETS]
-            batch = (meta.token_indices_sorted_by_lora_ids, meta.active_lora_ids, meta.lora_token_start_loc, None)
+            # As PunicaKernelsWrapperGPU.add_lora_linear does.
+            order, slots, starts = (
+                meta.token_indices_sorted_by_lora_ids,
+                meta.active_lora_ids,
+                meta.lora_token_start_loc,
+            )
+            batch = (order, slots, starts, None, meta.no_lora_flag_cpu)
             ops.linear(self.y[call % len(self.y)], self.x[call % len(self.x)], a, b, batch, self.layer.widths, 1.0)
 
     def vllms(self, specialized: bool = False) -> None:

@@ -50,7 +50,8 @@ def make_layer():
 def rows_of(device, seed=1):
     indices = torch.randint(-1, SLOTS, (ROWS,), generator=torch.Generator().manual_seed(seed))
     batch = pk.LoraBatch(indices.to(device), SLOTS, capacity=ROWS + 4)
-    return indices, (batch.order, batch.segment_adapter, batch.segment_start, batch.counts)
+    nobody = torch.tensor([bool((indices < 0).all())])
+    return indices, (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody)
 
 
 def randn(*shape, device, dtype, seed=2):
@@ -160,6 +161,19 @@ def test_expand(dtype, device, make_layer):
     assert torch.equal(y[:, start + sum(WIDTHS) :], before[:, start + sum(WIDTHS) :])
 
 
+def test_nobody(device, make_layer):
+    """A batch in which no row has an adapter: nothing is done, whatever its other tensors still say."""
+    layer, (_, batch) = make_layer(device, torch.bfloat16), rows_of(device)
+    nobody = (*batch[:-1], torch.tensor([True]))
+    x, y = (randn(ROWS, n, device=device, dtype=torch.bfloat16, seed=n) for n in (H_IN, sum(WIDTHS)))
+    before, v = y.clone(), torch.ones(len(WIDTHS), ROWS, MAX_RANK, device=device)
+    ops.linear(y, x, layer.a, layer.b, nobody, WIDTHS, 1.0)
+    ops.expand(y, v, layer.b, nobody, WIDTHS, 0)
+    ops.shrink(v, x, layer.a, nobody, 1.0, exact=True)
+    assert torch.equal(y, before)
+    assert not v.any()
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_shares_of_ranks_give_the_whole(workers, device, make_layer):
     """Fully sharded LoRA of a column-parallel layer: shares of A's rows, gathered, then B."""
@@ -219,7 +233,8 @@ def test_captured_calls_see_adapters_and_rows_change():
     dtype, device = torch.bfloat16, "cuda"
     layer = Layer(device, dtype, ranks=[(2, 2, 2)] * SLOTS)
     batch = pk.LoraBatch(torch.full((ROWS,), -1, device=device), SLOTS)
-    rows = (batch.order, batch.segment_adapter, batch.segment_start, batch.counts)
+    nobody = torch.tensor([False])  # as in vLLM's captures: what is read on the host counts while capturing
+    rows = (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody)
     x, y = (randn(ROWS, n, device=device, dtype=dtype, seed=n) for n in (H_IN, sum(WIDTHS)))
     v = torch.zeros(len(WIDTHS), ROWS, MAX_RANK, device=device)
 

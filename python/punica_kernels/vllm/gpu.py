@@ -24,4 +24,10 @@ class PunicaKernelsWrapperGPU(OurKernels, PunicaWrapperGPU):  # type: ignore[mis
 
 
 def _batch_of(meta: Any) -> ops.Batch:
-    return meta.token_indices_sorted_by_lora_ids, meta.active_lora_ids, meta.lora_token_start_loc, None
+    return (
+        meta.token_indices_sorted_by_lora_ids,
+        meta.active_lora_ids,
+        meta.lora_token_start_loc,
+        None,
+        meta.no_lora_flag_cpu,
+    )

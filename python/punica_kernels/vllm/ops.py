@@ -19,10 +19,12 @@ from . import tables as _tables
 
 MAX_SLICES = 16  # of one call of add_lora
 
-# order, segment_adapter, segment_start and counts of a LoraBatch
-Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# order, segment_adapter, segment_start and counts of a LoraBatch, and a bool on the host, [1]: no row has an adapter.
+# Then nothing is launched, and nothing captured: vLLM captures steps without adapters in graphs of their own. It is a
+# tensor so that compiled code asks for it each time.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
-_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts"
+_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody"
 _SCHEMAS = {
     "linear": f"Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_BATCH}, int[] widths, float scale",
     "shrink": f"Tensor(a!) y, Tensor x, Tensor[] a, {_BATCH}, float scale, bool exact",
@@ -75,11 +77,13 @@ def _linear(
     segment_adapter: Tensor,
     segment_start: Tensor,
     counts: Tensor | None,
+    nobody: Tensor,
     widths: Sequence[int],
     scale: float,
 ) -> None:
-    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
-    _run(y, x, _tables.of(a, b), batch, widths, 0, scale)
+    tables = _tables.of(a, b)  # in any case, so that the first call makes them
+    if not nobody.item():
+        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), widths, 0, scale)
 
 
 def _shrink(
@@ -90,10 +94,15 @@ def _shrink(
     segment_adapter: Tensor,
     segment_start: Tensor,
     counts: Tensor | None,
+    nobody: Tensor,
     scale: float,
     exact: bool,
 ) -> None:
-    batch, tables = LoraBatch.of(order, segment_adapter, segment_start, counts), _tables.of(a, None)
+    tables = _tables.of(a, None)
+    if nobody.item():
+        y.zero_()
+        return
+    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = y.shape
     widths = [rank] * slices
     high = x.new_zeros(rows, slices * rank)
@@ -113,10 +122,14 @@ def _expand(
     segment_adapter: Tensor,
     segment_start: Tensor,
     counts: Tensor | None,
+    nobody: Tensor,
     widths: Sequence[int],
     start: int,
 ) -> None:
-    batch, tables = LoraBatch.of(order, segment_adapter, segment_start, counts), _tables.of(None, b)
+    tables = _tables.of(None, b)
+    if nobody.item():
+        return
+    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = x.shape
     if slices > 1 or x.dtype != y.dtype:
         rounded = y.new_empty(rows, slices, rank)

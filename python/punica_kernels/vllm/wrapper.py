@@ -140,6 +140,18 @@ class OurKernels(PunicaWrapperBase):  # type: ignore[misc]
         ops.linear(rows, x, (lora_a_stacked,), (lora_b_stacked,), self._prompt_rows(), (width,), scale)
 
 
+class _Rows:
+    def __init__(self, nobody: Tensor, slots: int):
+        self._batch = batch = LoraBatch(nobody, slots)
+        self._nobody = torch.ones(1, dtype=torch.bool)
+        self.tensors = batch.order, batch.segment_adapter, batch.segment_start, batch.counts, self._nobody
+
+    def update(self, slots: Tensor, nobody: bool) -> None:
+        self._nobody.fill_(nobody)
+        if not nobody:
+            self._batch.update(slots)
+
+
 class PunicaKernelsWrapperCPU(OurKernels, PunicaWrapperCPU):  # type: ignore[misc]
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
@@ -147,7 +159,7 @@ class PunicaKernelsWrapperCPU(OurKernels, PunicaWrapperCPU):  # type: ignore[mis
         self._max_rank = config.max_lora_rank
         with torch.inference_mode(False):  # vLLM updates in it and outside of it
             nobody = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32, device=device)
-            self._tokens, self._prompts = (LoraBatch(nobody, config.max_loras) for _ in range(2))
+            self._tokens, self._prompts = (_Rows(nobody, config.max_loras) for _ in range(2))
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -155,16 +167,14 @@ class PunicaKernelsWrapperCPU(OurKernels, PunicaWrapperCPU):  # type: ignore[mis
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         # For what the parent still does: its way for single tokens serves any batch.
         self.is_prefill = False
-        self._tokens.update(self.token_lora_indices)
-        self._prompts.update(self.sampler_indices)
+        self._tokens.update(self.token_lora_indices, not any(mapping.index_mapping))
+        self._prompts.update(self.sampler_indices, not any(mapping.prompt_mapping))
 
     def _rows(self) -> ops.Batch:
-        batch = self._tokens
-        return batch.order, batch.segment_adapter, batch.segment_start, batch.counts
+        return self._tokens.tensors
 
     def _prompt_rows(self) -> ops.Batch:
-        batch = self._prompts
-        return batch.order, batch.segment_adapter, batch.segment_start, batch.counts
+        return self._prompts.tensors
 
 
 def install() -> None:
