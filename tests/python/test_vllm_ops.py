@@ -161,6 +161,31 @@ def test_expand(dtype, device, make_layer):
     assert torch.equal(y[:, start + sum(WIDTHS) :], before[:, start + sum(WIDTHS) :])
 
 
+def test_sizes_that_do_not_fit(make_layer):
+    """The kernels get addresses: what would be read beyond a tensor is refused before."""
+    layer, (_, batch) = make_layer("cpu", torch.float32), rows_of("cpu")
+    x, y = torch.zeros(ROWS, H_IN), torch.zeros(ROWS, sum(WIDTHS))
+    v = torch.zeros(len(WIDTHS), ROWS, MAX_RANK)
+    with pytest.raises(RuntimeError, match=r"x must have 96 columns, got \(23, 97\)"):
+        ops.linear(y, torch.zeros(ROWS, H_IN + 1), layer.a, layer.b, batch, WIDTHS, 1.0)
+    with pytest.raises(RuntimeError, match=r"widths must be at most B's, \[64, 32, 40\], got \[64, 33, 39\]"):
+        ops.linear(y, x, layer.a, layer.b, batch, (64, 33, 39), 1.0)
+    with pytest.raises(RuntimeError, match="widths must be"):
+        ops.expand(y, v, layer.b, batch, (64, 32), 0)
+    with pytest.raises(RuntimeError, match=r"x must have shape \(3, 23, 16\)"):
+        ops.expand(y, v[..., :8], layer.b, batch, WIDTHS, 0)
+    with pytest.raises(RuntimeError, match=r"y must have shape \(3, 23, 16\)"):
+        ops.shrink(v[:2], x, layer.a, batch, 1.0, exact=False)
+    for a, b in (
+        (layer.a[:2], layer.b),
+        ([t[:, :, :8] for t in layer.a], layer.b),
+        (layer.a, [t.half() for t in layer.b]),
+        (layer.a, [t[:4] for t in layer.b]),
+    ):
+        with pytest.raises(RuntimeError, match="A must be"):
+            tables.Tables(a, b)
+
+
 def test_nobody(device, make_layer):
     """A batch in which no row has an adapter: nothing is done, whatever its other tensors still say."""
     layer, (_, batch) = make_layer(device, torch.bfloat16), rows_of(device)

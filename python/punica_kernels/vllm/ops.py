@@ -82,6 +82,8 @@ def _linear(
     scale: float,
 ) -> None:
     tables = _tables.of(a, b)  # in any case, so that the first call makes them
+    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
+    _require_widths(b, widths)
     if not nobody.item():
         _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), widths, 0, scale)
 
@@ -99,6 +101,8 @@ def _shrink(
     exact: bool,
 ) -> None:
     tables = _tables.of(a, None)
+    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
+    _require(y.shape == (len(a), len(x), tables.rank), "y", f"shape {(len(a), len(x), tables.rank)}", y)
     if nobody.item():
         y.zero_()
         return
@@ -127,6 +131,8 @@ def _expand(
     start: int,
 ) -> None:
     tables = _tables.of(None, b)
+    _require(x.shape == (len(b), len(y), tables.rank), "x", f"shape {(len(b), len(y), tables.rank)}", x)
+    _require_widths(b, widths)
     if nobody.item():
         return
     batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
@@ -136,6 +142,18 @@ def _expand(
         rounded.copy_(x.transpose(0, 1))
         x = rounded
     _run(y, x.view(rows, slices * rank), tables, batch, widths, start, 1.0)
+
+
+# What add_lora cannot see: it has only the addresses of the weights.
+def _require(ok: bool, name: str, expected: str, got: Tensor) -> None:
+    if not ok:
+        raise RuntimeError(f"punica_kernels.vllm: {name} must have {expected}, got {tuple(got.shape)}")
+
+
+def _require_widths(b: Sequence[Tensor], widths: Sequence[int]) -> None:
+    if len(widths) != len(b) or any(width > w.shape[-2] for width, w in zip(widths, b, strict=True)):
+        sizes = [w.shape[-2] for w in b]
+        raise RuntimeError(f"punica_kernels.vllm: widths must be at most B's, {sizes}, got {list(widths)}")
 
 
 def _run(

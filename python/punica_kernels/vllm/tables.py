@@ -24,6 +24,7 @@ class Tables:
         weights = b if a is None else a
         if weights is None:
             raise ValueError("no weights")
+        _check(a, b)
         like = weights[0]
         self.slices, slots = len(weights), like.shape[0]
         self.rank = like.shape[-1] if a is None else like.shape[-2]
@@ -47,6 +48,25 @@ class Tables:
             weights = stacked[slots].flatten(0, -3)  # [slots, rows, columns]
             used = (weights != 0).any(3 - self._rank_dim)
             self.ranks[s, slots] = (used * self._counting).amax(1)
+
+
+def _check(a: Sequence[Tensor] | None, b: Sequence[Tensor] | None) -> None:
+    """Addresses say nothing of sizes, so these must be right."""
+    every = [*(a or ()), *(b or ())]
+    ranks = {t.shape[-2] for t in a or ()} | {t.shape[-1] for t in b or ()}
+    ok = (
+        (a is None or b is None or len(a) == len(b))
+        and len({(t.shape[0], t.dtype, t.device) for t in every}) == 1
+        and all(t.dim() in (3, 4) and t.is_contiguous() and t.shape[1:-2].numel() == 1 for t in every)
+        and len(ranks) == 1
+        and len({t.shape[-1] for t in a or ()}) <= 1
+    )
+    if not ok:
+        shapes = [[tuple(t.shape) for t in stacked or ()] for stacked in (a, b)]
+        raise RuntimeError(
+            "punica_kernels.vllm: A must be [slots, 1, rank, h_in] and B [slots, 1, h_out, rank] for each slice, "
+            f"contiguous, of one type and device; got A {shapes[0]} and B {shapes[1]}"
+        )
 
 
 def _addresses(stacked: Sequence[Tensor]) -> list[list[int]]:
