@@ -1,5 +1,6 @@
 """Our wrappers beside vLLM's own, on the tensors that its layers would give them; and when which of them is chosen."""
 
+import gc
 import logging
 from types import SimpleNamespace
 
@@ -178,6 +179,36 @@ def test_compiled_as_vllm_does(ours, layer):
         for token_ids in (TOKEN_IDS, (0, 5, 11) * 4):  # the graph reads what the wrapper is told later
             wrapper.update_metadata(LoRAMapping(token_ids, (7,)), IDS, SLOTS + 1, 1000)
             assert torch.equal(compiled(randn(TOKENS, H_IN)), module(randn(TOKENS, H_IN)))
+
+
+class Manager:  # what of vLLM's is needed here
+    def __init__(self, modules):
+        self.modules = modules
+
+
+def test_layers_are_known_as_long_as_their_manager(layer, caplog):
+    from punica_kernels.vllm import wrapper
+
+    a, b = layer
+    experts = torch.nn.Module()  # of which vLLM keeps views of another shape by these names
+    experts.lora_a_stacked = [t[0, 0] for t in a]
+    experts.lora_b_stacked = [t[0, 0] for t in b]
+    linear, embedding = torch.nn.Module(), torch.nn.Module()
+    linear.lora_a_stacked, linear.lora_b_stacked = a[1:], b[1:]
+    embedding.lora_a_stacked, embedding.lora_b_stacked = torch.zeros(SLOTS, 30, MAX_RANK), b[0]
+    manager = Manager({"experts": experts, "linear": linear, "embedding": embedding})
+    plugin.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, "vllm.punica_kernels"):
+        wrapper._register_layers(manager)
+    plugin.logger.removeHandler(caplog.handler)
+    assert "the LoRA of 2 layers" in caplog.text
+    assert "stays with vLLM's own kernels: Module (1)" in caplog.text
+    assert tables._layers[a[1].data_ptr()] is tables._layers[b[1].data_ptr()]
+    assert tables._layers[b[0].data_ptr()].a is None
+    assert a[0].data_ptr() not in tables._layers
+    del manager, experts, linear, embedding
+    gc.collect()
+    assert not {t.data_ptr() for t in (*a, *b)} & set(tables._layers)
 
 
 # ------------------------------------------------------------------------------------------------ which one is chosen

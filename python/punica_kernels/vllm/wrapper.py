@@ -227,7 +227,8 @@ def _layer_of(module: BaseLayerWithLoRA) -> tables.Layer | None:
     if a is None or b is None:
         return None
     a, b = ((t,) if isinstance(t, Tensor) else tuple(t) for t in (a, b))
-    if a[0].dtype not in _TYPES:
+    stacked = all(t.dim() == 4 and t.dtype in _TYPES for t in b)
+    if not b or not stacked:  # experts have a list of views there
         return None
     # An embedding's A is a table that vLLM looks rows up in.
     return tables.Layer(None if a[0].dim() == 3 else a, b)
