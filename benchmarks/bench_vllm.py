@@ -253,7 +253,8 @@ def main() -> None:
         for server in servers.values():
             server.close()
     result = {
-        "command": f"python benchmarks/{Path(__file__).name}",
+        "command": f"python benchmarks/{Path(__file__).name} --rounds {arguments.rounds} "
+        f"--max-tokens {arguments.max_tokens}",
         "device": cpu_name(),
         "isa": pk.active_isa(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
