@@ -19,7 +19,7 @@ struct DecodeShape {
   static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : 2;  // a multiprocessor, to aim at
 
   static constexpr int kTileBytes = kTileTokens * kDim * 2;  // of keys; values follow
-  static constexpr int kStateBytes = kWarps * kHeads * 8;
+  static constexpr int kStateBytes = kWarps * kHeads * 8, kNoteBytes = 64;
   static constexpr int kAngleBytes = kRope ? kTileTokens * ((kDim / 4 + 7) / 8 * 8) * 16 : 0;
   // Of the sm_80 path, what devices of any 8.x or later have.
   static constexpr int kShared = kArch == Arch::kSm80 ? 99 << 10 : ((228 << 10) / kBlocks - (1 << 10));
@@ -29,15 +29,23 @@ struct DecodeShape {
   // 128 KiB under way on a multiprocessor: more made decode slower, by 1% at 192 KiB.
   static constexpr int kAim = ((128 << 10) / kBlocks + kWarps * kTileBytes) / (kWarps * 2 * kTileBytes);
   static constexpr int stages(int dims) {
-    const int room = (kShared - sum_bytes(dims) - kStateBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
+    const int room = (kShared - sum_bytes(dims) - kStateBytes - kNoteBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
     const int aim = kAim < 2 ? 2 : (kAim > 4 ? 4 : kAim);
     return room < aim ? room : aim;
   }
   static constexpr int kSumDims = stages(kDim) == stages(64) ? kDim : 64;
   static constexpr int kSumRow = kSumDims + 4, kSumBytes = sum_bytes(kSumDims);
   static constexpr int kStages = stages(kSumDims);
-  static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // of a warp
-  static constexpr int kSharedBytes = kWarps * kRingBytes + kSumBytes + kStateBytes + kAngleBytes;
+  // Where a split a multiprocessor is all there is, a block has the multiprocessor for itself, and all of its split may
+  // be under way at once.
+  static constexpr int kAlone =
+      kArch == Arch::kSm80
+          ? kStages
+          : ((227 << 10) - kSumBytes - kStateBytes - kNoteBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
+  static constexpr int kDeepStages = kAlone < kStages ? kStages : (kAlone > kTiles ? kTiles : kAlone);
+  static constexpr int shared_bytes(int stages) {
+    return kWarps * stages * 2 * kTileBytes + kSumBytes + kStateBytes + kNoteBytes + kAngleBytes;
+  }
   static_assert(kStages >= 2 && kStages <= kTiles);
   static_assert(kHeads * kSumRow * 4 >= kDim / 2 * 8);  // a warp's part also holds the angles of its queries
 };
@@ -51,9 +59,10 @@ struct DecodePages {
 // A split of the walk, the same in all threads.
 struct DecodeSplit {
   int32_t sequence, kv_len, first_page;
-  int32_t slot;          // of the query's first split in the workspace
-  int32_t index, count;  // this split of the query's
-  int32_t base;          // position of the split's first token
+  int32_t slot;             // of the query's first split in the workspace
+  int32_t index, count;     // this split of the query's
+  int32_t group, in_group;  // splits of a group, this one of its group
+  int32_t base;             // position of the split's first token
   int32_t part;
   int32_t begin, end;  // tokens that the query sees, from `base`; none where the walk has ended
   bool valid;
@@ -64,7 +73,8 @@ struct DecodeWalk {
   const AttentionArgs& args;
   int32_t each, more;  // shares of the blocks (DecodePiece)
   int32_t left;        // splits that this block has still to take
-  bool whole;          // no room for partial results: queries are taken whole, by the block where they begin
+  int32_t group_bits;
+  bool whole;  // no room for partial results: queries are taken whole, by the block where they begin
   DecodeSplit at;
   DecodePages next_pages;  // of the sequence after
 
@@ -88,9 +98,6 @@ struct DecodeWalk {
     return static_cast<int32_t>(static_cast<uint32_t>(kv_len - 1) / kTokens -
                                 static_cast<uint32_t>(first_key(args, kv_len)) / kTokens + 1);
   }
-  __device__ __forceinline__ static int32_t begin_of(int32_t each, int32_t more, int32_t worker) {
-    return each * worker + min(worker, more);
-  }
 
   __device__ __forceinline__ DecodePages pages(int32_t sequence) const {
     return sequence < static_cast<int32_t>(args.num_sequences) ? pages(args, sequence) : DecodePages{0, 0};
@@ -109,12 +116,14 @@ struct DecodeWalk {
     at.kv_len = pages.kv_len;
     at.first_page = pages.first_page;
     at.count = num_splits(args, pages.kv_len);
+    at.group = (at.count + (1 << group_bits) - 1) >> group_bits;
   }
   __device__ __forceinline__ void advance() {
     if (!at.valid) return;
     --left;
+    if (++at.in_group == at.group) at.in_group = 0;
     if (++at.index == at.count) {
-      at.index = 0;
+      at.index = at.in_group = 0;
       if (++at.part == args.num_kv_heads * args.head_tiles) {
         at.part = 0;
         at.slot += at.count;
@@ -128,40 +137,67 @@ struct DecodeWalk {
 };
 
 // The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
-// kThreads / 32 + 4 values.
+// kThreads / 16 + 4 values.
 template <int kThreads>
-__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int32_t* scratch) {
+__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int group_bits, int32_t* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
   // Every thread counts the splits of some consecutive sequences: one trip to memory.
   const int32_t many = (num_sequences + kThreads - 1) / kThreads;
   const int32_t begin = min(many * thread, num_sequences), end = min(begin + many, num_sequences);
-  int32_t splits = 0;
+  int32_t splits = 0, longest = 0;
   DecodePages found = {0, 0};
 #pragma unroll 2
   for (int32_t i = begin; i < end; ++i) {
     found = DecodeWalk::pages(args, i);
-    splits += DecodeWalk::num_splits(args, found.kv_len);
+    const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
+    splits += here;
+    longest = max(longest, here);
   }
+  longest = __reduce_max_sync(0xffffffffu, longest);
   int32_t before = splits;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
     if (lane >= distance) before += other;
   }
-  if (lane == 31) scratch[warp] = before;
+  constexpr int kWarps = kThreads / 32;
+  int32_t* const place = scratch + 2 * kWarps;
+  if (lane == 31) {
+    scratch[warp] = before;
+    scratch[kWarps + warp] = longest;
+  }
   __syncthreads();
   before -= splits;
   int32_t total = 0;
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) {
+  for (int w = 0; w < kWarps; ++w) {
     if (w < warp) before += scratch[w];
     total += scratch[w];
+    longest = max(longest, scratch[kWarps + w]);
   }
   const uint32_t all = static_cast<uint32_t>(total) * static_cast<uint32_t>(parts);
-  const int32_t each = static_cast<int32_t>(all / gridDim.x), more = static_cast<int32_t>(all - each * gridDim.x);
-  const int32_t worker = static_cast<int32_t>(blockIdx.x), first = DecodeWalk::begin_of(each, more, worker);
-  DecodeWalk walk = {args, each, more, each + (worker < more ? 1 : 0), total > args.num_slots, {}, {0, 0}};
+  uint32_t each = all / gridDim.x, more = all - each * gridDim.x;
+  if (more > 0 && static_cast<uint32_t>(total) == static_cast<uint32_t>(longest) * num_sequences) {
+    // All queries have as many splits. Shares of whole queries, or else of whole groups, leave less to merge, where
+    // that leaves few blocks without work.
+    const uint32_t most = (all + all / 16) / gridDim.x;
+    const uint32_t query = longest, group = (longest + (1 << group_bits) - 1) >> group_bits;
+    const uint32_t queries = (each + query) / query * query, groups = (each + group) / group * group;
+    if (queries <= most) {
+      each = queries;
+      more = 0;
+    } else if (groups <= most) {
+      each = groups;
+      more = 0;
+    }
+  }
+  const uint32_t worker = blockIdx.x, start = each * worker + min(worker, more);
+  const int32_t first = static_cast<int32_t>(min(start, all));
+  const int32_t share = static_cast<int32_t>(min(all - static_cast<uint32_t>(first), each + (worker < more ? 1u : 0u)));
+  DecodeWalk walk = {
+      args,  static_cast<int32_t>(each), static_cast<int32_t>(more), share, group_bits, total > args.num_slots, {},
+      {0, 0}};
   if (walk.left > 0 && first >= before * parts && first < (before + splits) * parts) {
     int32_t slot = before, i = begin;
     if (many > 1) {
@@ -173,20 +209,21 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int3
         slot += here;
       }
     }
-    scratch[kThreads / 32] = i;
-    scratch[kThreads / 32 + 1] = slot;
-    scratch[kThreads / 32 + 2] = found.first_page;
-    scratch[kThreads / 32 + 3] = found.kv_len;
+    place[0] = i;
+    place[1] = slot;
+    place[2] = found.first_page;
+    place[3] = found.kv_len;
   }
   __syncthreads();
   walk.at.valid = walk.left > 0;
   if (!walk.at.valid) return walk;
-  walk.at.sequence = scratch[kThreads / 32];
-  walk.at.slot = scratch[kThreads / 32 + 1];
-  walk.take({scratch[kThreads / 32 + 2], scratch[kThreads / 32 + 3]});
+  walk.at.sequence = place[0];
+  walk.at.slot = place[1];
+  walk.take({place[2], place[3]});
   const int32_t local = first - walk.at.slot * parts;
   walk.at.part = static_cast<int32_t>(static_cast<uint32_t>(local) / static_cast<uint32_t>(walk.at.count));
   walk.at.index = local - walk.at.part * walk.at.count;
+  walk.at.in_group = walk.at.index % walk.at.group;
   if (walk.whole && walk.at.index > 0) {
     // The block before takes this query to its end.
     walk.left -= walk.at.count - walk.at.index - 1;

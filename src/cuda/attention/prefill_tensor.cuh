@@ -43,6 +43,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     hopper::barrier_init_fence();
   }
   __syncthreads();
+  // The tables are on their way into the second-level cache while this waits.
+  const int64_t line = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (line * (kLineBytes / 8) < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * (kLineBytes / 8));
+  if (line * (kLineBytes / 4) < args.num_sequences) {
+    prefetch_line(args.kv_indptr + line * (kLineBytes / 4));
+    prefetch_line(args.qo_indptr + line * (kLineBytes / 4));
+    prefetch_line(args.last_page_offset + line * (kLineBytes / 4));
+  }
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread.
   if (threadIdx.x < 128) {
@@ -67,7 +75,7 @@ template <Arch kArch, class T, int kDim>
 __global__ void __launch_bounds__(kPrefillMergeThreads)
     prefill_merge_kernel(const __grid_constant__ AttentionArgs args) {
   if constexpr (kCompiled<kArch>) {
-    constexpr int kColumns = kDim / 32;
+    constexpr int kColumns = kDim / 32, kBatch = 16;  // partial results whose loads are under way at once
     __shared__ int sequence_of_row;
     __shared__ unsigned long long slots_before;
     launch_dependents<kArch>();
@@ -101,19 +109,25 @@ __global__ void __launch_bounds__(kPrefillMergeThreads)
          head += int64_t{gridDim.y} * kWarps) {
       RowState<kColumns> total;
       total.clear();
-      if (position >= 0) {
-#pragma unroll 4
-        for (int64_t split = args.first_key(position) / kPrefillSplitTokens; split <= position / kPrefillSplitTokens;
-             ++split) {
-          const int64_t index = (first_slot + split) * args.num_heads() + head;
+      const int64_t begin = position < 0 ? 0 : args.first_key(position) / kPrefillSplitTokens;
+      const int64_t end = position < 0 ? 0 : position / kPrefillSplitTokens + 1;
+#pragma unroll 1
+      for (int64_t from = begin; from < end; from += kBatch) {
+        RowState<kColumns> parts[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (from + i >= end) continue;
+          const int64_t index = (first_slot + from + i) * args.num_heads() + head;
           const float2 state = args.partial_states[index];
           const auto part_sums = load<float, kColumns>(args.partial_sums + index * kDim + lane * kColumns);
-          RowState<kColumns> part;
-          part.maximum = state.x;
-          part.weight = state.y;
+          parts[i].maximum = state.x;
+          parts[i].weight = state.y;
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) part.sums[c] = part_sums.values[c];
-          total.merge(part);
+          for (int c = 0; c < kColumns; ++c) parts[i].sums[c] = part_sums.values[c];
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (from + i < end) total.merge(parts[i]);
         }
       }
       const float inverse = position < 0 ? 0.0f : __fdiv_rn(1.0f, total.weight);
