@@ -144,26 +144,25 @@ struct DecodeTotal {
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
 __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kThreads,
                                   DecodeShape<kArch, kDim, kColumns, kRope>::kBlocks)
-    decode_kernel(const __grid_constant__ AttentionArgs args, const DecodeMerge merge, int group_bits, int stages,
-                  bool early_reads, const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
+    decode_kernel(const __grid_constant__ AttentionArgs args, const DecodeMerge merge, int group_bits, bool early_reads, const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   if constexpr (kCompiled<kArch>) {
     using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
     using Warp = DecodeWarp<T, kDim, kColumns, kRope>;
     using Total = DecodeTotal<Shape, kDim>;
     using Addresses = DecodeAddresses<Shape>;
-    constexpr int kStages = Shape::kStages, kDeepStages = Shape::kDeepStages, kTiles = Shape::kTiles;
-    if (kDeepStages == kStages) stages = kStages;
+    constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles;
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
-    float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * stages * (2 * Shape::kTileBytes));
+    float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * Shape::kRingBytes);
     float2* const states = reinterpret_cast<float2*>(all_sums + Shape::kSumBytes / 4);
     DecodePiece* const notes = reinterpret_cast<DecodePiece*>(states + Shape::kStateBytes / 8);
     float4* const angles = reinterpret_cast<float4*>(notes + Shape::kNoteBytes / 32);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    const uint32_t ring = shared_address(dynamic_shared) + warp * stages * (2 * Shape::kTileBytes);
+    const uint32_t ring = shared_address(dynamic_shared) + warp * Shape::kRingBytes;
     float* const warp_sums = all_sums + warp * Shape::kHeads * Shape::kSumRow;
     float4* const query_angles = reinterpret_cast<float4*>(warp_sums);
 
     launch_dependents<kArch>();
+    const float inverse_blocks = approximate_inverse(gridDim.x);
     // The tables are on their way into the second-level cache while this waits.
     if (kArch == Arch::kSm90 && !early_reads) {
       const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
@@ -186,12 +185,12 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     }
     if (!early_reads) grid_dependency_wait<kArch>();
 
-    DecodeWalk walk = find_share<Shape::kThreads>(args, group_bits, reinterpret_cast<int32_t*>(states));
+    DecodeWalk walk = find_share<Shape::kThreads>(args, group_bits, inverse_blocks, reinterpret_cast<int32_t*>(states));
     DecodeSplit split = walk.at, after, ahead;
     Warp work;
     const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 4 == 0) && args.q_stride % 2 == 0;
     const auto load_queries = [&](const DecodeSplit& of) {
-      const int kv_head = of.part / args.head_tiles, head_tile = of.part - kv_head * args.head_tiles;
+      const int kv_head = DecodeWalk::kv_head(args, of.part), head_tile = of.part - kv_head * args.head_tiles;
       const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
       work.load_queries(
           static_cast<const T*>(args.q) + static_cast<int64_t>(of.sequence) * args.q_stride + first_head * kDim,
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     };
     bool waits = false;
 #pragma unroll 1
-    for (int i = 0; i < stages; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       const uint32_t at = ring + i * 2 * Shape::kTileBytes;
       const int row = newest_row(i);
       copy_tile_rows<kDim>(at, here.of_tile(i), i, args.value_bytes, row < 0 ? 0xffff : 0xffff ^ 1u << row,
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       if (split.valid) load_queries(split);
       if (waits) {
 #pragma unroll 1
-        for (int i = 0; i < stages; ++i) {
+        for (int i = 0; i < kStages; ++i) {
           const int row = newest_row(i);
           if (row < 0) continue;
           copy_tile_rows<kDim>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i, args.value_bytes, 1u << row,
@@ -241,6 +240,9 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     }
 
     const bool aligned_outputs = (reinterpret_cast<uint64_t>(args.o) % 8 == 0) && args.o_stride % 4 == 0;
+    // Where nothing is left to merge, the block counts itself at once: the answer takes a while.
+    uint32_t ended = 0;
+    if (merge.counters >= 0 && walk.whole_queries) ended = count_block(merge.counters);
     Total total, group;
     total.clear();
     group.clear();
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       ahead = walk.at;
       later.fetch(args, ahead);
 
-      const int kv_head = split.part / args.head_tiles, head_tile = split.part - kv_head * args.head_tiles;
+      const int kv_head = DecodeWalk::kv_head(args, split.part), head_tile = split.part - kv_head * args.head_tiles;
       const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
       const int heads_left = args.group_size - head_tile * Shape::kHeads;
       const int num_heads = heads_left < Shape::kHeads ? heads_left : Shape::kHeads;
@@ -271,11 +273,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       work.clear();
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
-        if (kDeepStages == kStages || stages == kStages) {
-          copy_wait<kStages - 1>();
-        } else {
-          copy_wait<kDeepStages - 1>();
-        }
+        copy_wait<kStages - 1>();
         __syncwarp();
         const int first = (tile * Shape::kWarps + warp) * kTileTokens;
         const uint32_t at = ring + stage * 2 * Shape::kTileBytes;
@@ -293,7 +291,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
           work.add_tile(at, split.begin - first, split.end - first, args.scale, args.cap, angles, query_angles);
           __syncwarp();  // the tile has been read
         }
-        const int ahead_tile = tile + stages;
+        const int ahead_tile = tile + kStages;
         const bool same = ahead_tile < kTiles;
         const int of = same ? ahead_tile : ahead_tile - kTiles;
         const int its_first = (of * Shape::kWarps + warp) * kTileTokens;
@@ -304,7 +302,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
           copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs, policy);
         }
         copy_commit();
-        stage = stage + 1 == stages ? 0 : stage + 1;
+        stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
       // The sums of the warps, in their order, go to the group of the split or to the workspace.
@@ -417,9 +415,13 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     copy_wait<0>();
     if (merge.pieces != nullptr && !by_query && thread == 0) merge.pieces[blockIdx.x] = piece;
     if (merge.counters >= 0) {
-      if (thread == 0) notes[1] = piece;
-      arrive_and_merge<T, kDim, Shape::kThreads>(args, notes, merge.counters, group_bits, Shape::kHeads,
-                                                 aligned_outputs, reinterpret_cast<int32_t*>(states));
+      if (!walk.whole_queries) {
+        if (thread == 0) notes[1] = piece;
+        ended = arrive_and_merge<T, kDim, Shape::kThreads>(args, notes, merge.counters, group_bits, Shape::kHeads,
+                                                           aligned_outputs, reinterpret_cast<int32_t*>(states),
+                                                           reinterpret_cast<uint32_t*>(dynamic_shared));
+      }
+      reset_counters(merge.counters, ended);
     }
   }
 }

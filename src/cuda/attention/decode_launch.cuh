@@ -22,15 +22,13 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   const double splits =
       std::floor((static_cast<double>(args.num_sequences) * (kSplitTokens - 1) + tokens) / kSplitTokens) *
       static_cast<double>(parts);
-  const int num_multiprocessors = launcher.num_multiprocessors();
-  const int64_t most = std::min<int64_t>(Shape::kBlocks * num_multiprocessors, kMaxDecodeWorkers);
-  const int stages = splits <= num_multiprocessors ? Shape::kDeepStages : Shape::kStages;
+  const int64_t most = std::min<int64_t>(Shape::kBlocks * launcher.num_multiprocessors(), kMaxDecodeWorkers);
   const int group_bits = decode_group_bits(parts);
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(
       splits < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(splits)) : most);
   shape.block.x = Shape::kThreads;
-  shape.shared_bytes = Shape::shared_bytes(stages);
+  shape.shared_bytes = Shape::kSharedBytes;
   DecodeMerge left = {nullptr, -1};
   if (args.num_slots > 0) {
     // A block merges a whole query: where there are few of them, a second launch has more blocks for each.
@@ -46,10 +44,10 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   }
   if constexpr (kRope) {
     PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, true>>(
-        shape, args, left, group_bits, stages, launcher.early_reads, *rope)));
+        shape, args, left, group_bits, launcher.early_reads, *rope)));
   } else {
     PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, false>>(
-        shape, args, left, group_bits, stages, launcher.early_reads, NoRope{})));
+        shape, args, left, group_bits, launcher.early_reads, NoRope{})));
   }
   if (left.pieces == nullptr) return {};
   const int64_t queries = args.num_sequences * parts;

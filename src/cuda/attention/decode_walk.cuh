@@ -36,16 +36,8 @@ struct DecodeShape {
   static constexpr int kSumDims = stages(kDim) == stages(64) ? kDim : 64;
   static constexpr int kSumRow = kSumDims + 4, kSumBytes = sum_bytes(kSumDims);
   static constexpr int kStages = stages(kSumDims);
-  // Where a split a multiprocessor is all there is, a block has the multiprocessor for itself, and all of its split may
-  // be under way at once.
-  static constexpr int kAlone =
-      kArch == Arch::kSm80
-          ? kStages
-          : ((227 << 10) - kSumBytes - kStateBytes - kNoteBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
-  static constexpr int kDeepStages = kAlone < kStages ? kStages : (kAlone > kTiles ? kTiles : kAlone);
-  static constexpr int shared_bytes(int stages) {
-    return kWarps * stages * 2 * kTileBytes + kSumBytes + kStateBytes + kNoteBytes + kAngleBytes;
-  }
+  static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // of a warp
+  static constexpr int kSharedBytes = kWarps * kRingBytes + kSumBytes + kStateBytes + kNoteBytes + kAngleBytes;
   static_assert(kStages >= 2 && kStages <= kTiles);
   static_assert(kHeads * kSumRow * 4 >= kDim / 2 * 8);  // a warp's part also holds the angles of its queries
 };
@@ -75,6 +67,7 @@ struct DecodeWalk {
   int32_t left;        // splits that this block has still to take
   int32_t group_bits;
   bool whole;  // no room for partial results: queries are taken whole, by the block where they begin
+  bool whole_queries;  // shares are whole queries
   DecodeSplit at;
   DecodePages next_pages;  // of the sequence after
 
@@ -91,6 +84,10 @@ struct DecodeWalk {
   __device__ __forceinline__ static int32_t first_key(const AttentionArgs& args, int32_t kv_len) {
     const int32_t position = kv_len - 1;
     return args.window_left < 0 || args.window_left >= position ? 0 : position - static_cast<int32_t>(args.window_left);
+  }
+  // Of a part.
+  __device__ __forceinline__ static int32_t kv_head(const AttentionArgs& args, int32_t part) {
+    return args.head_tiles == 1 ? part : part / args.head_tiles;
   }
   __device__ __forceinline__ static int32_t num_splits(const AttentionArgs& args, int32_t kv_len) {
     if (kv_len == 0) return 1;
@@ -136,18 +133,67 @@ struct DecodeWalk {
   }
 };
 
+// a / b, where inverse is approximately 1 / b: a third of the time that a division takes, most of which others wait for.
+__device__ __forceinline__ uint32_t quotient(uint32_t a, uint32_t b, float inverse) {
+  if (a >= 1u << 22) return a / b;
+  const uint32_t guess = __float2uint_rz(__fmul_rn(__uint2float_rn(a), inverse));  // off by one at most
+  const int32_t rest = static_cast<int32_t>(a - guess * b);
+  return rest < 0 ? guess - 1 : (rest >= static_cast<int32_t>(b) ? guess + 1 : guess);
+}
+__device__ __forceinline__ float approximate_inverse(uint32_t b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__uint2float_rn(b)));
+  return inverse;
+}
+
+// How many splits this block takes, and from which one on, counted over the whole batch.
+struct DecodeShare {
+  int32_t each, more, first, count;
+  bool whole_queries;  // no query is in two blocks
+};
+
+__device__ __forceinline__ DecodeShare share_of_block(uint32_t all, uint32_t longest, bool alike, int32_t group_bits,
+                                                      float inverse_blocks) {
+  uint32_t each = quotient(all, gridDim.x, inverse_blocks), more = all - each * gridDim.x;
+  bool whole_queries = false;
+  if (alike) {
+    // All queries have as many splits. Shares of whole queries, or else of whole groups, leave less to merge, where
+    // that leaves few blocks without work.
+    const uint32_t most = quotient(all + all / 16, gridDim.x, inverse_blocks);
+    const uint32_t least = each + (more > 0 ? 1 : 0), group = (longest + (1 << group_bits) - 1) >> group_bits;
+    const auto rounded = [&](uint32_t unit) {
+      const float inverse = approximate_inverse(unit);
+      return unit == 1 ? least : quotient(least + unit - 1, unit, inverse) * unit;
+    };
+    const uint32_t queries = longest <= most ? rounded(longest) : most + 1;
+    const uint32_t groups = group <= most ? rounded(group) : most + 1;
+    whole_queries = queries <= most;
+    if (whole_queries || groups <= most) {
+      each = whole_queries ? queries : groups;
+      more = 0;
+    }
+  }
+  const uint32_t worker = blockIdx.x, first = min(each * worker + min(worker, more), all);
+  const uint32_t count = min(all - first, each + (worker < more ? 1u : 0u));
+  return {static_cast<int32_t>(each), static_cast<int32_t>(more), static_cast<int32_t>(first),
+          static_cast<int32_t>(count), whole_queries};
+}
+
 // The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
-// kThreads / 16 + 4 values.
+// kThreads / 16 + 4 values. inverse_blocks: of gridDim.x.
 template <int kThreads>
-__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int group_bits, int32_t* scratch) {
+__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int group_bits, float inverse_blocks,
+                                                 int32_t* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
-  // Every thread counts the splits of some consecutive sequences: one trip to memory.
-  const int32_t many = (num_sequences + kThreads - 1) / kThreads;
-  const int32_t begin = min(many * thread, num_sequences), end = min(begin + many, num_sequences);
+  // Every thread counts the splits of some consecutive sequences: one trip to memory. A warp suffices for 32, so then
+  // each of them does it by itself.
+  const bool alone = num_sequences <= 32;
+  const int32_t many = alone ? 1 : (num_sequences + kThreads - 1) / kThreads;
+  const int32_t begin = min(many * (alone ? lane : thread), num_sequences), end = min(begin + many, num_sequences);
   int32_t splits = 0, longest = 0;
   DecodePages found = {0, 0};
-#pragma unroll 2
+#pragma unroll 1
   for (int32_t i = begin; i < end; ++i) {
     found = DecodeWalk::pages(args, i);
     const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
@@ -161,69 +207,69 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
     const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
     if (lane >= distance) before += other;
   }
+  int32_t total = __shfl_sync(0xffffffffu, before, 31);
+  before -= splits;
   constexpr int kWarps = kThreads / 32;
   int32_t* const place = scratch + 2 * kWarps;
-  if (lane == 31) {
-    scratch[warp] = before;
-    scratch[kWarps + warp] = longest;
-  }
-  __syncthreads();
-  before -= splits;
-  int32_t total = 0;
+  if (!alone) {
+    if (lane == 31) {
+      scratch[warp] = total;
+      scratch[kWarps + warp] = longest;
+    }
+    __syncthreads();
+    total = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
-    longest = max(longest, scratch[kWarps + w]);
-  }
-  const uint32_t all = static_cast<uint32_t>(total) * static_cast<uint32_t>(parts);
-  uint32_t each = all / gridDim.x, more = all - each * gridDim.x;
-  if (more > 0 && static_cast<uint32_t>(total) == static_cast<uint32_t>(longest) * num_sequences) {
-    // All queries have as many splits. Shares of whole queries, or else of whole groups, leave less to merge, where
-    // that leaves few blocks without work.
-    const uint32_t most = (all + all / 16) / gridDim.x;
-    const uint32_t query = longest, group = (longest + (1 << group_bits) - 1) >> group_bits;
-    const uint32_t queries = (each + query) / query * query, groups = (each + group) / group * group;
-    if (queries <= most) {
-      each = queries;
-      more = 0;
-    } else if (groups <= most) {
-      each = groups;
-      more = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+      longest = max(longest, scratch[kWarps + w]);
     }
   }
-  const uint32_t worker = blockIdx.x, start = each * worker + min(worker, more);
-  const int32_t first = static_cast<int32_t>(min(start, all));
-  const int32_t share = static_cast<int32_t>(min(all - static_cast<uint32_t>(first), each + (worker < more ? 1u : 0u)));
-  DecodeWalk walk = {
-      args,  static_cast<int32_t>(each), static_cast<int32_t>(more), share, group_bits, total > args.num_slots, {},
-      {0, 0}};
-  if (walk.left > 0 && first >= before * parts && first < (before + splits) * parts) {
-    int32_t slot = before, i = begin;
-    if (many > 1) {
+  const bool alike = static_cast<uint32_t>(total) == static_cast<uint32_t>(longest) * num_sequences;
+  const DecodeShare share = share_of_block(static_cast<uint32_t>(total) * static_cast<uint32_t>(parts), longest, alike,
+                                           group_bits, inverse_blocks);
+  const int32_t first = share.first;
+  DecodeWalk walk = {args,       share.each,
+                     share.more, share.count,
+                     group_bits, total > args.num_slots,
+                     share.whole_queries, {},
+                     {0, 0}};
+  const bool here = walk.left > 0 && first >= before * parts && first < (before + splits) * parts;
+  if (alone) {
+    const uint32_t owner = __ffs(__ballot_sync(0xffffffffu, here)) - 1;
+    walk.at.valid = walk.left > 0;
+    if (!walk.at.valid) return walk;
+    walk.at.sequence = owner;
+    walk.at.slot = __shfl_sync(0xffffffffu, before, owner);
+    walk.take({__shfl_sync(0xffffffffu, found.first_page, owner), __shfl_sync(0xffffffffu, found.kv_len, owner)});
+  } else {
+    if (here) {
+      int32_t slot = before, i = begin;
+      if (many > 1) {
 #pragma unroll 1
-      for (;; ++i) {
-        found = DecodeWalk::pages(args, i);
-        const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
-        if (first < (slot + here) * parts) break;
-        slot += here;
+        for (;; ++i) {
+          found = DecodeWalk::pages(args, i);
+          const int32_t its = DecodeWalk::num_splits(args, found.kv_len);
+          if (first < (slot + its) * parts) break;
+          slot += its;
+        }
       }
+      place[0] = i;
+      place[1] = slot;
+      place[2] = found.first_page;
+      place[3] = found.kv_len;
     }
-    place[0] = i;
-    place[1] = slot;
-    place[2] = found.first_page;
-    place[3] = found.kv_len;
+    __syncthreads();
+    walk.at.valid = walk.left > 0;
+    if (!walk.at.valid) return walk;
+    walk.at.sequence = place[0];
+    walk.at.slot = place[1];
+    walk.take({place[2], place[3]});
   }
-  __syncthreads();
-  walk.at.valid = walk.left > 0;
-  if (!walk.at.valid) return walk;
-  walk.at.sequence = place[0];
-  walk.at.slot = place[1];
-  walk.take({place[2], place[3]});
-  const int32_t local = first - walk.at.slot * parts;
-  walk.at.part = static_cast<int32_t>(static_cast<uint32_t>(local) / static_cast<uint32_t>(walk.at.count));
-  walk.at.index = local - walk.at.part * walk.at.count;
-  walk.at.in_group = walk.at.index % walk.at.group;
+  const uint32_t local = first - walk.at.slot * parts, count = walk.at.count, group = walk.at.group;
+  walk.at.part = static_cast<int32_t>(quotient(local, count, approximate_inverse(count)));
+  walk.at.index = local - walk.at.part * count;
+  walk.at.in_group = group == 1 ? 0 : walk.at.index % group;
   if (walk.whole && walk.at.index > 0) {
     // The block before takes this query to its end.
     walk.left -= walk.at.count - walk.at.index - 1;
@@ -248,22 +294,28 @@ struct DecodeAddresses {
   }
   __device__ __forceinline__ void fetch(const AttentionArgs& args, const DecodeSplit& split) {
     const uint32_t page_size = static_cast<uint32_t>(args.page_size);
-    const bool shifts = (page_size & (page_size - 1)) == 0;
-    const int shift = 31 - __clz(page_size);
+    if ((page_size & (page_size - 1)) == 0) {
+      const int shift = 31 - __clz(page_size);
+      fetch(args, split, [&](uint32_t position) { return position >> shift; });
+    } else {
+      fetch(args, split, [&](uint32_t position) { return position / page_size; });
+    }
+  }
+  template <class PageOf>
+  __device__ __forceinline__ void fetch(const AttentionArgs& args, const DecodeSplit& split, PageOf page_of) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       page[k] = 0;
       slot[k] = 0;
       if (token(k) < split.begin || token(k) >= split.end) continue;
-      const uint32_t position = split.base + token(k);
-      const uint32_t number = shifts ? position >> shift : position / page_size;
-      slot[k] = position - number * page_size;
+      const uint32_t position = split.base + token(k), number = page_of(position);
+      slot[k] = position - number * static_cast<uint32_t>(args.page_size);
       page[k] = args.kv_ptrs[split.first_page + number];
     }
   }
   template <int kDim>
   __device__ __forceinline__ void finish(const AttentionArgs& args, int32_t part) {
-    const int64_t offset = args.key_bytes + part / args.head_tiles * args.head_bytes;
+    const int64_t offset = args.key_bytes + DecodeWalk::kv_head(args, part) * args.head_bytes;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if (page[k] != 0) page[k] += offset + static_cast<int64_t>(slot[k]) * (kDim * 2);
