@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     using Total = DecodeTotal<Shape, kDim>;
     using Addresses = DecodeAddresses<Shape>;
     constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles;
+    static_assert(sizeof(MergeShared<kDim, Shape::kThreads>) <= Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes);
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * Shape::kRingBytes);
     float2* const states = reinterpret_cast<float2*>(all_sums + Shape::kSumBytes / 4);
@@ -419,7 +420,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         if (thread == 0) notes[1] = piece;
         ended = arrive_and_merge<T, kDim, Shape::kThreads>(args, notes, merge.counters, group_bits, Shape::kHeads,
                                                            aligned_outputs, reinterpret_cast<int32_t*>(states),
-                                                           reinterpret_cast<uint32_t*>(dynamic_shared));
+                                                           *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));
       }
       reset_counters(merge.counters, ended);
     }
