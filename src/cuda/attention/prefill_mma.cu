@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "src/cuda/attention/counter.cuh"
 #include "src/cuda/attention/prefill_mma.cuh"
 #include "src/cuda/attention/prefill_mma.h"
 #include "src/cuda/attention/prefill_mma_merge.cuh"
@@ -85,15 +86,6 @@ Plan make_plan(const BatchPrefillParams& params) {
     plan.saved_bytes = plan.blocks * Shape::kRows * Shape::kDim * static_cast<int64_t>(sizeof(float));
     return plan;
   });
-}
-
-template <Arch kArch>
-__global__ void reset_counter_kernel(unsigned* counter) {
-  if constexpr (kCompiled<kArch>) {
-    launch_dependents<kArch>();
-    grid_dependency_wait<kArch>();
-    *counter = 0;
-  }
 }
 
 Status launch_rotate(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,
@@ -181,8 +173,7 @@ Status launch_prefill_mma(const Launcher& launcher, const BatchPrefillParams& pa
   if (mma.rotated != nullptr) {
     PUNICA_RETURN_IF_ERROR(launch_rotate(launcher, params.q.dtype, args, mma, *rope));
   } else if (mma.next_item != nullptr) {
-    LaunchShape shape;
-    PUNICA_RETURN_IF_ERROR(launcher.launch<reset_counter_kernel<Arch::kSm80>>(shape, mma.next_item));
+    PUNICA_RETURN_IF_ERROR(reset_counter<Arch::kSm80>(launcher, mma.next_item));
   }
   PUNICA_RETURN_IF_ERROR(with_head_dim(args.head_dim, [&](auto dim) {
     return launch_mma<decltype(dim)::value>(launcher, params.q.dtype, args, mma, rope, blocks);

@@ -1,9 +1,9 @@
 // batch_prefill of float16 and bfloat16 on sm_90 with head dims 64 and 128: tensor copies and warpgroup products.
 //
-// A block stays on its multiprocessor and takes one item after another: 128 rows, pairs (query, head of the group), of
-// one sequence and one KV head. One warp finds the items and has the copy engine bring keys and values in tiles of 128
-// tokens, two tiles of each ahead; two warpgroups take 64 of the rows each. While a warpgroup computes the weights of a
-// tile, its products of the tile before run, and those of the other warpgroup.
+// A block stays on its multiprocessor and takes one item after another: 128 rows (192 with D = 64), pairs (query, head
+// of the group), of one sequence and one KV head. One warp finds the items and has the copy engine bring keys and
+// values in tiles of 128 tokens, two tiles of each ahead; two or three warpgroups take 64 of the rows each. While a
+// warpgroup computes the weights of a tile, its products of the tile before run, and those of the other warpgroups.
 //
 // Pages lie anywhere, so there is one tensor map for all of memory: {elements of a row, rows of a page, address / 16 in
 // two digits}. A box is 64 elements of as many rows as lie together in a page and in a tile.
@@ -20,9 +20,9 @@ namespace punica::cuda {
 
 // Grid: as many blocks as multiprocessors, or items if they are fewer.
 template <Arch kArch, class T, int kDim>
-__global__ void __launch_bounds__(kPrefillThreads, 1)
+__global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
     prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map, int box_rows,
-                   bool wide_q, bool wide_o) {
+                   bool wide_q, bool wide_o, unsigned* next_item) {
   static_assert(kArch == Arch::kSm90);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char prefill_shared[];
@@ -33,12 +33,12 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     for (int i = 0; i < kPrefillStages; ++i) {
       hopper::barrier_init(shared_address(&shared.key_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.key_empty[i]), 8);
-      hopper::barrier_init(shared_address(&shared.value_empty[i]), 8);
+      hopper::barrier_init(shared_address(&shared.key_empty[i]), 4 * kPrefillGroups<kDim>);
+      hopper::barrier_init(shared_address(&shared.value_empty[i]), 4 * kPrefillGroups<kDim>);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
       hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 8 + copy_warps);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 4 * kPrefillGroups<kDim> + copy_warps);
     }
     hopper::barrier_init_fence();
   }
@@ -52,16 +52,16 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     prefetch_line(args.last_page_offset + line * (kLineBytes / 4));
   }
   grid_dependency_wait<kArch>();
-  // Together what the block was launched with: 168 a thread.
+  // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<40>();
+    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
       prefill::copy_items<kDim>(args, &map, box_rows, shared);
     } else {
-      prefill::find_items<kDim>(args, shared);
+      prefill::find_items<kDim>(args, next_item, shared);
     }
   } else {
-    hopper::raise_registers<232>();
+    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
     prefill::Consumer<T, kDim>(args, wide_q, wide_o, shared).run();
   }
 #endif
