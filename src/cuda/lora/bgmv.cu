@@ -7,6 +7,7 @@
 // follows from h_in, the data type and the code path; what else is chosen here changes no bits.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
@@ -18,6 +19,7 @@
 #include "src/cuda/lora/bgmv_short.cuh"
 
 namespace punica::cuda {
+int g_bgmv_variant = getenv("BGMV_VARIANT") ? atoi(getenv("BGMV_VARIANT")) : 0;
 namespace {
 
 using namespace bgmv;
@@ -69,8 +71,10 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
       [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
         LaunchShape shape;
         shape.grid = dim3(row_blocks(part, rows), tile_count);
+        if (part.tiles_first) shape.grid = dim3(tile_count, row_blocks(part, rows));
         shape.block = dim3(32 * kWarps);
-        shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
+        shape.shared_bytes = kRanks == 8 ? deep_shared_bytes(part.group_rows)
+                                         : diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
         return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(shape,
                                                                                                             part);
       });
@@ -116,12 +120,21 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   // blocks.
   int ranks = args.steps <= 2 ? 4 : 2;
   while (ranks > 1 && args.batch * div_up(args.h_out, ranks * tiles) < 128) ranks /= 2;
+  if ((g_bgmv_variant & 64) && ranks == 4) ranks = 2;
   args.group_rows = kGroupRows;
   while (args.group_rows > 1 && args.batch / args.group_rows * div_up(args.h_out, ranks * tiles) < kFewBlocks) {
     args.group_rows /= 2;
   }
   if (prefer_dense(args)) return launch_dense<T>(launcher, args);
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  args.own_find = (g_bgmv_variant & 16) != 0 && args.one_adapter;
+  args.tiles_first = (g_bgmv_variant & 1) != 0 && args.batch <= 65408;
+  if ((g_bgmv_variant & 2) != 0 && whole && !args.own_find && args.steps == 2 && ranks == 4 && args.batch * div_up(args.h_out, 8) >= ((g_bgmv_variant & 256) ? 1 : 512)) {
+    return launch_diagonal<T, 8, 2, true, false>(launcher, args);
+  }
+  if ((g_bgmv_variant & 4) != 0 && whole && args.steps > 4 && ranks == 2) {
+    return launch_diagonal<T, 2, 6, true, true>(launcher, args);
+  }
   switch (ranks) {
     case 1:
       return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
@@ -136,7 +149,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   }
 }
 
-template <class T, int kSteps, int kRounds>
+template <class T, int kSteps, int kRounds, bool kDeep = false>
 Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
   args.group_rows = kMaxGroupRows;
   // Groups of eight cost least, except that in a chain, where the weights are there early, what one row after the other
@@ -147,13 +160,13 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
          args.batch / args.group_rows * tiles < (fewer ? 2 * kFewBlocks : kFewBlocks)) {
     args.group_rows /= 2;
   }
-  return for_parts(args, div_up(args.h_out, kRounds * kBlockRoundRows),
+  return for_parts(args, div_up(args.h_out, (kDeep ? 2 : 1) * kRounds * kBlockRoundRows),
                    [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tiles);
                      shape.block = dim3(kBulkThreads);
                      shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
-                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds, kDeep>>(shape, part);
                    });
 }
 
@@ -169,6 +182,12 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   // Alone, twice as many blocks if all run at once: their loads start earlier.
   if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
     rounds = 2;
+  }
+  const bool deep = (g_bgmv_variant & 8) != 0 && args.batch * div_up(args.h_out, rounds * kBlockRoundRows) >= ((g_bgmv_variant & 256) ? 1 : 1024);
+  if constexpr (kSteps == 0) {
+    if (deep && rounds == 4) return launch_bulk_short<T, 0, 4, true>(launcher, args);
+  } else if constexpr (kSteps == 2) {
+    if (deep && rounds == 1) return launch_bulk_short<T, 2, 1, true>(launcher, args);
   }
   if constexpr (kBulkRounds<kSteps> >= 4) {
     if (rounds == 4) return launch_bulk_short<T, kSteps, 4>(launcher, args);

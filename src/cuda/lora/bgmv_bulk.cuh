@@ -27,11 +27,12 @@ struct BlockRow {
   int64_t b;  // if all rows of the run have the adapter
   int before;
 
-  __device__ __forceinline__ explicit BlockRow(const BgmvArgs& args) : b(args.first_row + blockIdx.x), before(0) {
+  __device__ __forceinline__ explicit BlockRow(const BgmvArgs& args, unsigned x = blockIdx.x)
+      : b(args.first_row + x), before(0) {
     if (args.one_adapter) {
       const unsigned groups = kScanRows / args.group_rows;
-      before = static_cast<int>(blockIdx.x % groups) * args.group_rows;
-      b = args.first_row + static_cast<int64_t>(blockIdx.x / groups) * kScanRows + before;
+      before = static_cast<int>(x % groups) * args.group_rows;
+      b = args.first_row + static_cast<int64_t>(x / groups) * kScanRows + before;
     }
   }
 };
@@ -113,6 +114,23 @@ __device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const B
   } else {
     find_group_in<4>(args, block, run, n, group);
   }
+}
+
+// Whether the block has rows, where there is one adapter, and its address; by every warp for itself, so that none waits
+// for another before it asks for weights.
+__device__ __forceinline__ bool find_one_adapter(const BgmvArgs& args, const BlockRow& block, int64_t* weights) {
+  const int lane = threadIdx.x % 32;
+  const int64_t run = block.b & ~int64_t{kScanRows - 1};
+  const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
+  const int64_t* const indices = args.indices + run;
+  int64_t mine[kScanRows / 32];
+  *weights = args.w_ptr[0];
+#pragma unroll
+  for (int i = 0; i < kScanRows / 32; ++i) mine[i] = 32 * i + lane < n ? indices[32 * i + lane] : -1;
+  int total = 0;
+#pragma unroll
+  for (int i = 0; i < kScanRows / 32; ++i) total += __popc(__ballot_sync(0xffffffffu, mine[i] == 0));
+  return block.before < total;
 }
 
 // ---- A product that starts from zero -------------------------------------------------------------------------------
