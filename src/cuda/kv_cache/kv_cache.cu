@@ -13,7 +13,6 @@
 #include "src/cuda/common/launch.h"
 
 namespace punica::cuda {
-int g_append_variant = 0;
 namespace {
 
 constexpr int kThreads = 256;
@@ -35,7 +34,6 @@ struct KvWriteArgs {
   int64_t row_vectors;               // accesses of all heads of one token
   int32_t head_vectors;              // accesses of one head of one token
   bool early_reads;
-  int variant;
 };
 
 __device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t num_rows) {
@@ -144,16 +142,6 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
     }
     if (!args.early_reads) grid_dependency_wait<kArch>();
     unsigned char* place = inside && args.early_reads ? place_of(args, row, row) : nullptr;
-    if (args.variant == 1 && place != nullptr && threadIdx.x == 0) prefetch_line(place + args.key_offset);
-    if (args.variant == 2 && place != nullptr && threadIdx.x % 32 == 0) {
-      prefetch_line(place + args.key_offset);
-      prefetch_line(place + args.value_offset);
-    }
-    if (args.variant == 3 && place != nullptr && threadIdx.x % 16 == 0 && threadIdx.x < args.row_vectors) {
-      unsigned char* to = place + threadIdx.x / args.head_vectors * args.head_stride;
-      prefetch_line(to + args.key_offset);
-      prefetch_line(to + args.value_offset);
-    }
     if (args.early_reads) grid_dependency_wait<kArch>();
     if (!inside) return;
     for (int64_t e = threadIdx.x; e < args.row_vectors; e += blockDim.x) {
@@ -231,7 +219,6 @@ Status write(const char* op, const PagedKv& kv, const TensorView& k, const Tenso
                         static_cast<uint64_t>(args.k_stride | args.v_stride | args.head_bytes);
   return on_device(op, k.device, context, [&](const Launcher& launcher) {
     args.early_reads = launcher.early_reads;
-    args.variant = g_append_variant;
     if (bits % 16 == 0) return launch_write<uint4, kTokens>(launcher, args);
     if (bits % 8 == 0) return launch_write<uint2, kTokens>(launcher, args);
     if (bits % 4 == 0) return launch_write<uint32_t, kTokens>(launcher, args);

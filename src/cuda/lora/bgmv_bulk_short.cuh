@@ -416,34 +416,34 @@ template <Arch kArch, class T, int kSteps, int kRounds>
 __device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_first, int rows,
                                                 BulkShortShared& shared, int parity) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-      if (warp == 0) {
-        const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-        unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-        const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
-        if (lane == 0) {
-          barrier_expect(&shared.full, run.whole);
-          run.copy_whole(image, &shared.full);
-        }
-        if (run.head + run.tail > 0) {
-          if (lane < 8) run.copy_edges(image, lane);
-        }
-      }
-      const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
-      const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
-      if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
-      const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
-      const int count = shared.group.count;
-      if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
-        bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared, parity);
-      } else if (vectors && count > kFewRows) {
-        if (args.early_reads) grid_dependency_wait<kArch>();
-  #pragma unroll 1
-        for (int column = 0; column < count; column += kGroupRows) {
-          bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, column, shared, parity);
-        }
-      } else {
-        bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, shift, m_first, rows, shared, parity);
-      }
+  if (warp == 0) {
+    const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
+    unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+    const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
+    if (lane == 0) {
+      barrier_expect(&shared.full, run.whole);
+      run.copy_whole(image, &shared.full);
+    }
+    if (run.head + run.tail > 0) {
+      if (lane < 8) run.copy_edges(image, lane);
+    }
+  }
+  const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
+  const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
+  if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
+  const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
+  const int count = shared.group.count;
+  if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared, parity);
+  } else if (vectors && count > kFewRows) {
+    if (args.early_reads) grid_dependency_wait<kArch>();
+#pragma unroll 1
+    for (int column = 0; column < count; column += kGroupRows) {
+      bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, column, shared, parity);
+    }
+  } else {
+    bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, shift, m_first, rows, shared, parity);
+  }
 }
 
 template <Arch kArch, class T, int kSteps, int kRounds>
@@ -454,9 +454,9 @@ __device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_fir
 
 // Grid: (rows, blocks that share the outputs).
 template <Arch kArch, class T, int kSteps, int kRounds, bool kDeep>
-__global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
-                                                : kSteps == 2 ? 7
-                                                              : 5)
+__global__ void __launch_bounds__(kBulkThreads, kSteps == 0 || kDeep ? 8
+                                                : kSteps == 2        ? 7
+                                                                     : 5)
     bgmv_bulk_short_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const BlockRow block(args);
+    const BlockRow block(args, blockIdx.x);
     constexpr int block_rows = kRounds * kBlockRoundRows * (kDeep ? 2 : 1);
     const int64_t m_first = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
     const int rows = static_cast<int>(min(args.h_out - m_first, static_cast<int64_t>(block_rows)));
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
       }
     }
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<kDeep ? 2 : 1>(args, block, &shared.group);
     // By another warp, for the fence takes as long as a load.
     if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
@@ -515,7 +515,13 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
         return;
       }
       constexpr int half = block_rows / 2;
-      bulk_short_half<kArch, T, kSteps, kRounds>(args, m_of(), rows_from(m_of(), half), shared, 0);
+      // Several rows: the block of the second one takes half of the outputs.
+      if (const int64_t m = m_of() + shared.group.part * half; m < args.h_out) {
+        bulk_short_half<kArch, T, kSteps, kRounds>(args, m, rows_from(m, half), shared, 0);
+      } else if (args.early_reads) {
+        grid_dependency_wait<kArch>();
+      }
+      if (shared.group.count > 1) return;
       __syncthreads();
       if (const int64_t m = m_of() + half; m < args.h_out) {
         bulk_short_half<kArch, T, kSteps, kRounds>(args, m, rows_from(m, half), shared, 1);

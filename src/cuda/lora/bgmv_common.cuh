@@ -24,8 +24,6 @@ struct BgmvArgs {
                      // sm_80: and y two elements at a time
   bool wide_y;       // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
   bool one_adapter;  // sm_90: there is no other, see BlockRow
-  bool tiles_first;
-  bool own_find;
   int first_tile;    // of h_out, at blockIdx.y = 0
   int group_rows;    // sm_90: rows of a group, at most; a power of two
   int k_warp_bits;   // long K on sm_90: log2 of the warps that share K

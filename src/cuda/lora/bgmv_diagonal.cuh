@@ -287,38 +287,7 @@ __device__ __forceinline__ void copy_wait_first(int pending) {
 // kWhole: all warps share K, and all their steps are whole. kRing: not all of K may be in shared memory at a time; then
 // the group is one row, and a lane copies the rest itself, step by step, to where it has read.
 template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
-__device__ __forceinline__ void diagonal_start(const BgmvArgs& args, DiagonalShared& shared, int m_block,
-                                               int64_t weights) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int h_in = args.h_in, steps = args.steps;
-  const int k_warp_bits = kWhole ? 3 : args.k_warp_bits;
-  const int k_lane = (warp & ((1 << k_warp_bits) - 1)) * kDiagonalStep + 8 * lane;
-  const int stride = kDiagonalStep << k_warp_bits;
-  const auto inside = [&](int step) { return kWhole ? step < steps : k_lane + step * stride < h_in; };
-  const int m0 = m_block + (kWhole ? 0 : (warp >> k_warp_bits) * kRanks);
-  constexpr int kPlace = 512 * kWarps;  // bytes from an output's piece to the next one's
-  const uint32_t image = shared_address(&shared + 1) + 16 * threadIdx.x;
-  const T* w = reinterpret_cast<const T*>(weights) + args.layer_offset + static_cast<int64_t>(m0) * h_in + k_lane;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (inside(i)) {
-      const T* from = w + i * stride;
-#pragma unroll
-      for (int q = 0; q < kRanks; ++q) {
-        if (m0 + q < args.h_out) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + (i * kRanks + q) * kPlace), "l"(from)
-                       : "memory");
-        }
-        from += h_in;
-      }
-    }
-    copy_commit();
-  }
-}
-
-template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
-__device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, DiagonalShared& shared, int m_block,
-                                                       bool started = false) {
+__device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, DiagonalShared& shared, int m_block) {
   constexpr int kPairs = (kRanks + 1) / 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int h_in = args.h_in, steps = args.steps, count = shared.group.count;
@@ -348,7 +317,7 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
     }
     copy_commit();
   };
-  if (!started) {
+  {
     const T* const w = find_w();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) start_step(w, i, i);
@@ -419,108 +388,6 @@ __device__ __forceinline__ void diagonal_block_aligned(const BgmvArgs& args, Dia
   output.add(args, sums, count, y_before);
 }
 
-// Eight outputs, two steps of K: four units of weights, 16 KiB each, of which three are in shared memory and one in
-// registers. So all of a block's weights are asked for before the wait, and four blocks have room on a multiprocessor.
-inline constexpr int kDeepPlaces = 3;
-constexpr size_t deep_shared_bytes(int group_rows) {
-  const size_t deep = sizeof(DiagonalShared) + size_t{kDeepPlaces} * 4 * 512 * kDiagonalWarps +
-                      sizeof(float) * kSlices * 8 * kDiagonalWarps;
-  const size_t halves = diagonal_shared_bytes(group_rows, 4, kDiagonalWarps, 2);
-  return deep > halves ? deep : halves;
-}
-
-template <Arch kArch, class T>
-__device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, DiagonalShared& shared, int m_block) {
-  constexpr int kWarps = kDiagonalWarps, kRanks = 8, kUnit = 4;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int h_in = args.h_in;
-  const int k_lane = warp * kDiagonalStep + 8 * lane;
-  constexpr int kStride = kDiagonalStep * kWarps;
-  constexpr int kPlace = 512 * kWarps;  // bytes from an output's piece to the next one's
-  const uint32_t image = shared_address(&shared + 1) + 16 * threadIdx.x;
-  const T* const weights = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                           static_cast<int64_t>(m_block) * h_in + k_lane;
-  const int rest = args.h_out - m_block;
-  const auto start_unit = [&](int unit, int place) {
-    const T* w = weights + static_cast<int64_t>(unit / 2 * kUnit) * h_in + unit % 2 * kStride;
-#pragma unroll
-    for (int q = 0; q < kUnit; ++q) {
-      if (unit / 2 * kUnit + q < rest) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + (place * kUnit + q) * kPlace), "l"(w)
-                     : "memory");
-      }
-      w += h_in;
-    }
-    copy_commit();
-  };
-  const auto read = [&](int place, int q) {
-    Words<4> a;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a.values[0]), "=r"(a.values[1]), "=r"(a.values[2]), "=r"(a.values[3])
-                 : "r"(image + (place * kUnit + q) * kPlace)
-                 : "memory");
-    return a;
-  };
-  start_unit(0, 0);
-  start_unit(1, 1);
-  start_unit(2, 2);
-  const T* const x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
-  float* const sums = reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&shared + 1) +
-                                               kDeepPlaces * kUnit * kPlace);
-  float* const to = sums + (t == g / 2 ? warp * kSlices + g : 0);
-  Words<4> xs[2];
-  T y_before = from_float<T>(0.0f);
-  const auto load_rows = [&] {
-    xs[0] = load_if(true, x);
-    xs[1] = load_if(true, x + kStride);
-    const DiagonalOutput<T, kRanks, kWarps> output(args, shared, m_block);
-    if (output.stores) y_before = *output.y;
-  };
-  if (!args.early_reads) load_rows();
-  Words<4> first[kUnit];
-  copy_wait<2>();
-#pragma unroll
-  for (int q = 0; q < kUnit; ++q) first[q] = read(0, q);
-  start_unit(3, 0);
-  if (args.early_reads) {
-    grid_dependency_wait<kArch>();
-    load_rows();
-  }
-  __syncwarp();
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-    float sum[kUnit] = {};
-    const auto multiply = [&](int p, const Words<4>& upper, const Words<4>& lower, const Words<4>& xk) {
-      float product[4];
-      step_product_from_zero<T>(product, upper, lower, xk);
-      sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
-      sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
-    };
-    if (tile == 0) {
-      multiply(0, first[0], first[1], xs[0]);
-      multiply(1, first[2], first[3], xs[0]);
-      copy_wait<2>();
-    } else {
-      copy_wait<1>();
-      multiply(0, read(2, 0), read(2, 1), xs[0]);
-      multiply(1, read(2, 2), read(2, 3), xs[0]);
-      copy_wait<0>();
-    }
-#pragma unroll
-    for (int p = 0; p < 2; ++p) multiply(p, read(1 - tile, 2 * p), read(1 - tile, 2 * p + 1), xs[1]);
-    if (t == g / 2) {
-#pragma unroll
-      for (int q = 0; q < kUnit; ++q) to[(tile * kUnit + q) * kWarps * kSlices] = sum[q];
-    }
-  }
-  // Once more rather than kept: there are no registers left for it.
-  int again = m_block;
-  asm volatile("" : "+r"(again) : : "memory");
-  const DiagonalOutput<T, kRanks, kWarps> output(args, shared, again);
-  __syncthreads();
-  output.add(args, sums, 1, y_before);
-}
-
 // The same in general. A function of its own: what it needs takes no registers of the common way.
 template <Arch kArch, class T, int kRanks, int kWarps>
 __device__ __noinline__ void diagonal_block_general(const BgmvArgs& args, DiagonalShared& shared, int m_block) {
@@ -546,7 +413,32 @@ __device__ __forceinline__ bool diagonal_aligned(const BgmvArgs& args, const Dia
   return args.vectors && (shared.group.weights + 2 * args.layer_offset) % 16 == 0;
 }
 
-// Grid: (rows, blocks that share the outputs).
+// What the blocks do before they know their rows: brings lines of x and y into the second-level cache, by one warp. The
+// blocks of a row share the lines of its x. Grids are (blocks that share the outputs, rows): those of a row, whose
+// weights lie next to each other, run at the same time.
+template <class T>
+__device__ __forceinline__ void diagonal_prefetch(const BgmvArgs& args, const BlockRow& block, int outputs) {
+  const int lane = threadIdx.x % 32;
+  const int rows = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
+  for (int row = 0; row < rows; ++row) {
+    const T* const x = static_cast<const T*>(args.x) + (block.b + row) * args.x_stride;
+    for (int k = 64 * (lane * gridDim.x + blockIdx.x); k < args.h_in; k += 64 * 32 * gridDim.x) prefetch_line(x + k);
+    const int m = (args.first_tile + static_cast<int>(blockIdx.x)) * outputs;
+    if (lane == 31 && m < args.h_out) {
+      prefetch_line(static_cast<const T*>(args.y) + (block.b + row) * args.y_stride + m);
+    }
+  }
+}
+
+// The block's first output. Not from blockIdx.x: the compiler would keep what it knows from before the block found its
+// rows in local memory, and every block wait for that.
+__device__ __forceinline__ int diagonal_first_output(const BgmvArgs& args, int outputs) {
+  int tile;
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(tile));
+  return (args.first_tile + tile) * outputs;
+}
+
+// Grid: (blocks that share the outputs, rows).
 template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
 __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
@@ -554,66 +446,21 @@ __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(const __g
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(bulk_shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const BlockRow block(args, args.tiles_first ? blockIdx.y : blockIdx.x);
-    constexpr int kBlockOutputs = kRanks * kWarps;
-    if (warp == kWarps - 1) {
-      // The blocks of a row share the lines of its x.
-      const int rows = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
-      const unsigned at = args.tiles_first ? blockIdx.x : blockIdx.y, tiles = args.tiles_first ? gridDim.x : gridDim.y;
-      for (int row = 0; row < rows; ++row) {
-        const T* const x = static_cast<const T*>(args.x) + (block.b + row) * args.x_stride;
-        for (int k = 64 * (lane * tiles + at); k < args.h_in; k += 64 * 32 * tiles) {
-          prefetch_line(x + k);
-        }
-        const int m = (args.first_tile + static_cast<int>(at)) * (kBlockOutputs >> args.k_warp_bits);
-        if (lane == 31 && m < args.h_out) {
-          prefetch_line(static_cast<const T*>(args.y) + (block.b + row) * args.y_stride + m);
-        }
-      }
-    }
+    const int warp = threadIdx.x / 32;
+    const BlockRow block(args, blockIdx.y);
+    const int outputs = kRanks * kWarps >> args.k_warp_bits;
+    if (warp == kWarps - 1) diagonal_prefetch<T>(args, block, outputs);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    bool started = false;
-    if (args.own_find) {
-      int64_t weights;
-      if (find_one_adapter(args, block, &weights) && args.vectors && (weights + 2 * args.layer_offset) % 16 == 0) {
-        const int m = (args.first_tile + static_cast<int>(args.tiles_first ? blockIdx.x : blockIdx.y)) *
-                      (kBlockOutputs >> args.k_warp_bits);
-        diagonal_start<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m, weights);
-        started = true;
-      }
-    }
-    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     __syncthreads();
     if (!args.early_reads) launch_dependents<kArch>();
-    // Not blockIdx: the compiler would keep what it knows from above in local memory, and every block wait for that.
-    const auto m_of = [&] {
-      int tile, tile_x;
-      asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(tile));
-      asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(tile_x));
-      if (args.tiles_first) tile = tile_x;
-      return (args.first_tile + tile) * (kBlockOutputs >> args.k_warp_bits);
-    };
+    const int m_block = diagonal_first_output(args, kRanks * kWarps >> args.k_warp_bits);
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
-    } else if constexpr (kRanks == 8) {
-      if (diagonal_aligned(args, shared) && shared.group.count == 1) {
-        diagonal_block_deep<kArch, T>(args, shared, m_of());
-      } else if (diagonal_aligned(args, shared)) {
-        diagonal_block_aligned<kArch, T, 4, kWarps, kChunk, kWhole, kRing>(args, shared, m_of());
-        __syncthreads();  // the sums have been read
-        if (m_of() + 4 < args.h_out) {
-          diagonal_block_aligned<kArch, T, 4, kWarps, kChunk, kWhole, kRing>(args, shared, m_of() + 4);
-        }
-      } else {
-        diagonal_block_general<kArch, T, 4, kWarps>(args, shared, m_of());
-        __syncthreads();  // the sums have been read
-        if (m_of() + 4 < args.h_out) diagonal_block_general<kArch, T, 4, kWarps>(args, shared, m_of() + 4);
-      }
     } else if (diagonal_aligned(args, shared)) {
-      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m_of(), started);
+      diagonal_block_aligned<kArch, T, kRanks, kWarps, kChunk, kWhole, kRing>(args, shared, m_block);
     } else {
-      diagonal_block_general<kArch, T, kRanks, kWarps>(args, shared, m_of());
+      diagonal_block_general<kArch, T, kRanks, kWarps>(args, shared, m_block);
     }
   }
 }
