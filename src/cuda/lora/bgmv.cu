@@ -11,7 +11,7 @@
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
-#include "src/cuda/lora/bgmv_bulk_short.cuh"
+#include "src/cuda/lora/bgmv_bulk_deep.cuh"
 #include "src/cuda/lora/bgmv_dense.cuh"
 #include "src/cuda/lora/bgmv_diagonal_deep.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
@@ -177,12 +177,16 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tiles);
                      shape.block = dim3(kBulkThreads);
-                     shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
-                     if (g_bgmv_variant & 512) {
-                       shape.shared_bytes = std::max(shape.shared_bytes, (deep_shared_bytes(1) + 1024) / 2 - 1024);
+                     if constexpr (kDeep) {
+                       shape.shared_bytes = bulk_deep_shared_bytes(part.h_in, kRounds);
+                       if (g_bgmv_variant & 512) {
+                         shape.shared_bytes = std::max(shape.shared_bytes, (deep_shared_bytes(1) + 1024) / 2 - 1024);
+                       }
+                       return launcher.launch<bgmv_bulk_deep_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                     } else {
+                       shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
+                       return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
                      }
-                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds, kDeep>>(shape,
-                                                                                                            part);
                    });
 }
 

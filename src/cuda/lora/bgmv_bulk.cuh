@@ -170,6 +170,13 @@ __device__ __forceinline__ void barrier_init_fence() {
 #endif
 }
 
+// Between what threads of the block do in shared memory and a copy engine's writes to the same place.
+__device__ __forceinline__ void proxy_fence() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

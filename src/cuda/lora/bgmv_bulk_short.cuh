@@ -24,7 +24,6 @@ inline constexpr int kBulkRounds = kSteps == 0   ? 4
 
 struct BulkShortShared {
   uint64_t full;
-  uint64_t warp_full[kBulkWarps][2];
   BulkGroup group;
   alignas(16) float sums[kBulkWarps][kGroupRows * kSumPitch];
 };
@@ -272,130 +271,6 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
   if (second) finish(y1, before1, sums + kPitch);
 }
 
-// The same for two tiles of the block's outputs, one after the other through the same shared memory: the weights of the
-// first wait in registers, so that those of the second are on their way before the wait. Aligned only; warps copy what
-// they will multiply.
-template <Arch kArch, class T, int kSteps, int kRounds>
-__device__ __forceinline__ void bgmv_bulk_short_deep(const BgmvArgs& args, int64_t m_first, int rows,
-                                                     BulkShortShared& shared) {
-  constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
-  constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
-  constexpr int kPart = kRoundRows * kRounds;  // outputs of a warp and tile
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int h_in = args.h_in;
-  const int first = warp * kPart;
-  unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1) + 2 * first * h_in;
-  uint64_t* const full = shared.warp_full[warp];
-  const int own_rows = rows - first;  // of this warp, the second tile's are from 4 * kPart on
-  const auto start = [&](int tile) {
-    const int n = min(own_rows - tile * kBulkWarps * kPart, kPart);
-    if (n > 0 && lane == 0) {
-      const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                         (m_first + first + tile * kBulkWarps * kPart) * h_in;
-      barrier_expect(&full[tile], 2 * n * h_in);
-      bulk_copy(image, w, 2 * n * h_in, &full[tile]);
-    }
-  };
-  start(0);
-  const int k_lane = 2 * kCount * t;
-  const T* const x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
-  const int x_count = g == 0 ? h_in - k_lane : 0;
-  const int own = first + lane * kRounds;
-  T* const y0 = static_cast<T*>(args.y) + m_first + own + shared.group.rows[0] * args.y_stride;
-  const bool swap = kSteps > 0 && h_in % 64 == 0 && g % 2 != 0;
-  float* const sums = shared.sums[warp];
-  Words<kCount> xs[kLoads];
-  using Outputs = Vec<T, kRounds>;
-  Outputs before0;
-  const auto load_y = [&](int tile) {
-    const int at = tile * kBulkWarps * kPart;
-    before0 = {};
-    if (own + at < rows) before0 = load<T, kRounds>(y0 + at);
-  };
-  const auto load_rows = [&] {
-#pragma unroll
-    for (int s = 0; s < kLoads; ++s) xs[s] = load_x<kCount, true>(x + s * 32, x_count - s * 32);
-    load_y(0);
-  };
-  struct Pair {
-    Words<kCount> upper[kLoads], lower[kLoads];
-  };
-  const auto read = [&](int j) {
-    const unsigned char* const upper = image + 2 * ((16 * j + g) * h_in + k_lane);
-    const unsigned char* const lower = upper + 16 * h_in;
-    Pair p;
-    if constexpr (kSteps == 0) {
-      p.upper[0] = read_image<kCount, true>(upper, h_in - k_lane);
-      p.lower[0] = read_image<kCount, true>(lower, h_in - k_lane);
-    } else {
-      static_assert(kSteps == 2 || kSteps == 0);
-      const int k0 = swap ? 32 : 0, k1 = 32 - k0;
-      const Words<4> a0 = read_image<4, true>(upper + 2 * k0, h_in - k_lane - k0);
-      const Words<4> b0 = read_image<4, true>(lower + 2 * k0, h_in - k_lane - k0);
-      const Words<4> a1 = read_image<4, true>(upper + 2 * k1, h_in - k_lane - k1);
-      const Words<4> b1 = read_image<4, true>(lower + 2 * k1, h_in - k_lane - k1);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p.upper[0].values[i] = swap ? a1.values[i] : a0.values[i];
-        p.lower[0].values[i] = swap ? b1.values[i] : b0.values[i];
-        p.upper[1].values[i] = swap ? a0.values[i] : a1.values[i];
-        p.lower[1].values[i] = swap ? b0.values[i] : b1.values[i];
-      }
-    }
-    return p;
-  };
-  const auto multiply = [&](int j, const Pair& p) {
-    float sum[4];
-    if constexpr (kSteps == 0) {
-      mma_from_zero<T>(sum, p.upper[0].values[0], p.lower[0].values[0], p.upper[0].values[1], p.lower[0].values[1],
-                       xs[0].values[0], xs[0].values[1]);
-    } else {
-      float chains[2][4] = {};
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) step_product<T>(chains, p.upper[s], p.lower[s], xs[s]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[e] = chains[0][e] + chains[1][e];
-    }
-    if (t == 0) {
-      float* const to = sums + 16 * j + g;
-      to[0] = sum[0];
-      to[8] = sum[2];
-    }
-  };
-  const auto finish = [&](T* to, const Outputs& before, const float* from, int at) {
-    Outputs after;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      after.values[i] = from_float<T>(fmaf(args.scale, from[own - first + i], to_float(before.values[i])));
-    }
-    if (own + at < rows) store<T, kRounds>(to + at, after);
-  };
-  if (!args.early_reads) load_rows();
-  if (own_rows > 0) barrier_wait<false>(&full[0], 0);
-  Pair pairs[2 * kRounds];
-#pragma unroll
-  for (int j = 0; j < 2 * kRounds; ++j) pairs[j] = read(j);
-  __syncwarp();
-  start(1);
-  if (args.early_reads) {
-    grid_dependency_wait<kArch>();
-    load_rows();
-  }
-#pragma unroll
-  for (int j = 0; j < 2 * kRounds; ++j) multiply(j, pairs[j]);
-  __syncwarp();
-  constexpr int kNext = kBulkWarps * kPart;
-  finish(y0, before0, sums, 0);
-  if (own_rows <= kNext) return;
-  load_y(1);
-  __syncwarp();
-  barrier_wait<false>(&full[1], 0);
-#pragma unroll
-  for (int j = 0; j < 2 * kRounds; ++j) multiply(j, read(j));
-  __syncwarp();
-  finish(y0, before0, sums, kNext);
-}
-
 // A function of its own: what it needs takes no registers of the common way.
 template <Arch kArch, class T, int kSteps, int kRounds>
 __device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
@@ -446,50 +321,44 @@ __device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_
   }
 }
 
-template <Arch kArch, class T, int kSteps, int kRounds>
-__device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_first, int rows, BulkShortShared& shared,
-                                             int parity) {
-  bulk_short_tile<kArch, T, kSteps, kRounds>(args, m_first, rows, shared, parity);
+// What the blocks do before they know their rows: brings lines of y and x, one a lane, into the second-level cache, by
+// one warp.
+template <class T>
+__device__ __forceinline__ void bulk_short_prefetch(const BgmvArgs& args, const BlockRow& block, int64_t m_first,
+                                                    int rows) {
+  const int lane = threadIdx.x % 32;
+  const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
+  for (int i = 0; i < guesses; ++i) {
+    if (64 * lane < rows) {
+      prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
+    } else if (31 - lane <= (args.h_in - 1) / 64) {
+      prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
+    }
+  }
 }
 
 // Grid: (rows, blocks that share the outputs).
-template <Arch kArch, class T, int kSteps, int kRounds, bool kDeep>
-__global__ void __launch_bounds__(kBulkThreads, kSteps == 0 || kDeep ? 8
-                                                : kSteps == 2        ? 7
-                                                                     : 5)
+template <Arch kArch, class T, int kSteps, int kRounds>
+__global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
+                                                : kSteps == 2 ? 7
+                                                              : 5)
     bgmv_bulk_short_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
     const BlockRow block(args, blockIdx.x);
-    constexpr int block_rows = kRounds * kBlockRoundRows * (kDeep ? 2 : 1);
+    constexpr int block_rows = kRounds * kBlockRoundRows;
     const int64_t m_first = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
     const int rows = static_cast<int>(min(args.h_out - m_first, static_cast<int64_t>(block_rows)));
-    if (warp == kBulkWarps - 1) {
-      // A line of y or x a lane.
-      const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
-      for (int i = 0; i < guesses; ++i) {
-        if (64 * lane < rows) {
-          prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
-        } else if (31 - lane <= (args.h_in - 1) / 64) {
-          prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
-        }
-      }
-    }
+    if (warp == kBulkWarps - 1) bulk_short_prefetch<T>(args, block, m_first, rows);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp<kDeep ? 2 : 1>(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     // By another warp, for the fence takes as long as a load.
     if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
-      if constexpr (kDeep) {
-        for (int i = 0; i < kBulkWarps; ++i) {
-          barrier_init(&shared.warp_full[i][0], 1);
-          barrier_init(&shared.warp_full[i][1], 1);
-        }
-      }
       barrier_init_fence();
     }
     __syncthreads();
@@ -498,37 +367,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0 || kDeep ? 8
       return;
     }
     if (!args.early_reads) launch_dependents<kArch>();
-    if constexpr (kDeep) {
-      // Found anew for each: kept, they would wait in local memory.
-      const auto m_of = [&] {
-        int tile;
-        asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(tile));
-        return static_cast<int64_t>(args.first_tile + tile) * block_rows;
-      };
-      const auto rows_from = [&](int64_t m, int most) {
-        return static_cast<int>(min(args.h_out - m, static_cast<int64_t>(most)));
-      };
-      if (args.vectors && args.wide_y && (shared.group.weights + 2 * args.layer_offset) % 16 == 0 &&
-          shared.group.count == 1) {
-        const int64_t m = m_of();
-        bgmv_bulk_short_deep<kArch, T, kSteps, kRounds>(args, m, rows_from(m, block_rows), shared);
-        return;
-      }
-      constexpr int half = block_rows / 2;
-      // Several rows: the block of the second one takes half of the outputs.
-      if (const int64_t m = m_of() + shared.group.part * half; m < args.h_out) {
-        bulk_short_half<kArch, T, kSteps, kRounds>(args, m, rows_from(m, half), shared, 0);
-      } else if (args.early_reads) {
-        grid_dependency_wait<kArch>();
-      }
-      if (shared.group.count > 1) return;
-      __syncthreads();
-      if (const int64_t m = m_of() + half; m < args.h_out) {
-        bulk_short_half<kArch, T, kSteps, kRounds>(args, m, rows_from(m, half), shared, 1);
-      }
-    } else {
-      bulk_short_tile<kArch, T, kSteps, kRounds>(args, m_first, rows, shared, 0);
-    }
+    bulk_short_tile<kArch, T, kSteps, kRounds>(args, m_first, rows, shared, 0);
   }
 }
 
