@@ -84,6 +84,7 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
 template <class T>
 Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
   args.resident = args.steps;
+  args.window = g_bgmv_variant / 1024 % 4 == 0 ? 3 : g_bgmv_variant / 1024 % 4;
   return for_parts(args, div_up(args.h_out, kDeepOutputs), kMaxRowsY,
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
@@ -144,7 +145,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
       (!args.one_adapter || args.group_rows == 1)) {
     return launch_diagonal_deep<T>(launcher, args);
   }
-  if ((g_bgmv_variant & 4) != 0 && whole && args.steps > 4 && ranks == 2) {
+  if ((g_bgmv_variant & 4) != 0 && args.early_reads && whole && args.steps > 4 && ranks == 2) {
     return launch_diagonal<T, 4, 4, true, true>(launcher, args);
   }
   switch (ranks) {
@@ -172,18 +173,16 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
          args.batch / args.group_rows * tiles < (fewer ? 2 * kFewBlocks : kFewBlocks)) {
     args.group_rows /= 2;
   }
-  return for_parts(args, div_up(args.h_out, (kDeep ? 2 : 1) * kRounds * kBlockRoundRows), kMaxRows,
-                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+  return for_parts(args, div_up(args.h_out, kDeep ? 2 * kRounds * kDeepTileRounds : kRounds * kBlockRoundRows),
+                   kMaxRows, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tiles);
-                     shape.block = dim3(kBulkThreads);
                      if constexpr (kDeep) {
-                       shape.shared_bytes = bulk_deep_shared_bytes(part.h_in, kRounds);
-                       if (g_bgmv_variant & 512) {
-                         shape.shared_bytes = std::max(shape.shared_bytes, (deep_shared_bytes(1) + 1024) / 2 - 1024);
-                       }
+                       shape.block = dim3(32 * kDeepWarps);
+                       shape.shared_bytes = std::max(bulk_deep_shared_bytes(part.h_in, kRounds), deep_shared_bytes(1));
                        return launcher.launch<bgmv_bulk_deep_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
                      } else {
+                       shape.block = dim3(kBulkThreads);
                        shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
                        return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
                      }
@@ -203,7 +202,8 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
     rounds = 2;
   }
-  const bool deep = (g_bgmv_variant & 8) != 0 &&
+  const bool deep = ((g_bgmv_variant & 8) != 0 || ((g_bgmv_variant & 16) != 0 && args.early_reads)) &&
+                    !args.one_adapter &&
                     args.batch * div_up(args.h_out, rounds * kBlockRoundRows) >= ((g_bgmv_variant & 256) ? 1 : 1024);
   if constexpr (kSteps == 0) {
     if (deep && rounds == 4) return launch_bulk_short<T, 0, 4, true>(launcher, args);

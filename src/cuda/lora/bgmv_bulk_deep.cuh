@@ -10,13 +10,16 @@
 
 namespace punica::cuda::bgmv {
 
+inline constexpr int kDeepWarps = 8;
+inline constexpr int kDeepTileRounds = kRoundRows * kDeepWarps;  // outputs of a tile and round
+
 struct BulkDeepShared {
-  uint64_t warp_full[kBulkWarps][2];
-  BulkShortShared tile;  // the weights behind it
+  uint64_t warp_full[kDeepWarps][2];
+  BulkShortShared<kDeepWarps> tile;  // the weights behind it
 };
 
 constexpr size_t bulk_deep_shared_bytes(int h_in, int rounds) {
-  return sizeof(BulkDeepShared) - sizeof(BulkShortShared) + bulk_short_shared_bytes(h_in, rounds);
+  return sizeof(BulkDeepShared) + size_t{2} * h_in * rounds * kDeepTileRounds + kImagePadding;
 }
 
 // Of the 2 * kRounds products of a warp and tile, those whose weights wait in registers: there is room for no more.
@@ -29,7 +32,7 @@ inline constexpr int kDeepCopies = kDeepHeld<kSteps, kRounds> < 2 * kRounds ? 2 
 // One row, everything aligned.
 template <Arch kArch, class T, int kSteps, int kRounds>
 __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_first, int rows, BulkDeepShared& deep) {
-  BulkShortShared& shared = deep.tile;
+  auto& shared = deep.tile;
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   constexpr int kPart = kRoundRows * kRounds;  // outputs of a warp and tile
@@ -41,10 +44,10 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
   const int own_rows = rows - first;  // of this warp, the second tile's are from 4 * kPart on
   // Outputs [from, from + most) of the warp's part of a tile.
   const auto start = [&](int tile, int from, int most) {
-    const int n = min(own_rows - tile * kBulkWarps * kPart - from, most);
+    const int n = min(own_rows - tile * kDeepWarps * kPart - from, most);
     if (n > 0 && lane == 0) {
       const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
-                         (m_first + first + tile * kBulkWarps * kPart + from) * h_in;
+                         (m_first + first + tile * kDeepWarps * kPart + from) * h_in;
       barrier_expect(&full[tile], 2 * n * h_in);
       bulk_copy(image + 2 * from * h_in, w, 2 * n * h_in, &full[tile]);
     } else if (lane == 0) {
@@ -63,7 +66,7 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
   using Outputs = Vec<T, kRounds>;
   Outputs before0;
   const auto load_y = [&](int tile) {
-    const int at = tile * kBulkWarps * kPart;
+    const int at = tile * kDeepWarps * kPart;
     before0 = {};
     if (own + at < rows) before0 = load<T, kRounds>(y0 + at);
   };
@@ -144,7 +147,7 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
   for (int j = kHeld; j < 2 * kRounds; ++j) multiply(j, read(j));
   __syncwarp();
   if constexpr (kHeld < 2 * kRounds) start(1, 16 * kHeld, kPart - 16 * kHeld);
-  constexpr int kNext = kBulkWarps * kPart;
+  constexpr int kNext = kDeepWarps * kPart;
   finish(y0, before0, sums, 0);
   if (own_rows <= kNext) return;
   load_y(1);
@@ -157,26 +160,26 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
 }
 
 template <Arch kArch, class T, int kSteps, int kRounds>
-__device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_first, int rows, BulkShortShared& shared,
-                                             int parity) {
-  bulk_short_tile<kArch, T, kSteps, kRounds>(args, m_first, rows, shared, parity);
+__device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_first, int rows,
+                                             BulkShortShared<kDeepWarps>& shared, int parity) {
+  bulk_short_tile<kArch, T, kSteps, kRounds, kDeepWarps>(args, m_first, rows, shared, parity);
 }
 
 // Grid: (rows, blocks that share the outputs). Of a group of several rows the blocks of the first two take a tile each.
 template <Arch kArch, class T, int kSteps, int kRounds>
-__global__ void __launch_bounds__(kBulkThreads, 8) bgmv_bulk_deep_kernel(const __grid_constant__ BgmvArgs args) {
+__global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkDeepShared& deep = *reinterpret_cast<BulkDeepShared*>(bulk_shared);
-    BulkShortShared& shared = deep.tile;
+    auto& shared = deep.tile;
     const int warp = threadIdx.x / 32;
     const BlockRow block(args, blockIdx.x);
-    constexpr int tile_rows = kRounds * kBlockRoundRows, block_rows = 2 * tile_rows;
+    constexpr int tile_rows = kRounds * kDeepTileRounds, block_rows = 2 * tile_rows;
     const auto rows_from = [&](int64_t m, int most) {
       return static_cast<int>(min(args.h_out - m, static_cast<int64_t>(most)));
     };
-    if (warp == kBulkWarps - 1) {
+    if (warp == kDeepWarps - 1) {
       const int64_t m = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
       bulk_short_prefetch<T>(args, block, m, rows_from(m, block_rows));
     }
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kBulkThreads, 8) bgmv_bulk_deep_kernel(const _
     // By another warp, for the fence takes as long as a load.
     if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
-      for (int i = 0; i < kBulkWarps; ++i) {
+      for (int i = 0; i < kDeepWarps; ++i) {
         barrier_init(&deep.warp_full[i][0], 1);
         barrier_init(&deep.warp_full[i][1], kDeepCopies<kSteps, kRounds>);
       }

@@ -11,7 +11,7 @@
 namespace punica::cuda::bgmv {
 
 inline constexpr int kRoundRows = 32;                            // outputs of a warp at a time
-inline constexpr int kBlockRoundRows = kRoundRows * kBulkWarps;  // of a block
+inline constexpr int kBlockRoundRows = kRoundRows * kBulkWarps;  // of a block of kBulkWarps warps
 // Lanes (g, t) store to 2t * kSumPitch + g and read 16 bytes at g * kSumPitch + 8t: no conflicts.
 inline constexpr int kSumPitch = kRoundRows + 4;
 
@@ -22,16 +22,17 @@ inline constexpr int kBulkRounds = kSteps == 0   ? 4
                                    : kSteps <= 2 ? 2
                                                  : 1;
 
+template <int kWarps>
 struct BulkShortShared {
   uint64_t full;
   BulkGroup group;
-  alignas(16) float sums[kBulkWarps][kGroupRows * kSumPitch];
+  alignas(16) float sums[kWarps][kGroupRows * kSumPitch];
 };
 
 // With room for what is read beyond the last row, and not used.
 inline constexpr int kImagePadding = 16 + 256 + 16;
 constexpr size_t bulk_short_shared_bytes(int h_in, int rounds) {
-  return sizeof(BulkShortShared) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
+  return sizeof(BulkShortShared<kBulkWarps>) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
 }
 
 // Adds the products of two rows of W, whose pieces lie at `upper` and `lower`, to two chains. `swap`: read the steps of
@@ -74,9 +75,9 @@ __device__ __forceinline__ void image_products(float (&sum)[2][4], const unsigne
 }
 
 // Eight rows of the group at most, from `first_column` on.
-template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
 __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                int first_column, BulkShortShared& shared, int parity = 0) {
+                                                int first_column, BulkShortShared<kWarps>& shared, int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   // A tile of 16 outputs has two chains of products, or its two tiles do.
@@ -100,7 +101,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   Words<4> before[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int row = (r * kBulkWarps + warp) * kRoundRows;
+    const int row = (r * kWarps + warp) * kRoundRows;
     before[r] = load_if(args.wide_y && row < y_count, y + row);
   }
   barrier_wait<false>(&shared.full, parity);
@@ -137,7 +138,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   if (args.wide_y) {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int row = (r * kBulkWarps + warp) * kRoundRows;
+      const int row = (r * kWarps + warp) * kRoundRows;
       if (row >= rows) break;
       multiply(row);
       if (row < y_count) {
@@ -162,7 +163,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
     }
   } else {
 #pragma unroll 1
-    for (int row = warp * kRoundRows; row < rows; row += kBlockRoundRows) {
+    for (int row = warp * kRoundRows; row < rows; row += kRoundRows * kWarps) {
       multiply(row);
       // A lane an output, neighbouring lanes neighbouring ones.
       if (row + lane < rows) {
@@ -181,9 +182,9 @@ inline constexpr int kFewRows = 2;
 // One or two rows. A lane ends with kRounds outputs of each: neighbouring ones if everything is aligned. What comes
 // after the wait is what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few
 // instructions as possible.
-template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
 __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                    BulkShortShared& shared, int parity = 0) {
+                                                    BulkShortShared<kWarps>& shared, int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   constexpr int kPitch = kRoundRows * kRounds + 4;
@@ -272,24 +273,24 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
 }
 
 // A function of its own: what it needs takes no registers of the common way.
-template <Arch kArch, class T, int kSteps, int kRounds>
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
 __device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                       BulkShortShared& shared, int parity = 0) {
+                                                       BulkShortShared<kWarps>& shared, int parity = 0) {
   if (shared.group.count <= kFewRows) {
-    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, shared, parity);
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, shared, parity);
     return;
   }
   if (args.early_reads) grid_dependency_wait<kArch>();
 #pragma unroll 1
   for (int column = 0; column < shared.group.count; column += kGroupRows) {
-    bgmv_bulk_short<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, column, shared, parity);
+    bgmv_bulk_short<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, column, shared, parity);
   }
 }
 
 // What a block does with its outputs once its group is known.
-template <Arch kArch, class T, int kSteps, int kRounds>
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
 __device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_first, int rows,
-                                                BulkShortShared& shared, int parity) {
+                                                BulkShortShared<kWarps>& shared, int parity) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == 0) {
     const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
@@ -309,15 +310,15 @@ __device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_
   const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
   const int count = shared.group.count;
   if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
-    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared, parity);
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, shared, parity);
   } else if (vectors && count > kFewRows) {
     if (args.early_reads) grid_dependency_wait<kArch>();
 #pragma unroll 1
     for (int column = 0; column < count; column += kGroupRows) {
-      bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, column, shared, parity);
+      bgmv_bulk_short<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, column, shared, parity);
     }
   } else {
-    bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, shift, m_first, rows, shared, parity);
+    bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds, kWarps>(args, shift, m_first, rows, shared, parity);
   }
 }
 
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
-    BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
+    auto& shared = *reinterpret_cast<BulkShortShared<kBulkWarps>*>(bulk_shared);
     const int warp = threadIdx.x / 32;
     const BlockRow block(args, blockIdx.x);
     constexpr int block_rows = kRounds * kBlockRoundRows;
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
       return;
     }
     if (!args.early_reads) launch_dependents<kArch>();
-    bulk_short_tile<kArch, T, kSteps, kRounds>(args, m_first, rows, shared, 0);
+    bulk_short_tile<kArch, T, kSteps, kRounds, kBulkWarps>(args, m_first, rows, shared, 0);
   }
 }
 

@@ -58,8 +58,8 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
     return a;
   };
   start_unit(0, 0);
-  start_unit(1, 1);
-  start_unit(2, 2);
+  if (args.window >= 2) start_unit(1, 1);
+  if (args.window >= 3) start_unit(2, 2);
   const T* const x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
   float* const sums =
       reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&shared + 1) + kDeepPlaces * kDeepPlaceBytes);
@@ -74,6 +74,17 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
   };
   if (!args.early_reads) load_rows();
   Words<4> first[kUnit];
+  if (args.window == 1) {
+    copy_wait<0>();
+    start_unit(1, 1);
+    copy_wait<0>();
+    start_unit(2, 2);
+    copy_wait<0>();
+  } else if (args.window == 2) {
+    copy_wait<1>();
+    start_unit(2, 2);
+    copy_wait<1>();
+  }
   copy_wait<2>();
 #pragma unroll
   for (int q = 0; q < kUnit; ++q) first[q] = read(0, q);

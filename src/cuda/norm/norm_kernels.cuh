@@ -171,35 +171,50 @@ struct Squares {
   __device__ __forceinline__ float total() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 };
 
-// Each warp's part of a row's sum, in shared memory.
+// Each warp's part of a row's sum, in shared memory: two terms, whose sum the reader makes.
 struct alignas(16) Partial {
-  float of_warp[32];
+  float terms[64];
 
-  __device__ __forceinline__ float sum_of_four(int first) const {
-    const float4 p = *reinterpret_cast<const float4*>(&of_warp[first]);
+  // Of warps `warp` (even) and the next one.
+  __device__ __forceinline__ float sum_of_two(int warp) const {
+    const float4 p = *reinterpret_cast<const float4*>(&terms[2 * warp]);
     return (p.x + p.y) + (p.z + p.w);
   }
 };
 
 // The sum over the `num_warps` warps of a row (1, 4, 8 or more), in every thread of them. All threads of the block call
-// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees.
+// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees, and
+// the last addition of a warp's sum left to the readers.
 __device__ __forceinline__ float row_sum(float value, int num_warps, Partial& partial) {
-  value = warp_sum(value);
-  if (num_warps == 1) return value;
-  if (threadIdx.x % 32 == 0) partial.of_warp[threadIdx.x / 32] = value;
+  if (num_warps == 1) return warp_sum(value);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll
+  for (int other = 16; other > 1; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+  if (lane < 2) partial.terms[2 * warp + lane] = value;
   __syncthreads();
   if (num_warps > 8) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    return warp_sum(lane < num_warps ? partial.of_warp[lane] : 0.0f);
+    const float2 p = *reinterpret_cast<const float2*>(&partial.terms[2 * lane]);
+    return warp_sum(lane < num_warps ? p.x + p.y : 0.0f);
   }
-  const float sum = partial.sum_of_four(0);
-  return num_warps == 4 ? sum : sum + partial.sum_of_four(4);
+  const float sum = partial.sum_of_two(0) + partial.sum_of_two(2);
+  return num_warps == 4 ? sum : sum + (partial.sum_of_two(4) + partial.sum_of_two(6));
 }
+
+// A call, so that the compiler leaves it out of the common way.
+__device__ __noinline__ float reciprocal_root_of_denormal(float value) { return rsqrtf(value); }
 
 // Two units in the last place at most from the rounded root (CUDA's bound for rsqrtf): a correctly rounded root and a
 // division cost as much as the sum.
 __device__ __forceinline__ float scale_of(float sum, const Args& args) {
-  return rsqrtf(fmaf(sum, args.inverse_columns, args.epsilon));
+  const float mean = fmaf(sum, args.inverse_columns, args.epsilon);
+  // rsqrtf without what it does for denormal numbers: only where epsilon is 0 is there any, of a row that nearly is.
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(mean));
+  constexpr float kSmallestNormal = 1.17549435e-38f;
+  if (mean < kSmallestNormal) [[unlikely]] {
+    root = reciprocal_root_of_denormal(mean);
+  }
+  return root;
 }
 
 template <class T>

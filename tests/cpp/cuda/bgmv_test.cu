@@ -433,8 +433,8 @@ void run_all() {
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
   run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
   run_case<T>({256, 64, 4096, 8, 0, 0, 0, false, false, false}, random);
-  // So many blocks that each takes more: rows of an adapter of their own beside rows that share one; outputs that are no
-  // whole number of blocks; unaligned weights.
+  // So many blocks that each takes more: rows of an adapter of their own beside rows that share one; outputs that are
+  // no whole number of blocks; unaligned weights.
   for (const bool early : {false, true}) {
     run_case<T>({260, 4096, 16, 200, 0, 0, 0, early, false, early}, random);
     run_case<T>({70, 4096, 61, 64, 8, 3, 0, !early, false, early}, random);
