@@ -2,11 +2,12 @@
 
     python benchmarks/bench_peft.py [--device cuda] [--shape llama-1b] [--batch 16] [--adapters 8] [--rounds 5]
 
-Random weights of a known shape, one adapter a sample in turn, LoRA on all linear layers. Three models share the weights: the
-base model without PEFT, the PeftModel, and an accelerated copy of it. In every round each generates once one token
-(the prefill) and once all of them, in turns; a figure is the median of the rounds. A step's time is the difference of
-the two, divided by the steps between. LoRA's overhead is the time of a model with adapters less that of the base model
-of the same round. Twice: with adapters of the base model's type, and in float32, as PEFT loads them on a bfloat16 base.
+Random weights of a known shape, one adapter a sample in turn, LoRA on all linear layers. Three models share the
+weights: the base model without PEFT, the PeftModel, and an accelerated copy of it. In every round each generates once
+one token (the prefill) and once all of them, in turns; a figure is the median of the rounds. A step's time is the
+difference of the two, divided by the steps between. LoRA's overhead is the time of a model with adapters less that of
+the base model of the same round. Twice: with adapters of the base model's type, and in float32, as PEFT loads them on a
+bfloat16 base.
 
 Before anything is timed the logits of both ways are compared. Writes peft_<device>.json and peft_<device>.md.
 """
@@ -90,7 +91,7 @@ class Clock:
 
 
 def compare(peft_model: Any, ours: Any, ids: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """The largest difference of the logits in units of the largest, and the share of rows whose best token is the same."""
+    """The largest difference of the logits, of the largest; the share of positions with the same best token."""
     theirs = peft_model(ids, adapter_names=names).logits.float()
     mine = ours(ids, adapter_names=names).logits.float()
     base = ours(ids, adapter_names=["__base__"] * len(names)).logits.float()
@@ -135,10 +136,10 @@ def measure(args: argparse.Namespace, float32: bool) -> tuple[list[dict[str, Any
     rows = []
     for part, label in ((1, "decode step"), (0, f"prefill of {args.prompt_tokens} tokens each")):
         times = {name: 1e3 * statistics.median(pair[part] for pair in seconds[name]) for name in variants}
-        over = {
-            name: 1e3 * statistics.median(pair[part] - b[part] for pair, b in zip(seconds[name], seconds["base"], strict=True))
-            for name in ("ours", "PEFT", "again")
-        }  # fmt: skip
+        over = {}
+        for name in ("ours", "PEFT", "again"):
+            rounds = zip(seconds[name], seconds["base"], strict=True)
+            over[name] = 1e3 * statistics.median(pair[part] - base_pair[part] for pair, base_pair in rounds)
         rows.append(
             {
                 "work": f"LoRA's overhead, {label}, {args.batch} samples, {what}",
@@ -162,8 +163,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# Mixed batches of PEFT\n",
         f"`{result['command']}`, {result['device']}, {result['date']}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + f". A Llama of shape {settings['shape']} with random weights, {settings['dtype']}, LoRA on all linear layers; "
-        "Transformers' `generate`. Milliseconds; overhead is over the base model without PEFT.\n",
+        + f". A Llama of shape {settings['shape']} with random weights, {settings['dtype']}, LoRA on all linear layers"
+        "; Transformers' `generate`. Milliseconds; overhead is over the base model without PEFT.\n",
         "| | base model | PEFT | accelerated | PEFT's overhead | ours | times less |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -171,14 +172,15 @@ def markdown(result: dict[str, Any]) -> str:
         t = row["milliseconds"]
         lines.append(
             f"| {row['work'].split(', ', 1)[1]} | {t['base']:.1f} | {t['PEFT']:.1f} | {t['ours']:.1f} "
-            f"| {row['rivals']['PEFT']:.1f} | **{row['ours']:.1f}** (again: {row['again']:.1f}) | {row['times_less']:.1f} |"
+            f"| {row['rivals']['PEFT']:.1f} | **{row['ours']:.1f}** (again: {row['again']:.1f}) "
+            f"| {row['times_less']:.1f} |"
         )
     lines.append("\nBefore the timing, logits of the prefill, accelerated against PEFT:\n")
     for adapters, found in result["agreement"].items():
         lines.append(
-            f"- adapters in {adapters}: {found['logits_difference']:.2g} of the largest logit apart at most (the adapters "
-            f"change it by {found['adapters_change']:.2g}), the same best token at {100 * found['same_best_token']:.2f}% of "
-            "the positions"
+            f"- adapters in {adapters}: {found['logits_difference']:.2g} of the largest logit apart at most (the "
+            f"adapters change it by {found['adapters_change']:.2g}), the same best token at "
+            f"{100 * found['same_best_token']:.2f}% of the positions"
         )
     return "\n".join(lines) + "\n"
 

@@ -27,6 +27,7 @@ from .lora_batch import LoraBatch
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OWN_PATH = "PEFT's own path is used where "
 _MAX_BATCHES = 64  # kept, by names and tokens a sample; the oldest goes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,7 @@ def accelerate(model: Model, *, cast_adapters: bool = False) -> Model:
         raise ValueError("punica_kernels.peft.accelerate: the model has no LoRA layers of PEFT")
     shared = next((layer._mixed.shared for layer in layers if isinstance(layer, MixedLinear)), _Shared())
     shared.cast_adapters = cast_adapters
+    module: Any
     for module in model.modules():
         if type(module) is LoraModel:
             module.__class__ = MixedLoraModel
@@ -106,14 +108,15 @@ class MixedLinear(Linear):  # type: ignore[misc]
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         ready = None if is_intercepted() or type(x) is not Tensor else self._mixed.prepare(self, x, adapter_names)
+        result: Tensor
         if ready is None:
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            result = super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return result
         for name in VARIANT_KWARG_KEYS:
             kwargs.pop(name, None)
-        result: Tensor = self._modules["base_layer"](x, *args, **kwargs)
-        if result.requires_grad and is_grad_enabled():
-            self._mixed.shared.warn("gradients are required, and there is no backward; use torch.no_grad()")
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        if result.shape[-1] != self.out_features:  # the kernels know addresses only
+            raise RuntimeError(f"punica_kernels.peft: the base layer gave {result.shape[-1]}, not {self.out_features}")
         y = result.reshape(-1, result.shape[-1])  # nearly always a view
         x = x.reshape(-1, x.shape[-1])
         batch, tables = ready
@@ -139,6 +142,7 @@ def _add(y: Tensor, x: Tensor, table: "_Table", rows: LoraBatch) -> None:
 
 
 def _take(modules: Iterable[nn.Module], shared: "_Shared") -> None:
+    module: Any
     for module in modules:
         if type(module) is Linear:
             module.__class__ = MixedLinear
@@ -215,7 +219,7 @@ class _Shared:
 
 def _not_in_capture() -> RuntimeError:
     return RuntimeError(
-        "punica_kernels.peft: run the model once, with the same adapter_names and sizes, before a CUDA graph is captured"
+        "punica_kernels.peft: before a CUDA graph is captured, run the model once with the same adapter_names and sizes"
     )
 
 
@@ -251,20 +255,19 @@ class _OfLayer:
     def __reduce__(self) -> tuple[Any, ...]:
         return _OfLayer, (self.shared,)
 
-    def prepare(
-        self, layer: MixedLinear, x: Tensor, names: Sequence[str]
-    ) -> "tuple[_Batch, tuple[_Table, ...]] | None":
+    def prepare(self, layer: MixedLinear, x: Tensor, names: Sequence[str]) -> tuple[_Batch, tuple[_Table, ...]] | None:
         """The batch and the tables; None for PEFT's path."""
-        if is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-            return self._refuse("gradients are required, and there is no backward; use torch.no_grad()")
         device = x.device
+        if is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+            self.shared.warn(_OWN_PATH + "gradients are required, and there is no backward; use torch.no_grad()")
+            return None
         if device.type != "cpu" and not (device.type == "cuda" and has_cuda()):
-            return self._refuse(f"there are no kernels for {device.type} in this build")
-        if not names or x.numel() == 0:
+            self.shared.warn(_OWN_PATH + f"there are no kernels for {device.type} in this build")
+            return None
+        if x.numel() == 0 or x.shape[-1] != layer.in_features:
             return None
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        signature = _signature(layer)
-        if self.tables.signature != signature or self.tables.slots is not self.shared.slots:
+        if self.tables.slots is not self.shared.slots or self.tables.signature != _signature(layer):
             if capturing:
                 raise _not_in_capture()
             self._renew(layer)
@@ -272,16 +275,15 @@ class _OfLayer:
         rows_each = x.numel() // (x.shape[-1] * len(names))
         batch = tables.slots.batch(names, rows_each, device, capturing)
         if tables.refused and not tables.refused.keys().isdisjoint(batch.names):
-            return self._refuse(next(why for name, why in tables.refused.items() if name in batch.names))
+            why = next(why for name, why in tables.refused.items() if name in batch.names)
+            self.shared.warn(_OWN_PATH + why)
+            return None
         if tables.groups and tables.device != device:
             return None  # torch says what is wrong
         if capturing:
             self.shared.captured[id(batch)] = batch
             self.shared.captured[id(tables)] = tables
         return batch, tables.groups
-
-    def _refuse(self, reason: str) -> None:
-        self.shared.warn(f"PEFT's own path is used where {reason}")
 
     def _renew(self, layer: MixedLinear) -> None:
         shared = self.shared
@@ -292,7 +294,7 @@ class _OfLayer:
         device: torch.device | None = None
         by_dtype: dict[torch.dtype, dict[str, tuple[int, int, int, float]]] = {}
         for name, a in layer.lora_A.items():
-            b = layer.lora_B[name] if name in layer.lora_B else None
+            b = layer.lora_B._modules.get(name)
             why = _why_not(layer, name, a, b)
             if why is None and device not in (None, a.weight.device):
                 why = "adapters of one layer are on different devices"
@@ -327,22 +329,25 @@ def _signature(layer: MixedLinear) -> list[Any]:
     return found
 
 
-def _why_not(layer: MixedLinear, name: str, a: nn.Module, b: nn.Module | None) -> str | None:
+def _why_not(layer: MixedLinear, name: str, a: Any, b: Any) -> str | None:
     """Why `y += scale * B (A x)`, from the addresses of A and B, is not all of this adapter."""
     variant = layer.lora_variant.get(name)
     if variant is not None:
         return f"an adapter ({name}) is of a variant of LoRA ({type(variant).__name__})"
     if layer.lora_bias.get(name):
         return f"an adapter ({name}) has lora_bias"
-    dropout = layer.lora_dropout[name] if name in layer.lora_dropout else None
+    if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
+        return "the base layer is tensor-parallel"
+    dropout = layer.lora_dropout._modules.get(name)
     if dropout is not None and dropout.training and type(dropout) is not nn.Identity:
         return f"the dropout of an adapter ({name}) is in training mode"
     if not isinstance(layer.scaling.get(name), (int, float)):
         return f"the scaling of an adapter ({name}) is not a number"
+    module: Any
     for module in (a, b):
         if type(module) is not nn.Linear or "forward" in vars(module) or module._parameters.get("weight") is None:
             return f"A or B of an adapter ({name}) is not a plain Linear"
-        if module.bias is not None:
+        if module._parameters.get("bias") is not None:
             return f"an adapter ({name}) has lora_bias"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"A or B of an adapter ({name}) has hooks"
@@ -353,10 +358,12 @@ def _why_not(layer: MixedLinear, name: str, a: nn.Module, b: nn.Module | None) -
             return f"A or B of an adapter ({name}) is not contiguous"
         if weight.data_ptr() == 0:
             return f"A or B of an adapter ({name}) is not in memory (offloaded)"
-    assert b is not None  # what is not a Linear has been refused
-    if a.weight.dtype != b.weight.dtype or a.weight.device != b.weight.device or len(a.weight) != b.weight.shape[1]:
-        return f"A and B of an adapter ({name}) don't go together"
-    if a.weight.is_cuda and len(a.weight) > MAX_RANK:
+    rank = len(a.weight)
+    if a.weight.shape != (rank, layer.in_features) or b.weight.shape != (layer.out_features, rank):
+        return f"A and B of an adapter ({name}) don't have the shapes for their layer"
+    if a.weight.dtype != b.weight.dtype or a.weight.device != b.weight.device:
+        return f"A and B of an adapter ({name}) differ in data type or device"
+    if a.weight.is_cuda and rank > MAX_RANK:
         return f"an adapter ({name}) has a rank above {MAX_RANK}"
     return None
 

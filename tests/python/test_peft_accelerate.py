@@ -12,7 +12,6 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-import punica_kernels as pk
 import pytest
 import torch
 
@@ -95,9 +94,9 @@ def kernels(monkeypatch):
     return counts
 
 
-def tokens(model, rows=len(NAMES), length=9, low=1):
+def tokens(model, rows=7, length=9):
     generator = torch.Generator().manual_seed(rows)
-    return torch.randint(low, 299, (rows, length), generator=generator).to(model.device)
+    return torch.randint(1, 299, (rows, length), generator=generator).to(model.device)
 
 
 def logits(model, names=NAMES, **more):
@@ -117,7 +116,7 @@ def generate(model, names=NAMES, length=9, **more):
     return model.generate(input_ids=ids, adapter_names=names, **more)
 
 
-# ------------------------------------------------------------------------------------------------------ the same results
+# ----------------------------------------------------------------------------------------------------- the same results
 
 
 def test_forward(pair, kernels):
@@ -307,7 +306,7 @@ def test_other_states(pair, kernels):
 
 def test_mistakes(pair):
     ours, _ = pair
-    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
         logits(ours, ["one", "nobody"])
     with torch.no_grad(), pytest.raises(ValueError, match="Length of `adapter_names`"):
         ours(tokens(ours, 3), adapter_names=["one"])
@@ -503,7 +502,7 @@ def test_many_names(pair, kernels):
     assert len(ours.base_model._mixed_shared.slots._batches) <= accelerated._MAX_BATCHES
 
 
-# -------------------------------------------------------------------------------------------------------- PEFT's own path
+# ------------------------------------------------------------------------------------------------------ PEFT's own path
 
 
 @pytest.mark.filterwarnings("default:punica_kernels.peft")
@@ -527,9 +526,9 @@ def test_unsupported(config, reason, device, kernels):
     assert kernels["add_lora"] == 14
     names = ["one", "other", "__base__", "two"]
     more = {"alora_offsets": [None, 3, None, None]} if "alora_invocation_tokens" in config else {}
-    with pytest.warns(UserWarning, match=rf"PEFT's own path is used where {reason}") as caught:
-        close(logits(ours, names, **more), logits(theirs, names, **more))
-        logits(ours, names, **more)
+    with pytest.warns(UserWarning, match=rf"own path is used where an adapter \(other\) {reason}") as caught:
+        found = [logits(ours, names, **more) for _ in range(2)]
+    close(found[0], logits(theirs, names, **more))
     assert len([w for w in caught if "punica_kernels" in str(w.message)]) == 1
     assert 14 + 2 * 8 <= kernels["add_lora"] < 14 + 2 * 14
 
@@ -560,12 +559,11 @@ def test_dropout(pair, kernels):
     names = ["one", "other", "dropping", "__base__"]
     close(logits(ours, [*names[:2], "__base__"]), logits(theirs, [*names[:2], "__base__"]))
     assert kernels["add_lora"] == 4 + 2
+    torch.manual_seed(3)
     with pytest.warns(UserWarning, match=r"the dropout of an adapter \(dropping\) is in training mode"):
-        results = []
-        for model in pair:
-            torch.manual_seed(3)
-            results.append(logits(model, names))
-    close(*results)
+        found = logits(ours, names)
+    torch.manual_seed(3)
+    close(found, logits(theirs, names))
     assert kernels["add_lora"] == 4 + 2 + 4
     for model in pair:
         model.eval()
@@ -722,17 +720,15 @@ def test_demo(kernels, record_property):
     model.eval()
     work = json.loads((EXAMPLES / "demo_prompts.json").read_text())
     names = [item["adapter"] or "__base__" for item in work]
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": item["prompt"]}], add_generation_prompt=True, tokenize=False)
-        for item in work
-    ]  # fmt: skip
+    chats = [[{"role": "user", "content": item["prompt"]}] for item in work]
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    options = {**inputs, "adapter_names": names, "max_new_tokens": 24, "do_sample": False}
+    options = {**inputs, "adapter_names": names, "max_new_tokens": 12, "do_sample": False}
     with torch.no_grad():
         theirs, expected = model.generate(**options), model(**inputs, adapter_names=names).logits
         accelerated.accelerate(model)
         ours, found = model.generate(**options), model(**inputs, adapter_names=names).logits
-    assert kernels["add_lora"] > 24 * 30
+    assert kernels["add_lora"] > 12 * 30
     seen = inputs["attention_mask"].bool()
     difference = float((found - expected)[seen].abs().max() / expected[seen].abs().max())
     record_property("largest difference / largest logit", difference)
