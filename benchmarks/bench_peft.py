@@ -3,11 +3,12 @@
     python benchmarks/bench_peft.py [--device cuda] [--shape llama-1b] [--batch 16] [--adapters 8] [--rounds 5]
 
 Random weights of a known shape, one adapter a sample in turn, LoRA on all linear layers. Three models share the
-weights: the base model without PEFT, the PeftModel, and an accelerated copy of it. In every round each generates once
-one token (the prefill) and once all of them, in turns; a figure is the median of the rounds. A step's time is the
-difference of the two, divided by the steps between. LoRA's overhead is the time of a model with adapters less that of
-the base model of the same round. Twice: with adapters of the base model's type, and in float32, as PEFT loads them on a
-bfloat16 base.
+weights: the base model without PEFT, the PeftModel, and an accelerated copy of it. In every round each generates, in
+turns; a step's time is the median of the steps of a round, a figure the median of the rounds. LoRA's overhead is the
+time of a model with adapters less that of the base model in the same round. All of it twice: with adapters of the base
+model's type, and in float32, as PEFT loads them on a bfloat16 base.
+
+On a machine that others use too, --threads 1 --processor-time counts the process's own time of the processor.
 
 Before anything is timed the logits of both ways are compared. Writes peft_<device>.json and peft_<device>.md.
 """
@@ -78,16 +79,28 @@ def with_adapters(model: Any, count: int, rank: int, float32: bool) -> Any:
     return wrapped.eval()
 
 
-class Clock:
-    def __init__(self, device: str):
-        self.synchronize: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
+class Stopwatch:
+    """Seconds of the prefill, and of every step after it, of one `generate`."""
 
-    def __call__(self, call: Callable[[], Any]) -> float:
+    def __init__(self, device: str, processor_time: bool):
+        self.synchronize: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.now = time.process_time if processor_time else time.perf_counter
+        self.stamps: list[float] = []
+
+    def stamp(self, *_: Any) -> None:
         self.synchronize()
-        start = time.perf_counter()
-        call()
-        self.synchronize()
-        return time.perf_counter() - start
+        self.stamps.append(self.now())
+
+    def __call__(self, model: Any, **arguments: Any) -> tuple[float, float]:
+        self.stamps = []
+        inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        handle = inner.register_forward_pre_hook(self.stamp)
+        self.stamp()
+        model.generate(**arguments)
+        handle.remove()
+        # What comes before the first forward, PEFT's preparation for one, belongs to the prefill.
+        steps = [later - earlier for earlier, later in zip(self.stamps[2:], self.stamps[3:], strict=False)]
+        return self.stamps[2] - self.stamps[0], statistics.median(steps)
 
 
 def compare(peft_model: Any, ours: Any, ids: torch.Tensor, names: list[str]) -> dict[str, float]:
@@ -104,33 +117,38 @@ def compare(peft_model: Any, ours: Any, ids: torch.Tensor, names: list[str]) -> 
     return {"logits_difference": difference, "adapters_change": effect, "same_best_token": same}
 
 
+def progress(what: str, start: float = time.perf_counter()) -> None:
+    print(f"{time.perf_counter() - start:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace, float32: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
     base = base_model(args.shape, args.dtype, args.device)
+    progress("base model")
     theirs = with_adapters(sharing(base), args.adapters, args.rank, float32)
     ours = pk.peft.accelerate(sharing(theirs))
+    progress("adapters")
     names = [f"adapter{i % args.adapters}" for i in range(args.batch)]
     ids = torch.randint(1, SHAPES[args.shape]["vocab_size"], (args.batch, args.prompt_tokens), device=args.device)
     agreement = compare(theirs, ours, ids, names)
+    progress("logits compared")
 
-    def run(model: Any, tokens: int, **more: Any) -> None:
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, pad_token_id=0, **more,
-        )  # fmt: skip
-
-    mixed = {"adapter_names": names}
-    variants: dict[str, tuple[Any, dict[str, Any]]] = {
-        "base": (base, {}), "ours": (ours, mixed), "PEFT": (theirs, mixed), "again": (ours, mixed)
+    arguments = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": args.new_tokens,
+        "min_new_tokens": args.new_tokens, "do_sample": False, "pad_token_id": 0,
     }  # fmt: skip
-    clock, steps = Clock(args.device), args.new_tokens - 1
+    mixed = arguments | {"adapter_names": names}
+    variants: dict[str, tuple[Any, dict[str, Any]]] = {
+        "base": (base, arguments), "ours": (ours, mixed), "PEFT": (theirs, mixed), "again": (ours, mixed)
+    }  # fmt: skip
+    watch = Stopwatch(args.device, args.processor_time)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for model, more in (variants[name] for name in ("base", "ours", "PEFT")):
-        run(model, 2, **more)
+    for name in ("base", "ours", "PEFT"):
+        watch(variants[name][0], **variants[name][1] | {"max_new_tokens": 4, "min_new_tokens": 4})
     for attempt in range(args.rounds):
         for name in list(variants) if attempt % 2 == 0 else reversed(variants):
             model, more = variants[name]
-            once = clock(lambda m=model, k=more: run(m, 1, **k))
-            seconds[name].append((once, (clock(lambda m=model, k=more: run(m, args.new_tokens, **k)) - once) / steps))
+            seconds[name].append(watch(model, **more))
+        progress(f"round {attempt + 1}")
 
     what = f"{args.adapters} adapters of rank {args.rank}, {'float32' if float32 else str(args.dtype)[6:]}"
     rows = []
@@ -196,9 +214,14 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of torch, on the CPU")
+    parser.add_argument("--processor-time", action="store_true", help="the process's own, for a machine that is shared")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     args.shape = args.shape or {"cuda": "llama-1b", "cpu": "smollm2-135m"}[args.device]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="peft")
 
