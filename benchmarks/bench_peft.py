@@ -177,12 +177,13 @@ def measure(args: argparse.Namespace, float32: bool) -> tuple[list[dict[str, Any
 
 def markdown(result: dict[str, Any]) -> str:
     settings = result["settings"]
+    of_what = f" of processor time, {settings['threads']} thread" if settings["processor_time"] == "True" else ""
     lines = [
         "# Mixed batches of PEFT\n",
         f"`{result['command']}`, {result['device']}, {result['date']}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + f". A Llama of shape {settings['shape']} with random weights, {settings['dtype']}, LoRA on all linear layers"
-        "; Transformers' `generate`. Milliseconds; overhead is over the base model without PEFT.\n",
+        f"; Transformers' `generate`. Milliseconds{of_what}; overhead is over the base model without PEFT.\n",
         "| | base model | PEFT | accelerated | PEFT's overhead | ours | times less |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -201,6 +202,12 @@ def markdown(result: dict[str, Any]) -> str:
             f"{100 * found['same_best_token']:.2f}% of the positions"
         )
     return "\n".join(lines) + "\n"
+
+
+def given(words: list[str]) -> list[str]:
+    """The arguments, without the folder that results are written to."""
+    at = words.index("--output") if "--output" in words else len(words)
+    return words[:at] + words[at + 2 :]
 
 
 def main() -> int:
@@ -233,7 +240,7 @@ def main() -> int:
             agreement["float32" if float32 else str(args.dtype)[6:]] = found
             print(found, flush=True)
     result = {
-        "command": "python benchmarks/bench_peft.py",  # with these settings
+        "command": " ".join(["python benchmarks/bench_peft.py", *given(sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else device_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
