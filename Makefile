@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 SOURCES := $(shell find include src bindings python cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt \
-           pyproject.toml README.md $(wildcard tests/cpp/CMakeLists.txt examples/cpp/CMakeLists.txt)
+           pyproject.toml README.md $(wildcard licenses/*.txt) tools/sbom.py $(wildcard tests/cpp/CMakeLists.txt examples/cpp/CMakeLists.txt)
 CXX_FILES := $(shell find include src bindings tests examples benchmarks \
                -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 
@@ -32,7 +32,7 @@ $(STAMPS)/packages-clang: $(STAMPS)/packages
 	@tools/setup.sh packages clang $$(apt-cache show libclang-rt-dev > /dev/null 2>&1 && echo libclang-rt-dev)
 	@touch $@
 
-$(VENV)/.requirements: requirements-dev.txt $(STAMPS)/packages
+$(VENV)/.requirements: requirements-build.txt requirements-dev.txt $(STAMPS)/packages
 	@tools/setup.sh venv
 	@touch $@
 
@@ -53,6 +53,11 @@ VLLM_BIN := .venv-vllm/bin
 .PHONY: setup build
 setup: $(VENV)/.requirements ## Install the system packages and the Python environment (.venv)
 build: $(VENV)/.wheel ## Build the wheel (build/dist) and install it into .venv
+
+.PHONY: wheel
+wheel: build ## The wheel as it is released (build/dist): checked, with an SBOM, run in an empty environment
+	@$(BIN)/python tools/check_wheel.py build/dist/*.whl
+	@tools/test_wheel.sh --selftest build/dist/*.whl $(PYTHON)
 
 # ---- The demo ------------------------------------------------------------------------------------------------------
 .PHONY: demo bench-cpu bench-cuda bench-vllm

