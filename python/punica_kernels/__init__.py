@@ -18,7 +18,16 @@ from typing import Any
 from . import _torch_ops as _torch_ops  # registers the operations with torch
 from . import reference
 from ._library import function as _function
-from ._settings import active_cuda_arch, active_isa, early_reads, has_cuda, last_cuda_arch, last_isa, set_checks
+from ._settings import (
+    active_cuda_arch,
+    active_isa,
+    early_reads,
+    has_cuda,
+    last_cuda_arch,
+    last_isa,
+    set_checks,
+    supported_isas,
+)
 from .adapter_set import AdapterError, AdapterSet, LoraWeights
 from .attention import batch_decode, batch_prefill
 from .kv_cache import append_kv, init_kv
@@ -58,4 +67,5 @@ __all__ = [
     "sgmv_cutlass",
     "sgmv_cutlass_tmp_size",
     "sgmv_shrink",
+    "supported_isas",
 ]
