@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_rows(const SgmvArgs args) {
 }
 
 // With fewer rows tiles of 64 of them are too few for the device.
-constexpr int64_t kFewestRows = 1024;
+constexpr int64_t kFewestRows = 3072;
 
 template <class T>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {

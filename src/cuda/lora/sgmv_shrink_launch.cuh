@@ -71,6 +71,7 @@ Status launch_shrink(const Launcher& launcher, const SgmvArgs& args) {
     }
   };
   const auto consider_tall = [&](int tile_rows, int tile_wide, int levels) {
+    if (length <= tile_rows - 64 || length <= 32) return;
     const int64_t columns = kN * tile_wide;
     const int64_t items = segments * ((length + tile_rows - 1) / tile_rows) * ((args.d_out + columns - 1) / columns);
     for (int cluster = 1; cluster <= std::min(plan.parts, kPortableCluster); cluster *= 2) {
