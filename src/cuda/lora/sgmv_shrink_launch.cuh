@@ -8,7 +8,9 @@
 namespace punica::cuda {
 
 // The parts of d_in: a function of d_in alone, as the sum is.
-inline int shrink_parts(int64_t d_in) { return d_in < 1024 ? 1 : d_in < 2048 ? 2 : d_in < 4096 ? 4 : d_in < 16384 ? 8 : 16; }
+inline int shrink_parts(int64_t d_in) {
+  return d_in < 1024 ? 1 : d_in < 2048 ? 2 : d_in < 4096 ? 4 : d_in < 16384 ? 8 : 16;
+}
 
 inline constexpr int kPortableCluster = 8;
 
@@ -36,8 +38,8 @@ template <class T, bool kInOut, int kN, int kWide, int kWarpgroups, int kLevels>
 Status launch_tall(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan) {
   using S = Tall<kN, kWide, kWarpgroups, kLevels>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns) *
-                                     plan.cluster);
+  shape.grid =
+      static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns) * plan.cluster);
   shape.block = S::kThreads;
   shape.shared_bytes = S::kRingBytes;
   shape.cluster = plan.cluster;

@@ -1,7 +1,7 @@
 // sgmv_shrink for float16 and bfloat16 on the sm_90 path where d_out is at most 16, rows of x start at multiples of 16
 // bytes and there are few tiles of 16 rows: what costs time is waiting, so as many multiprocessors as can be wait at
-// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2, 4
-// or 8 blocks of a cluster.
+// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2,
+// 4 or 8 blocks of a cluster.
 //
 // A warp copies x and W of its columns, step by step, into a ring of its own. In the end the sums of pairs of warps go
 // to the first block of the cluster, which adds them up in their order.
@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(Split<kShare>::kThreads, 1) sgmv_split(const S
     const uint32_t at =
         shared_address(memory) + pair * (2 * kStages * 2 * kUnitBytes) + r * 64 + (c ^ (r >> 1 & 1) * 2) * 16;
     const float4 sum = add(load_float4(at), load_float4(at + kStages * 2 * kUnitBytes));
-    const uint32_t to = received + (half * kPairs + rank % kShare * (S::kWarps / 2) + pair) * kPairBytes + item % 64 * 16;
+    const uint32_t to =
+        received + (half * kPairs + rank % kShare * (S::kWarps / 2) + pair) * kPairBytes + item % 64 * 16;
     hopper::store_async(hopper::remote_address(to, 0), sum, hopper::remote_address(received_barrier, 0));
   }
   if (!adds) return;

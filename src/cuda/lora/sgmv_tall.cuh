@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
   }
   const int64_t guess = int64_t{item / columns_blocks} * kRows;
   // Before the wait the second-level cache is asked for the first columns of x where the tile is if the segments cover
-  // all rows in order, in the time in which the last blocks of the kernel before end. That is no read: all writes end up
-  // there.
+  // all rows in order, in the time in which the last blocks of the kernel before end. That is no read: all writes end
+  // up there.
 #pragma unroll
   for (int i = 0; i < (kRows * kPrefetched + kThreads - 1) / kThreads; ++i) {
     const int line = id + i * kThreads, row = line / kPrefetched, k = line % kPrefetched * 64;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
                      to_barrier = hopper::remote_address(received_barrier, owner);
 #pragma unroll
       for (int q = 0; q < kColumns / 16; ++q) {
-        const float(&sum)[kN / 2] = sums[q / (kN / 16)];
+        const float (&sum)[kN / 2] = sums[q / (kN / 16)];
         const int i = q % (kN / 16) * 8 + h * 2;
         const float4 v = {sum[i], sum[i + 1], sum[i + 4], sum[i + 5]};
         if (owner == rank) {
@@ -309,10 +309,17 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
     }
   };
   switch (plan.cluster) {
-    case 1: add_up(std::integral_constant<int, 1>{}); break;
-    case 2: add_up(std::integral_constant<int, 2>{}); break;
-    case 4: add_up(std::integral_constant<int, 4>{}); break;
-    default: add_up(std::integral_constant<int, 8>{});
+    case 1:
+      add_up(std::integral_constant<int, 1>{});
+      break;
+    case 2:
+      add_up(std::integral_constant<int, 2>{});
+      break;
+    case 4:
+      add_up(std::integral_constant<int, 4>{});
+      break;
+    default:
+      add_up(std::integral_constant<int, 8>{});
   }
 #endif
 }
