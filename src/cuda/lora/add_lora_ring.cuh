@@ -18,26 +18,20 @@
 #pragma once
 
 #include "src/cuda/common/hopper.cuh"
+#include "src/cuda/lora/add_lora_find.cuh"
 #include "src/cuda/lora/add_lora_general.cuh"
 #include "src/cuda/lora/add_lora_plain.cuh"
 
 namespace punica::cuda::fused_lora {
-
-// Behind it, in the plain way: see add_lora_plain.cuh.
-constexpr size_t plain_shared_bytes(const Args& args, int min_team_bits, int max_team_bits) {
-  const int rank = args.max_rank < kPlainRank ? args.max_rank : kPlainRank;
-  return sizeof(float) * plain_part_floats(rank, min_team_bits) +
-         sizeof(float) * plain_receive_floats(rank, max_team_bits) * (args.num_slices > 1 ? 2 : 1) +
-         size_t{kPlainUnitBytes} * kRingWarps * kPlainDepth;
-}
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
 // Grid: blocks in clusters of 1 << cluster_bits. kPlain: rows of x and y are whole, aligned pieces of 16 bytes, and so
 // is each slice of y.
 template <Arch kArch, class T, bool kPlain>
-__global__ void __launch_bounds__(kRingThreads, 2)
-    add_lora_ring_kernel(const __grid_constant__ Args args, const int cluster_bits, const int min_team_bits) {
+__global__ void __launch_bounds__(kRingThreads, kPlain && kArch == Arch::kSm90 ? 3 : 2)
+    add_lora_ring_kernel(const __grid_constant__ Args args, const int cluster_bits, const int min_team_bits,
+                         const int fragment_bytes) {
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
@@ -53,47 +47,57 @@ __global__ void __launch_bounds__(kRingThreads, 2)
           asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
         __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for before the first send
+        // Waited for before the first send. The fence above is all that it has to order.
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
       }
     }
 #endif
     if (!args.early_reads) grid_dependency_wait<kArch>();
     // The largest team for which there are blocks enough.
-    const auto team_bits_of = [&](uint32_t tiles) {
+    const unsigned blocks = gridDim.x;
+    const auto team_bits_of = [=](uint32_t tiles) {
       int bits = cluster_bits;
-      while (bits > min_team_bits && tiles > gridDim.x >> bits) --bits;
+      while (bits > min_team_bits && tiles > blocks >> bits) --bits;
       return bits;
     };
-    find_work<T>(args, &shared.scratch, &shared.work, [&](uint32_t tiles) {
-      const int bits = team_bits_of(tiles);
-      return static_cast<uint32_t>((cluster << (cluster_bits - bits)) + (cluster_rank >> bits));
-    });
+    const int row = find_tile<T>(
+        args, &shared.scratch, &shared.work,
+        [=](uint32_t tiles) {
+          const int bits = team_bits_of(tiles);
+          return static_cast<uint32_t>((cluster << (cluster_bits - bits)) + (cluster_rank >> bits));
+        });
+    __syncthreads();
     if (!args.early_reads) launch_dependents<kArch>();
-    if (shared.work.count == 0) {
+    if (shared.work.num_slices == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;
     }
     const int team_bits = team_bits_of(shared.scratch.tiles), team_rank = cluster_rank & ((1 << team_bits) - 1);
     if (kPlain && shared.work.plain) {
-      const int rank = min(args.max_rank, kPlainRank);
-      float* const parts = reinterpret_cast<float*>(memory + kHeadBytes);
-      float* const receive = parts + plain_part_floats(rank, min_team_bits);
-      const int receive_floats = plain_receive_floats(rank, cluster_bits);
-      const uint32_t rings = shared_address(receive + receive_floats * (args.num_slices > 1 ? 2 : 1));
       const int warp = threadIdx.x / 32;
-      PlainBlock<kArch, T, kRingWarps> block = {args,
-                                                shared.work,
-                                                shared.received,
-                                                parts,
-                                                receive,
-                                                rings + warp * (kPlainUnitBytes * kPlainDepth),
-                                                receive_floats,
-                                                team_bits,
-                                                team_rank,
-                                                warp,
-                                                static_cast<int>(threadIdx.x % 32)};
-      block.run();
+      const uint32_t fragments = shared_address(memory + kHeadBytes);
+      PlainBlock<kArch, T> block = {args,
+                                    shared.work,
+                                    shared.received,
+                                    fragments,
+                                    fragments + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
+                                    cluster_bits,
+                                    team_bits,
+                                    team_rank,
+                                    warp,
+                                    static_cast<int>(threadIdx.x % 32)};
+      block.run([&] {
+        if (row != kNotFound) publish_rows(args, row, &shared.work);
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        __syncthreads();
+      });
     } else {
+      if (row != kNotFound) publish_rows(args, row, &shared.work);
+      __syncthreads();
+      if (shared.work.count == 0) {
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        return;
+      }
       general_block<kArch, T, kPlain>(args, shared, team_bits, team_rank);
     }
   }
