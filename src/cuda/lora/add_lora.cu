@@ -1,5 +1,6 @@
 // add_lora on CUDA devices: y += scale * B (A x), every row through its own adapter at its own rank, in one launch.
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 
 #include "src/cuda/backend.h"
@@ -48,6 +49,11 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   args.h_in = static_cast<int>(p.x.shape[1]);
   args.max_rank = static_cast<int>(p.max_rank);
   args.num_slices = p.num_slices();
+  while (int64_t{4096} << args.leaf_bits < args.h_in) ++args.leaf_bits;
+  args.a_of_rank = p.a_layer_stride ? 0 : args.layer_idx * args.h_in;
+  args.a_offset = p.a_layer_stride ? args.layer_idx * *p.a_layer_stride : 0;
+  args.b_of_size = p.b_layer_stride ? 0 : args.layer_idx;
+  args.b_offset = p.b_layer_stride ? args.layer_idx * *p.b_layer_stride : 0;
   for (int s = 0; s <= args.num_slices; ++s) args.slice_begin[s] = static_cast<int>(p.slice_offsets[s]);
   args.early_reads = context.early_reads;
   args.x_vectors = rows_aligned(p.x);
@@ -58,7 +64,7 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   }
   return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
-    return fused_lora::is_tiles(launcher, args) ? fused_lora::launch_tiles(launcher, p.y.dtype, args)
+    return std::getenv("PROBE_TILES") && fused_lora::is_tiles(launcher, args) ? fused_lora::launch_tiles(launcher, p.y.dtype, args)
                                                 : fused_lora::launch_ring(launcher, p.y.dtype, args);
   });
 }

@@ -18,18 +18,16 @@ __device__ __forceinline__ bool finish_slice(const Args& args, int64_t a, int64_
   slice->b_stride = args.b_row_stride >= 0 ? args.b_row_stride : slice->rank;
   const bool used = a != 0 && b != 0 && slice->rank > 0 && slice->rank <= args.max_rank &&
                     slice->rank <= slice->b_stride && slice->width > 0;
-  const int64_t a_layer = args.a_layer_stride >= 0 ? args.a_layer_stride : int64_t{slice->rank} * args.h_in;
-  const int64_t b_layer = args.b_layer_stride >= 0 ? args.b_layer_stride : slice->b_stride * slice->width;
-  slice->a = reinterpret_cast<const T*>(a) + args.layer_idx * a_layer;
-  slice->b = reinterpret_cast<const T*>(b) + args.layer_idx * b_layer;
+  slice->a = reinterpret_cast<const T*>(a) + (slice->rank * args.a_of_rank + args.a_offset);
+  slice->b = reinterpret_cast<const T*>(b) + (slice->b_stride * slice->width * args.b_of_size + args.b_offset);
   return used;
 }
 
 // Nothing is in the way of the plain way: see add_lora_plain.cuh. Offsets within A and B fit into 32 bits then.
 __device__ __forceinline__ bool is_plain(const Args& args, const Slice& slice) {
   return ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
-         slice.b_stride % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 &&
-         slice.b_stride * (slice.width + 4096) < int64_t{1} << 29;
+         slice.b_stride % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 && slice.b_stride < 1 << 16 &&
+         static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
 }
 
 // The slices of `adapter`, to `work`, by the whole of one warp.

@@ -7,41 +7,36 @@
 namespace punica::cuda::fused_lora {
 namespace {
 
-// Blocks that a launch of few tiles is filled up to, about one for each multiprocessor of an H200. Nothing that depends
-// on it changes bits.
-[[maybe_unused]] constexpr int64_t kBlocks = 128;
+template <Arch kArch, class T, int kTeamBits>
+Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shape) {
+  const bool many = args.num_slices > 1;
+  const int fragment_bytes = plain_fragment_bytes(many, std::min(args.max_rank, kPlainRank), kTeamBits);
+  // Also for what goes the general way in the end.
+  shape.shared_bytes = std::max(shape.shared_bytes, kHeadBytes + fragment_bytes +
+                                                        size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
+  return many ? launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, true>>(shape, args, fragment_bytes)
+              : launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, false>>(shape, args, fragment_bytes);
+}
 
 template <Arch kArch, class T>
 Status launch(const Launcher& launcher, const Args& args) {
   const int64_t tiles = max_tiles(args, kTileRows);
-  int cluster_bits = 0, min_team_bits = 0;
-  int64_t clusters = tiles;
-  if (kArch == Arch::kSm90) {
-    const char* const text = std::getenv("PROBE_TEAM");
-    const int forced = text == nullptr ? 0 : std::atoi(text);
-    cluster_bits = tiles <= 32 ? 3 : 2;
-    min_team_bits = cluster_bits;
-    if (forced % 10 > 0) cluster_bits = min_team_bits = forced % 10;
-    if (forced / 10 > 0) {
-      min_team_bits = forced / 10;
-      clusters = (tiles + (1 << (cluster_bits - min_team_bits)) - 1) >> (cluster_bits - min_team_bits);
-    }
-  }
+  int team_bits = kArch == Arch::kSm80 ? 0 : tiles <= 32 ? 3 : 2;
+  if (std::getenv("PROBE_TEAM") != nullptr) team_bits = std::atoi(std::getenv("PROBE_TEAM"));
   LaunchShape shape;
-  shape.cluster = 1u << cluster_bits;
-  shape.grid = static_cast<unsigned>(clusters << cluster_bits);
+  shape.cluster = 1u << team_bits;
+  shape.grid = static_cast<unsigned>(tiles << team_bits);
   shape.block = kRingThreads;
+  shape.shared_bytes = kHeadBytes + general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
   bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;
   for (int s = 0; s <= args.num_slices; ++s) plain = plain && args.slice_begin[s] % 8 == 0;
-  const int rank = std::min(args.max_rank, kPlainRank);
-  const int fragment_bytes = plain_fragment_bytes(args.num_slices, rank, min_team_bits, cluster_bits);
-  const size_t general_bytes = general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
-  const size_t plain_bytes = size_t{kUnitBytes} * kPlainWarps * kPlainDepth + fragment_bytes;
-  shape.shared_bytes = kHeadBytes + (plain ? std::max(general_bytes, plain_bytes) : general_bytes);
-  return plain ? launcher.launch<add_lora_ring_kernel<kArch, T, true>>(shape, args, cluster_bits, min_team_bits,
-                                                                       fragment_bytes)
-               : launcher.launch<add_lora_ring_kernel<kArch, T, false>>(shape, args, cluster_bits, min_team_bits,
-                                                                        fragment_bytes);
+  if (!plain) return launcher.launch<add_lora_general_kernel<kArch, T>>(shape, args, team_bits);
+  if constexpr (kArch == Arch::kSm80) {
+    return launch_plain<kArch, T, 0>(launcher, args, shape);
+  } else {
+    return team_bits == 3 ? launch_plain<kArch, T, 3>(launcher, args, shape)
+                          : launch_plain<kArch, T, 2>(launcher, args, shape);
+  }
 }
 
 template <class T>

@@ -24,81 +24,107 @@
 
 namespace punica::cuda::fused_lora {
 
+// Lines of x and y, of all rows, by the last warps of all blocks: before the wait nothing is known of the block's own.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const Args& args) {
+  if (threadIdx.x < kRingThreads - 32) return;
+  const uint32_t x_lines = (args.h_in * sizeof(T) + kLineBytes - 1) / kLineBytes;
+  const uint32_t y_lines = (args.slice_begin[args.num_slices] * sizeof(T) + kLineBytes - 1) / kLineBytes;
+  constexpr int kLine = kLineBytes / sizeof(T);
+  const uint32_t lines = x_lines + y_lines, all = static_cast<uint32_t>(args.rows) * lines;
+  for (uint32_t i = blockIdx.x * 32 + threadIdx.x % 32; i < all; i += gridDim.x * 32) {
+    const uint32_t row = i / lines, line = i % lines;
+    if (line < x_lines) {
+      prefetch_line(static_cast<const T*>(args.x) + row * args.x_stride + line * kLine);
+    } else {
+      prefetch_line(static_cast<const T*>(args.y) + row * args.y_stride + (line - x_lines) * kLine);
+    }
+  }
+}
+
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
-// Grid: blocks in clusters of 1 << cluster_bits. kPlain: rows of x and y are whole, aligned pieces of 16 bytes, and so
-// is each slice of y.
-template <Arch kArch, class T, bool kPlain>
-__global__ void __launch_bounds__(kRingThreads, kPlain && kArch == Arch::kSm90 ? 3 : 2)
-    add_lora_ring_kernel(const __grid_constant__ Args args, const int cluster_bits, const int min_team_bits,
-                         const int fragment_bytes) {
+// Finds what the block serves; false: nothing. On return num_slices and the slices are in shared.work, and one warp has
+// rows for publish_rows(). Teams are clusters of 1 << team_bits blocks.
+template <Arch kArch, class T>
+__device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared, int team_bits, int* row) {
+  if (args.early_reads) launch_dependents<kArch>();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kArch == Arch::kSm90) {
+    if (threadIdx.x == 32) {
+      hopper::barrier_init(shared_address(&shared.received[0]), 1);
+      hopper::barrier_init(shared_address(&shared.received[1]), 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    // Waited for before the first send. The fence above is all that it has to order.
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+#endif
+  if (!args.early_reads) {
+    prefetch_rows<T>(args);
+    grid_dependency_wait<kArch>();
+  }
+  const uint32_t tile = blockIdx.x >> team_bits;
+  *row = find_tile<T>(args, &shared.scratch, &shared.work, [=](uint32_t) { return tile; });
+  __syncthreads();
+  if (!args.early_reads) launch_dependents<kArch>();
+  if (shared.work.num_slices > 0) return true;
+  if (args.early_reads) grid_dependency_wait<kArch>();
+  return false;
+}
+
+template <Arch kArch, class T, bool kVectors>
+__device__ __forceinline__ void general_way(const Args& args, RingShared& shared, int team_bits, int row) {
+  if (row != kNotFound) publish_rows(args, row, &shared.work);
+  __syncthreads();
+  if (shared.work.count == 0) {
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    return;
+  }
+  general_block<kArch, T, kVectors>(args, shared, team_bits, static_cast<int>(blockIdx.x) & ((1 << team_bits) - 1));
+}
+
+// Rows of x and y are whole, aligned pieces of 16 bytes, and so is each slice of y.
+template <Arch kArch, class T, int kTeamBits, bool kMany>
+__global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
+    add_lora_plain_kernel(const __grid_constant__ Args args, const int fragment_bytes) {
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
-    if (args.early_reads) launch_dependents<kArch>();
-    const int cluster_rank = static_cast<int>(blockIdx.x) & ((1 << cluster_bits) - 1);
-    const int cluster = static_cast<int>(blockIdx.x) >> cluster_bits;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (kArch == Arch::kSm90) {
-      if (cluster_bits > 0) {
-        if (threadIdx.x == 32) {
-          hopper::barrier_init(shared_address(&shared.received[0]), 1);
-          hopper::barrier_init(shared_address(&shared.received[1]), 1);
-          asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        }
-        __syncwarp();
-        // Waited for before the first send. The fence above is all that it has to order.
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-      }
-    }
-#endif
-    if (!args.early_reads) grid_dependency_wait<kArch>();
-    // The largest team for which there are blocks enough.
-    const unsigned blocks = gridDim.x;
-    const auto team_bits_of = [=](uint32_t tiles) {
-      int bits = cluster_bits;
-      while (bits > min_team_bits && tiles > blocks >> bits) --bits;
-      return bits;
-    };
-    const int row = find_tile<T>(
-        args, &shared.scratch, &shared.work,
-        [=](uint32_t tiles) {
-          const int bits = team_bits_of(tiles);
-          return static_cast<uint32_t>((cluster << (cluster_bits - bits)) + (cluster_rank >> bits));
-        });
-    __syncthreads();
-    if (!args.early_reads) launch_dependents<kArch>();
-    if (shared.work.num_slices == 0) {
-      if (args.early_reads) grid_dependency_wait<kArch>();
+    int row;
+    if (!begin_block<kArch, T>(args, shared, kTeamBits, &row)) return;
+    if (!shared.work.plain) {
+      general_way<kArch, T, true>(args, shared, kTeamBits, row);
       return;
     }
-    const int team_bits = team_bits_of(shared.scratch.tiles), team_rank = cluster_rank & ((1 << team_bits) - 1);
-    if (kPlain && shared.work.plain) {
-      const int warp = threadIdx.x / 32;
-      const uint32_t fragments = shared_address(memory + kHeadBytes);
-      PlainBlock<kArch, T> block = {args,
-                                    shared.work,
-                                    shared.received,
-                                    fragments,
-                                    fragments + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
-                                    cluster_bits,
-                                    team_bits,
-                                    team_rank,
-                                    warp,
-                                    static_cast<int>(threadIdx.x % 32)};
-      block.run([&] {
-        if (row != kNotFound) publish_rows(args, row, &shared.work);
-        if (args.early_reads) grid_dependency_wait<kArch>();
-        __syncthreads();
-      });
-    } else {
+    const int warp = threadIdx.x / 32;
+    const uint32_t fragments = shared_address(memory + kHeadBytes);
+    PlainBlock<kArch, T, kTeamBits, kMany> block = {args,
+                                                    shared.work,
+                                                    shared.received,
+                                                    fragments,
+                                                    fragments + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
+                                                    static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
+                                                    warp,
+                                                    static_cast<int>(threadIdx.x % 32)};
+    block.run([&] {
       if (row != kNotFound) publish_rows(args, row, &shared.work);
+      if (args.early_reads) grid_dependency_wait<kArch>();
       __syncthreads();
-      if (shared.work.count == 0) {
-        if (args.early_reads) grid_dependency_wait<kArch>();
-        return;
-      }
-      general_block<kArch, T, kPlain>(args, shared, team_bits, team_rank);
+    });
+  }
+}
+
+template <Arch kArch, class T>
+__global__ void __launch_bounds__(kRingThreads, 2)
+    add_lora_general_kernel(const __grid_constant__ Args args, const int team_bits) {
+  if constexpr (kCompiled<kArch>) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    RingShared& shared = *reinterpret_cast<RingShared*>(memory);
+    int row;
+    if (begin_block<kArch, T>(args, shared, team_bits, &row)) {
+      general_way<kArch, T, false>(args, shared, team_bits, row);
     }
   }
 }
