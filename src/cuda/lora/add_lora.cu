@@ -49,7 +49,7 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   args.h_in = static_cast<int>(p.x.shape[1]);
   args.max_rank = static_cast<int>(p.max_rank);
   args.num_slices = p.num_slices();
-  while (int64_t{4096} << args.leaf_bits < args.h_in) ++args.leaf_bits;
+  args.leaf_pieces = (args.h_in + 4095) / 4096;
   args.a_of_rank = p.a_layer_stride ? 0 : args.layer_idx * args.h_in;
   args.a_offset = p.a_layer_stride ? args.layer_idx * *p.a_layer_stride : 0;
   args.b_of_size = p.b_layer_stride ? 0 : args.layer_idx;

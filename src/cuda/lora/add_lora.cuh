@@ -33,7 +33,7 @@ struct Args {
   int64_t layer_idx, a_layer_stride, b_layer_stride, b_row_stride;  // strides: -1 where they follow from the rank
   int capacity, max_segments;
   int h_in, max_rank, num_slices;
-  int leaf_bits;  // a leaf of K has up to 1 << leaf_bits pieces: see add_lora_ring.cuh
+  int leaf_pieces;  // pieces of the first leaf of K, the longest one: see add_lora_ring.cuh
   // Elements before the layer: of A for each rank and in any case, of B for each of the slice's width x row stride, and
   // in any case.
   int64_t a_of_rank, a_offset, b_of_size, b_offset;

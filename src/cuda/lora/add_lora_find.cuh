@@ -26,32 +26,31 @@ __device__ __forceinline__ bool finish_slice(const Args& args, int64_t a, int64_
 // Nothing is in the way of the plain way: see add_lora_plain.cuh. Offsets within A and B fit into 32 bits then.
 __device__ __forceinline__ bool is_plain(const Args& args, const Slice& slice) {
   return ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
-         slice.b_stride % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 && slice.b_stride < 1 << 16 &&
+         slice.b_stride % 8 == 0 && slice.rank % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 && slice.b_stride < 1 << 16 &&
          static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
 }
 
-// The slices of `adapter`, to `work`, by the whole of one warp.
+// Slice `number` of an adapter whose addresses, rank and scale are these, to `work`, by one warp.
 template <class T>
-__device__ __forceinline__ void find_slices(const Args& args, int adapter, Work<kTileRows>* work) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void publish_slice(const Args& args, int number, int64_t a, int64_t b, int rank, float scale,
+                                              Work<kTileRows>* work) {
   Slice slice = {};
-  int64_t a = 0, b = 0;
-  if (lane < args.num_slices) {
-    a = args.a_ptr[lane * args.num_adapters + adapter];
-    b = args.b_ptr[lane * args.num_adapters + adapter];
-    slice.rank = args.ranks[lane * args.rank_stride + adapter];
-    slice.scale = args.scales[lane * args.scale_stride + adapter];
-    slice.begin = args.slice_begin[lane];
-    slice.width = args.slice_begin[lane + 1] - slice.begin;
-  }
+  slice.rank = rank;
+  slice.scale = scale;
+  slice.begin = args.slice_begin[number];
+  slice.width = args.slice_begin[number + 1] - slice.begin;
   const bool used = finish_slice<T>(args, a, b, &slice);
-  const uint32_t votes = __ballot_sync(0xffffffffu, used);
-  if (used) work->slices[__popc(votes & ((1u << lane) - 1))] = slice;
-  const bool plain = __all_sync(0xffffffffu, !used || is_plain(args, slice));
-  if (lane == 0) {
-    work->plain = plain;
-    work->num_slices = __popc(votes);
+  if (threadIdx.x % 32 == 0) {
+    work->slices[0] = slice;
+    work->plain = is_plain(args, slice);
+    work->num_slices = used;
   }
+}
+template <class T>
+__device__ __forceinline__ void find_slice(const Args& args, int number, int adapter, Work<kTileRows>* work) {
+  const int64_t at = number * args.num_adapters + adapter;
+  publish_slice<T>(args, number, args.a_ptr[at], args.b_ptr[at], args.ranks[number * args.rank_stride + adapter],
+                   args.scales[number * args.scale_stride + adapter], work);
 }
 
 // What a lane knows of the tile's rows: the one at position `lane`, or -1. Stored by publish_rows().
@@ -69,9 +68,8 @@ __device__ __forceinline__ void publish_rows(const Args& args, int row, Work<kTi
 }
 
 // Up to 32 * kEach segments, by one warp. Comes back with load_row().
-template <class T, int kEach, class Choose>
-__device__ __forceinline__ int find_tile_in(const Args& args, uint32_t* all_tiles, Work<kTileRows>* work,
-                                            Choose choose) {
+template <class T, int kEach>
+__device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
   const int lane = threadIdx.x % 32;
   Segment segments[kEach];
   int64_t a[kEach], b[kEach];
@@ -79,15 +77,19 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t* all_tile
   float scales[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kTileRows>(args, 32 * i + lane, args.max_segments);
-  const bool one_slice = kEach <= 2 && args.num_slices == 1;  // more take too many registers
-  if (one_slice) {
+  constexpr bool kEarly = kEach <= 2;  // more take too many registers
+  if constexpr (kEarly) {
+    const int64_t* const a_ptr = args.a_ptr + number * args.num_adapters;
+    const int64_t* const b_ptr = args.b_ptr + number * args.num_adapters;
+    const int32_t* const rank_of = args.ranks + number * args.rank_stride;
+    const float* const scale_of = args.scales + number * args.scale_stride;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const bool there = 32 * i + lane < args.num_adapters;
-      a[i] = there ? args.a_ptr[32 * i + lane] : 0;
-      b[i] = there ? args.b_ptr[32 * i + lane] : 0;
-      ranks[i] = there ? args.ranks[32 * i + lane] : 0;
-      scales[i] = there ? args.scales[32 * i + lane] : 0;
+      a[i] = there ? a_ptr[32 * i + lane] : 0;
+      b[i] = there ? b_ptr[32 * i + lane] : 0;
+      ranks[i] = there ? rank_of[32 * i + lane] : 0;
+      scales[i] = there ? scale_of[32 * i + lane] : 0;
     }
   }
   uint32_t before[kEach], total = 0;
@@ -112,7 +114,6 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t* all_tile
       total += __shfl_sync(0xffffffffu, sum, 31);
     }
   }
-  const uint32_t tile = choose(total);
   // The lane and window that has the tile; there is one at most.
   uint32_t owners = 0;
   int position = 0, end = 0, adapter = 0;
@@ -126,7 +127,6 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t* all_tile
       adapter = segments[i].adapter;
     }
   }
-  if (lane == 0) *all_tiles = total;
   if (owners == 0) {
     if (lane == 0) work->num_slices = 0;
     return -1;
@@ -136,36 +136,26 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t* all_tile
   end = __shfl_sync(0xffffffffu, end, owner);
   adapter = __shfl_sync(0xffffffffu, adapter, owner);
   const int row = load_row(args, position, end);
-  if (one_slice && adapter < 32 * kEach) {
-    Slice slice = {};
-    // By masks: of a choice the compiler would make an array in local memory.
+  if (kEarly && adapter < 32 * kEach) {
+    // By choices: of an index the compiler would make an array in local memory.
     int64_t a_of_lane = a[0], b_of_lane = b[0];
-    slice.rank = ranks[0];
-    slice.scale = scales[0];
+    int rank = ranks[0];
+    float scale = scales[0];
     if constexpr (kEach > 1) {
 #pragma unroll
       for (int i = 1; i < kEach; ++i) {
         const bool here = adapter / 32 == i;
         a_of_lane = here ? a[i] : a_of_lane;
         b_of_lane = here ? b[i] : b_of_lane;
-        slice.rank = here ? ranks[i] : slice.rank;
-        slice.scale = here ? scales[i] : slice.scale;
+        rank = here ? ranks[i] : rank;
+        scale = here ? scales[i] : scale;
       }
     }
-    a_of_lane = __shfl_sync(0xffffffffu, a_of_lane, adapter % 32);
-    b_of_lane = __shfl_sync(0xffffffffu, b_of_lane, adapter % 32);
-    slice.rank = __shfl_sync(0xffffffffu, slice.rank, adapter % 32);
-    slice.scale = __shfl_sync(0xffffffffu, slice.scale, adapter % 32);
-    slice.begin = args.slice_begin[0];
-    slice.width = args.slice_begin[1] - slice.begin;
-    const bool used = finish_slice<T>(args, a_of_lane, b_of_lane, &slice);
-    if (lane == 0) {
-      work->slices[0] = slice;
-      work->plain = is_plain(args, slice);
-      work->num_slices = used;
-    }
+    const int from = adapter % 32;
+    publish_slice<T>(args, number, __shfl_sync(0xffffffffu, a_of_lane, from), __shfl_sync(0xffffffffu, b_of_lane, from),
+                     __shfl_sync(0xffffffffu, rank, from), __shfl_sync(0xffffffffu, scale, from), work);
   } else {
-    find_slices<T>(args, adapter, work);
+    find_slice<T>(args, number, adapter, work);
   }
   return row;
 }
@@ -175,9 +165,9 @@ inline constexpr int kNotFound = INT_MIN;
 
 // The same for any number of segments, by the whole block. A function of its own: what it needs takes no registers of
 // the common way.
-template <class T, int kWarps, class Choose>
-__device__ __noinline__ int find_tile_among_many(const Args& args, TileScratch<kWarps>* scratch, Work<kTileRows>* work,
-                                                 Choose choose) {
+template <class T, int kWarps>
+__device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile, int number,
+                                                 TileScratch<kWarps>* scratch, Work<kTileRows>* work) {
   constexpr int kEach = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Each warp counts the tiles of a share of the segments; the one whose share has the tile goes over it again.
@@ -199,14 +189,11 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, TileScratch<k
   if (lane == 0) scratch->share_tiles[warp] = tiles;
   if (threadIdx.x == 0) work->num_slices = 0;
   __syncthreads();
-  uint32_t before = 0, total = 0;
+  uint32_t before = 0;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) before += scratch->share_tiles[i];
-    total += scratch->share_tiles[i];
   }
-  if (threadIdx.x == 0) scratch->tiles = total;
-  const uint32_t tile = choose(total);
   if (owns_tile(tile, before, tiles)) {
     for (int i = share_begin; i < share_end; i += 32) {
       Segment segment = load_segment<kTileRows>(args, i + lane, share_end);
@@ -220,7 +207,7 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, TileScratch<k
             __shfl_sync(0xffffffffu, segment.start + static_cast<int>(tile - segment_before) * kTileRows, owner);
         const int end = __shfl_sync(0xffffffffu, segment.end, owner);
         const int row = load_row(args, position, end);
-        find_slices<T>(args, __shfl_sync(0xffffffffu, segment.adapter, owner), work);
+        find_slice<T>(args, number, __shfl_sync(0xffffffffu, segment.adapter, owner), work);
         return row;
       }
       before += __shfl_sync(0xffffffffu, sum, 31);
@@ -229,18 +216,18 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, TileScratch<k
   return kNotFound;
 }
 
-// Finds tile choose(tiles), given the number of all tiles, and what there is to do. Called by the whole block, before a
-// barrier of it. Slices are in `work` then (none: nothing to do); one warp comes back with rows for publish_rows(), the
-// others with kNotFound. `choose` is passed by value to a function that is not inlined: it holds no references.
-template <class T, int kWarps, class Choose>
-__device__ __forceinline__ int find_tile(const Args& args, TileScratch<kWarps>* scratch, Work<kTileRows>* work,
-                                         Choose choose) {
-  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, scratch, work, choose);
+// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a barrier
+// of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for publish_rows(),
+// the others with kNotFound.
+template <class T, int kWarps>
+__device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
+                                         Work<kTileRows>* work) {
+  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, tile, number, scratch, work);
   if (threadIdx.x >= 32) return kNotFound;
-  if (args.max_segments <= 32) return find_tile_in<T, 1>(args, &scratch->tiles, work, choose);
-  if (args.max_segments <= 64) return find_tile_in<T, 2>(args, &scratch->tiles, work, choose);
-  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, &scratch->tiles, work, choose);
-  return find_tile_in<T, 8>(args, &scratch->tiles, work, choose);
+  if (args.max_segments <= 32) return find_tile_in<T, 1>(args, tile, number, work);
+  if (args.max_segments <= 64) return find_tile_in<T, 2>(args, tile, number, work);
+  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, tile, number, work);
+  return find_tile_in<T, 8>(args, tile, number, work);
 }
 
 }  // namespace punica::cuda::fused_lora

@@ -9,13 +9,13 @@ namespace {
 
 template <Arch kArch, class T, int kTeamBits>
 Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shape) {
-  const bool many = args.num_slices > 1;
-  const int fragment_bytes = plain_fragment_bytes(many, std::min(args.max_rank, kPlainRank), kTeamBits);
+  const int fragment_bytes = plain_fragment_bytes(std::min(args.max_rank, kPlainRank), kTeamBits);
   // Also for what goes the general way in the end.
   shape.shared_bytes = std::max(shape.shared_bytes, kHeadBytes + fragment_bytes +
                                                         size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
-  return many ? launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, true>>(shape, args, fragment_bytes)
-              : launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, false>>(shape, args, fragment_bytes);
+  return args.leaf_pieces > 1
+             ? launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, true>>(shape, args, fragment_bytes)
+             : launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, false>>(shape, args, fragment_bytes);
 }
 
 template <Arch kArch, class T>
@@ -25,7 +25,7 @@ Status launch(const Launcher& launcher, const Args& args) {
   if (std::getenv("PROBE_TEAM") != nullptr) team_bits = std::atoi(std::getenv("PROBE_TEAM"));
   LaunchShape shape;
   shape.cluster = 1u << team_bits;
-  shape.grid = static_cast<unsigned>(tiles << team_bits);
+  shape.grid = dim3(static_cast<unsigned>(tiles << team_bits), args.num_slices);
   shape.block = kRingThreads;
   shape.shared_bytes = kHeadBytes + general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
   bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;

@@ -27,7 +27,7 @@ namespace punica::cuda::fused_lora {
 // Lines of x and y, of all rows, by the last warps of all blocks: before the wait nothing is known of the block's own.
 template <class T>
 __device__ __forceinline__ void prefetch_rows(const Args& args) {
-  if (threadIdx.x < kRingThreads - 32) return;
+  if (threadIdx.x < kRingThreads - 32 || blockIdx.y > 0) return;
   const uint32_t x_lines = (args.h_in * sizeof(T) + kLineBytes - 1) / kLineBytes;
   const uint32_t y_lines = (args.slice_begin[args.num_slices] * sizeof(T) + kLineBytes - 1) / kLineBytes;
   constexpr int kLine = kLineBytes / sizeof(T);
@@ -65,8 +65,7 @@ __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared
     prefetch_rows<T>(args);
     grid_dependency_wait<kArch>();
   }
-  const uint32_t tile = blockIdx.x >> team_bits;
-  *row = find_tile<T>(args, &shared.scratch, &shared.work, [=](uint32_t) { return tile; });
+  *row = find_tile<T>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
   __syncthreads();
   if (!args.early_reads) launch_dependents<kArch>();
   if (shared.work.num_slices > 0) return true;
@@ -85,8 +84,9 @@ __device__ __forceinline__ void general_way(const Args& args, RingShared& shared
   general_block<kArch, T, kVectors>(args, shared, team_bits, static_cast<int>(blockIdx.x) & ((1 << team_bits) - 1));
 }
 
-// Rows of x and y are whole, aligned pieces of 16 bytes, and so is each slice of y.
-template <Arch kArch, class T, int kTeamBits, bool kMany>
+// Rows of x and y are whole, aligned pieces of 16 bytes, and so is each slice of y. Grid: (teams, slices). kLong: h_in
+// is more than 4096.
+template <Arch kArch, class T, int kTeamBits, bool kLong>
 __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
     add_lora_plain_kernel(const __grid_constant__ Args args, const int fragment_bytes) {
   if constexpr (kCompiled<kArch>) {
@@ -98,21 +98,31 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
       general_way<kArch, T, true>(args, shared, kTeamBits, row);
       return;
     }
-    const int warp = threadIdx.x / 32;
-    const uint32_t fragments = shared_address(memory + kHeadBytes);
-    PlainBlock<kArch, T, kTeamBits, kMany> block = {args,
-                                                    shared.work,
-                                                    shared.received,
-                                                    fragments,
-                                                    fragments + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
-                                                    static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
-                                                    warp,
-                                                    static_cast<int>(threadIdx.x % 32)};
-    block.run([&] {
-      if (row != kNotFound) publish_rows(args, row, &shared.work);
-      if (args.early_reads) grid_dependency_wait<kArch>();
-      __syncthreads();
-    });
+    const int warp = threadIdx.x / 32, rank = shared.work.slices[0].rank;
+    const uint32_t receive = shared_address(memory + kHeadBytes);
+    const auto run = [&]<int kTileBits>(std::integral_constant<int, kTileBits>) {
+      PlainBlock<kArch, T, kTeamBits, kTileBits, kLong> block = {
+          args,
+          shared.work,
+          shared.received,
+          receive,
+          receive + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
+          static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
+          warp,
+          static_cast<int>(threadIdx.x % 32)};
+      block.run([&] {
+        if (row != kNotFound) publish_rows(args, row, &shared.work);
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        __syncthreads();
+      });
+    };
+    if (rank <= 16) {
+      run(std::integral_constant<int, 0>{});
+    } else if (rank <= 32) {
+      run(std::integral_constant<int, 1>{});
+    } else {
+      run(std::integral_constant<int, 2>{});
+    }
   }
 }
 
