@@ -235,6 +235,7 @@ struct PlainBlock {
     };
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load_x(i, 16 * kPiece * i);
+    __syncwarp();  // keeps these loads before the wait for the weights
     float sums[kStep][4] = {};
     [[maybe_unused]] float4 level0 = {}, level1 = {}, level2 = {};
 #pragma unroll 1
