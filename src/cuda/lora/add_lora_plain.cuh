@@ -395,7 +395,7 @@ struct PlainBlock {
       uint32_t done;
       do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
             "selp.b32 %0, 1, 0, p;\n}"
             : "=r"(done)
             : "r"(shared_address(received))
