@@ -55,6 +55,11 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   args.b_of_size = p.b_layer_stride ? 0 : args.layer_idx;
   args.b_offset = p.b_layer_stride ? args.layer_idx * *p.b_layer_stride : 0;
   for (int s = 0; s <= args.num_slices; ++s) args.slice_begin[s] = static_cast<int>(p.slice_offsets[s]);
+  args.x_row_bytes = static_cast<int>(std::min<int64_t>(args.x_stride * item, INT32_MAX));
+  args.y_row_bytes = static_cast<int>(std::min<int64_t>(args.y_stride * item, INT32_MAX));
+  args.width = static_cast<int>(p.y.shape[1]);
+  args.rows_32 = static_cast<int>(args.rows);
+  args.num_adapters_32 = static_cast<int>(std::min<int64_t>(args.num_adapters, INT32_MAX));
   args.early_reads = context.early_reads;
   args.x_vectors = rows_aligned(p.x);
   args.y_vectors = rows_aligned(p.y);

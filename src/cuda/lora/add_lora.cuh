@@ -32,6 +32,8 @@ struct Args {
   int64_t rows;
   int64_t layer_idx, a_layer_stride, b_layer_stride, b_row_stride;  // strides: -1 where they follow from the rank
   int capacity, max_segments;
+  // The same as above, and in the plain way (add_lora_plain.cuh) alone, where they are small enough for that.
+  int x_row_bytes, y_row_bytes, rows_32, num_adapters_32, width;
   int h_in, max_rank, num_slices;
   int leaf_pieces;  // pieces of the first leaf of K, the longest one: see add_lora_ring.cuh
   // Elements before the layer: of A for each rank and in any case, of B for each of the slice's width x row stride, and
@@ -98,7 +100,8 @@ template <int kRows>
 __device__ __forceinline__ void cut_segment(const Args& args, Segment* s) {
   s->start = max(s->start, 0);
   s->end = min(s->end, args.capacity);
-  const bool used = s->adapter >= 0 && s->adapter < args.num_adapters && s->end > s->start;
+  const bool used =
+      static_cast<unsigned>(s->adapter) < static_cast<unsigned>(args.num_adapters_32) && s->end > s->start;
   s->tiles = used ? (static_cast<uint32_t>(s->end - s->start) + kRows - 1) / kRows : 0u;
 }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ int load_row(const Args& args, int position, int end)
 
 __device__ __forceinline__ void publish_rows(const Args& args, int row, Work<kTileRows>* work) {
   const int lane = threadIdx.x % 32;
-  const bool valid = row >= 0 && row < args.rows;
+  const bool valid = static_cast<unsigned>(row) < static_cast<unsigned>(args.rows_32);
   const uint32_t votes = __ballot_sync(0xffffffffu, valid);
   if (valid) work->rows[__popc(votes & ((1u << lane) - 1))] = row;
   if (lane == 0) work->count = __popc(votes);
@@ -85,7 +85,7 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int
     const float* const scale_of = args.scales + number * args.scale_stride;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const bool there = 32 * i + lane < args.num_adapters;
+      const bool there = 32 * i + lane < args.num_adapters_32;
       a[i] = there ? a_ptr[32 * i + lane] : 0;
       b[i] = there ? b_ptr[32 * i + lane] : 0;
       ranks[i] = there ? rank_of[32 * i + lane] : 0;
@@ -216,18 +216,24 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile
   return kNotFound;
 }
 
-// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a barrier
-// of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for publish_rows(),
-// the others with kNotFound.
 template <class T, int kWarps>
-__device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
-                                         Work<kTileRows>* work) {
-  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, tile, number, scratch, work);
-  if (threadIdx.x >= 32) return kNotFound;
-  if (args.max_segments <= 32) return find_tile_in<T, 1>(args, tile, number, work);
-  if (args.max_segments <= 64) return find_tile_in<T, 2>(args, tile, number, work);
+__device__ __noinline__ int find_tile_by_warp(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
   if (args.max_segments <= 128) return find_tile_in<T, 4>(args, tile, number, work);
   return find_tile_in<T, 8>(args, tile, number, work);
+}
+
+// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a barrier
+// of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for publish_rows(),
+// the others with kNotFound. Up to 32 * kEach segments are looked at in line: code that lies elsewhere has to be fetched
+// first.
+template <class T, int kEach, int kWarps>
+__device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
+                                         Work<kTileRows>* work) {
+  if (args.max_segments <= 32 * kEach) [[likely]] {
+    return threadIdx.x < 32 ? find_tile_in<T, kEach>(args, tile, number, work) : kNotFound;
+  }
+  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, tile, number, scratch, work);
+  return threadIdx.x < 32 ? find_tile_by_warp<T, kWarps>(args, tile, number, work) : kNotFound;
 }
 
 }  // namespace punica::cuda::fused_lora

@@ -14,6 +14,15 @@
 #include "src/cuda/lora/add_lora_unit.cuh"
 #include "src/cuda/lora/bgmv_common.cuh"
 
+#ifdef PROBE_STAMPS
+__device__ long long g_stamps[2][16][16];
+#define STAMP(i)                                                                                    \
+  if (threadIdx.x % 32 == 0 && (threadIdx.x / 32 == 0 || threadIdx.x / 32 == 5) && blockIdx.x < 16) \
+  g_stamps[threadIdx.x / 160][blockIdx.x][i] = clock64()
+#else
+#define STAMP(i)
+#endif
+
 namespace punica::cuda::fused_lora {
 
 inline constexpr int kPlainWarps = 8;
@@ -223,10 +232,14 @@ struct PlainBlock {
         for (int i = 0; i < kStep; ++i) start_b(b, q * kStep + i);
       }
     }
+    STAMP(2);
     if (!begin()) return false;
+    STAMP(3);
     constexpr int kAhead = kStep < 2 ? 1 : 2;
     const int g = lane >> 2, k = first_k() + 8 * (lane & 3);
-    const T* x = static_cast<const T*>(args.x) + work.rows[g < count ? g : 0] * args.x_stride + k;
+    const T* x = reinterpret_cast<const T*>(static_cast<const char*>(args.x) +
+                                            int64_t{work.rows[g < count ? g : 0]} * args.x_row_bytes) +
+                 k;
     int x_rest = g < count ? args.h_in - k : 0, m = 0;
     bgmv::Words<4> xs[kAhead][2];
     const auto load_x = [&](int i, int from) {
@@ -314,6 +327,7 @@ struct PlainBlock {
       }
       if (step + 1 == steps) break;
     }
+    STAMP(4);
     return true;
   }
   __device__ __forceinline__ void end_step(PartOfA& a) const {
@@ -460,12 +474,18 @@ struct PlainBlock {
     }
     // Where a number is beyond the range or infinite: one by one.
     const bool large = __any_sync(0xffffffffu, largest >= (std::is_same_v<T, __half> ? 65504.0f : 3.3e38f));
-#pragma unroll
-    for (int q = 0; q < kTiles; ++q) {
-      const uint2 upper = large ? split_two_large<T>(v[q].x, v[q].y) : split_two<T>(v[q].x, v[q].y);
-      const uint2 lower = large ? split_two_large<T>(v[q].z, v[q].w) : split_two<T>(v[q].z, v[q].w);
+    const auto turn = [&](int q, const uint2& upper, const uint2& lower) {
       o.high[2 * q] = turn_round(upper.x), o.high[2 * q + 1] = turn_round(lower.x);
       o.low[2 * q] = turn_round(upper.y), o.low[2 * q + 1] = turn_round(lower.y);
+    };
+    if (!large) [[likely]] {
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) turn(q, split_two<T>(v[q].x, v[q].y), split_two<T>(v[q].z, v[q].w));
+    } else {
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) {
+        turn(q, split_two_large<T>(v[q].x, v[q].y), split_two_large<T>(v[q].z, v[q].w));
+      }
     }
   }
 
@@ -484,7 +504,9 @@ struct PlainBlock {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       has_row[e] = 2 * t + e < count;
-      y[e] = static_cast<T*>(args.y) + work.rows[has_row[e] ? 2 * t + e : 0] * args.y_stride + (s.begin + column);
+      y[e] = reinterpret_cast<T*>(static_cast<char*>(args.y) +
+                                  int64_t{work.rows[has_row[e] ? 2 * t + e : 0]} * args.y_row_bytes) +
+             (s.begin + column);
     }
     const auto load_y = [&] {
 #pragma unroll
@@ -494,8 +516,10 @@ struct PlainBlock {
     };
     load_y();
     wait_received();
+    STAMP(6);
     Operands v;
     load_v(v);
+    STAMP(7);
     const int width = s.width;
     int unit = (kLong ? kGroups * args.leaf_pieces : kGroups) * kStep;
 #pragma unroll 1
@@ -503,6 +527,7 @@ struct PlainBlock {
       copy_wait<kPlainDepth - 1>();
       __syncwarp();
       const uint32_t at = place_of(unit);
+      STAMP(8);
       float sums[kMTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) {
@@ -563,6 +588,7 @@ struct PlainBlock {
           return count > 0;
         })) {
       send(sum);
+      STAMP(5);
       expand(b);
     }
     copy_wait<0>();

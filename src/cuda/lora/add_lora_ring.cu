@@ -21,21 +21,30 @@ Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shap
 template <Arch kArch, class T>
 Status launch(const Launcher& launcher, const Args& args) {
   const int64_t tiles = max_tiles(args, kTileRows);
-  int team_bits = kArch == Arch::kSm80 ? 0 : tiles <= 32 ? 3 : 2;
+  int team_bits = kArch == Arch::kSm80 ? 0 : tiles <= 32 ? 3 : tiles <= 128 ? 2 : 0;
   if (std::getenv("PROBE_TEAM") != nullptr) team_bits = std::atoi(std::getenv("PROBE_TEAM"));
   LaunchShape shape;
   shape.cluster = 1u << team_bits;
   shape.grid = dim3(static_cast<unsigned>(tiles << team_bits), args.num_slices);
   shape.block = kRingThreads;
   shape.shared_bytes = kHeadBytes + general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
-  bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0;
+  bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0 && args.x_row_bytes < INT32_MAX &&
+               args.y_row_bytes < INT32_MAX;
   for (int s = 0; s <= args.num_slices; ++s) plain = plain && args.slice_begin[s] % 8 == 0;
   if (!plain) return launcher.launch<add_lora_general_kernel<kArch, T>>(shape, args, team_bits);
   if constexpr (kArch == Arch::kSm80) {
     return launch_plain<kArch, T, 0>(launcher, args, shape);
   } else {
-    return team_bits == 3 ? launch_plain<kArch, T, 3>(launcher, args, shape)
-                          : launch_plain<kArch, T, 2>(launcher, args, shape);
+    switch (team_bits) {
+      case 3:
+        return launch_plain<kArch, T, 3>(launcher, args, shape);
+      case 2:
+        return launch_plain<kArch, T, 2>(launcher, args, shape);
+      case 1:
+        return launch_plain<kArch, T, 1>(launcher, args, shape);
+      default:
+        return launch_plain<kArch, T, 0>(launcher, args, shape);
+    }
   }
 }
 
@@ -56,3 +65,18 @@ Status launch_ring(const Launcher& launcher, DType dtype, const Args& args) {
 }
 
 }  // namespace punica::cuda::fused_lora
+
+#ifdef PROBE_STAMPS
+#include <cstdio>
+extern "C" void print_stamps() {
+  long long host[2][16][16];
+  cudaMemcpyFromSymbol(host, g_stamps, sizeof(host));
+  for (int w = 0; w < 2; ++w) {
+    for (int b = 0; b < 16; b += 5) {
+      std::printf("    warp %d block %2d:", 5 * w, b);
+      for (int i = 0; i < 10; ++i) std::printf(" %6lld", host[w][b][i] - host[w][b][0]);
+      std::printf("\n");
+    }
+  }
+}
+#endif

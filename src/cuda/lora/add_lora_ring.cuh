@@ -24,21 +24,20 @@
 
 namespace punica::cuda::fused_lora {
 
-// Lines of x and y, of all rows, by the last warps of all blocks: before the wait nothing is known of the block's own.
+// Lines of x and y, by the last warp: before the wait nothing is known of the block's own rows, so the teams take rows
+// in turn.
 template <class T>
-__device__ __forceinline__ void prefetch_rows(const Args& args) {
+__device__ __forceinline__ void prefetch_rows(const Args& args, int team_bits) {
   if (threadIdx.x < kRingThreads - 32 || blockIdx.y > 0) return;
-  const uint32_t x_lines = (args.h_in * sizeof(T) + kLineBytes - 1) / kLineBytes;
-  const uint32_t y_lines = (args.slice_begin[args.num_slices] * sizeof(T) + kLineBytes - 1) / kLineBytes;
   constexpr int kLine = kLineBytes / sizeof(T);
-  const uint32_t lines = x_lines + y_lines, all = static_cast<uint32_t>(args.rows) * lines;
-  for (uint32_t i = blockIdx.x * 32 + threadIdx.x % 32; i < all; i += gridDim.x * 32) {
-    const uint32_t row = i / lines, line = i % lines;
-    if (line < x_lines) {
-      prefetch_line(static_cast<const T*>(args.x) + row * args.x_stride + line * kLine);
-    } else {
-      prefetch_line(static_cast<const T*>(args.y) + row * args.y_stride + (line - x_lines) * kLine);
-    }
+  const int lane = threadIdx.x % 32;
+  const bool of_y = lane >= 16;
+  const char* const first = static_cast<const char*>(of_y ? args.y : args.x);
+  const int64_t row_bytes = of_y ? args.y_row_bytes : args.x_row_bytes;
+  const int length = of_y ? args.width : args.h_in;
+  const int begin = ((blockIdx.x & ((1 << team_bits) - 1)) * 16 + lane % 16) * kLine;
+  for (int row = blockIdx.x >> team_bits; row < args.rows_32; row += gridDim.x >> team_bits) {
+    for (int i = begin; i < length; i += 16 * kLine << team_bits) prefetch_line(first + row * row_bytes + i * sizeof(T));
   }
 }
 
@@ -46,11 +45,11 @@ __device__ __forceinline__ void prefetch_rows(const Args& args) {
 
 // Finds what the block serves; false: nothing. On return num_slices and the slices are in shared.work, and one warp has
 // rows for publish_rows(). Teams are clusters of 1 << team_bits blocks.
-template <Arch kArch, class T>
+template <Arch kArch, class T, int kEach>
 __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared, int team_bits, int* row) {
   if (args.early_reads) launch_dependents<kArch>();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (kArch == Arch::kSm90) {
+  if (kArch == Arch::kSm90 && team_bits > 0) {
     if (threadIdx.x == 32) {
       hopper::barrier_init(shared_address(&shared.received[0]), 1);
       hopper::barrier_init(shared_address(&shared.received[1]), 1);
@@ -61,11 +60,9 @@ __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
 #endif
-  if (!args.early_reads) {
-    prefetch_rows<T>(args);
-    grid_dependency_wait<kArch>();
-  }
-  *row = find_tile<T>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
+  prefetch_rows<T>(args, team_bits);
+  if (!args.early_reads) grid_dependency_wait<kArch>();
+  *row = find_tile<T, kEach>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
   __syncthreads();
   if (!args.early_reads) launch_dependents<kArch>();
   if (shared.work.num_slices > 0) return true;
@@ -93,8 +90,10 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    if (!begin_block<kArch, T>(args, shared, kTeamBits, &row)) return;
-    if (!shared.work.plain) {
+    STAMP(0);
+    if (!begin_block<kArch, T, (kTeamBits == 3 ? 1 : 2)>(args, shared, kTeamBits, &row)) return;
+    STAMP(1);
+    if (!shared.work.plain) [[unlikely]] {
       general_way<kArch, T, true>(args, shared, kTeamBits, row);
       return;
     }
@@ -115,8 +114,9 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
         if (args.early_reads) grid_dependency_wait<kArch>();
         __syncthreads();
       });
+      STAMP(9);
     };
-    if (rank <= 16) {
+    if (rank <= 16) [[likely]] {
       run(std::integral_constant<int, 0>{});
     } else if (rank <= 32) {
       run(std::integral_constant<int, 1>{});
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kRingThreads, 2)
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    if (begin_block<kArch, T>(args, shared, team_bits, &row)) {
+    if (begin_block<kArch, T, 1>(args, shared, team_bits, &row)) {
       general_way<kArch, T, false>(args, shared, team_bits, row);
     }
   }
