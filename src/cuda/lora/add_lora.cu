@@ -57,7 +57,6 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   for (int s = 0; s <= args.num_slices; ++s) args.slice_begin[s] = static_cast<int>(p.slice_offsets[s]);
   args.x_row_bytes = static_cast<int>(std::min<int64_t>(args.x_stride * item, INT32_MAX));
   args.y_row_bytes = static_cast<int>(std::min<int64_t>(args.y_stride * item, INT32_MAX));
-  args.warms = std::getenv("PROBE_WARM") != nullptr;
   args.width = static_cast<int>(p.y.shape[1]);
   args.rows_32 = static_cast<int>(args.rows);
   args.num_adapters_32 = static_cast<int>(std::min<int64_t>(args.num_adapters, INT32_MAX));

@@ -41,7 +41,6 @@ struct Args {
   int64_t a_of_rank, a_offset, b_of_size, b_offset;
   int slice_begin[kMaxLoraSlices + 1];
   bool early_reads;
-  bool warms;
   bool x_vectors, y_vectors;  // rows start at multiples of 16 bytes
 };
 

@@ -114,8 +114,6 @@ struct PlainBlock {
   uint64_t* received;
   uint32_t receive, ring;  // shared memory: what blocks send; units of the warp
   int team_rank, warp, lane;
-  // A pass with nothing to do, by one warp before anything is known: so the code is there when it is needed.
-  bool dry = false;
   int count = 0;  // rows
 
   __device__ __forceinline__ int tile() const { return warp >> kShareBits; }
@@ -154,7 +152,7 @@ struct PlainBlock {
     a.upper = static_cast<const char*>(s.a) + 2 * (int64_t{rank} * args.h_in + k);
     a.low_row = 4 * args.h_in;
     a.rest = args.h_in - k;
-    a.has_upper = !dry && rank < s.rank, a.has_lower = !dry && rank + 2 < s.rank;
+    a.has_upper = rank < s.rank, a.has_lower = rank + 2 < s.rank;
   }
   template <int kUnit>
   __device__ __forceinline__ void start_a(const PartOfA& a, int unit) const {
@@ -177,7 +175,7 @@ struct PlainBlock {
     const char* from;
     uint32_t copy_step, unit_step, to;
     int rest;  // rows, from the lane's first one on; none where it has no piece
-    int left, units;  // to be asked for, all
+    int left;  // units
   };
   __device__ __forceinline__ int first_output() const {
     return (team_rank * kPlainWarps + warp) * kUnitOutputs;
@@ -191,8 +189,7 @@ struct PlainBlock {
     b.unit_step = row_bytes * kUnitRows;
     b.to = 16 * place<kPieceBits>(row, piece);
     b.rest = 8 * piece < s.rank ? s.width - first : 0;
-    b.left = !dry && s.width > first_output() ? (s.width - first_output() + kUnitRows - 1) / kUnitRows : 0;
-    b.units = dry ? 1 : b.left;
+    b.left = s.width > first_output() ? (s.width - first_output() + kUnitRows - 1) / kUnitRows : 0;
   }
   __device__ __forceinline__ void start_b(PartOfB& b, int unit) const {
     if (b.left > 0) {
@@ -362,11 +359,11 @@ struct PlainBlock {
     const uint32_t barrier = shared_address(received);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (kTeamBits > 0) {
-      if (!dry) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
       if (threadIdx.x == 0) hopper::barrier_expect(barrier, (16 * 8 << (kTileBits + kTeamBits)) * ((count + 1) / 2));
     }
 #endif
-    if (!dry) __syncthreads();
+    __syncthreads();
     // Each of these sends to some blocks.
     constexpr int kSenderBits = kTileBits == 2 ? 0 : kShareBits < kTeamBits ? kShareBits : kTeamBits;
     if (share >= 1 << kSenderBits) return;
@@ -405,7 +402,6 @@ struct PlainBlock {
   }
 
   __device__ __forceinline__ void wait_received() const {
-    if (dry) return;
     if constexpr (kTeamBits == 0) {
       __syncthreads();
     } else {
@@ -527,7 +523,7 @@ struct PlainBlock {
     const int width = s.width;
     int unit = (kLong ? kGroups * args.leaf_pieces : kGroups) * kStep;
 #pragma unroll 1
-    for (int left = b.units; left > 0; --left, ++unit) {
+    for (int output = first_output(); output < width; output += kUnitRows, ++unit) {
       copy_wait<kPlainDepth - 1>();
       __syncwarp();
       const uint32_t at = place_of(unit);
@@ -572,7 +568,7 @@ struct PlainBlock {
           store<T, kCount>(y[e], after);
         }
       }
-      if (left == 1) break;
+      if (output + kUnitRows >= width) break;
       column += kUnitRows;
       y[0] += kUnitRows, y[1] += kUnitRows;
       load_y();
@@ -587,7 +583,6 @@ struct PlainBlock {
     PartOfB b;
     float4 sum;
     if (shrink(sum, b, [&] {
-          if (dry) return true;
           begin();
           count = work.count;
           return count > 0;

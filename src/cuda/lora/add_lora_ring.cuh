@@ -43,9 +43,10 @@ __device__ __forceinline__ void prefetch_rows(const Args& args, int team_bits) {
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
-// Teams are clusters of 1 << team_bits blocks.
-template <Arch kArch, class T>
-__device__ __forceinline__ void begin_block(const Args& args, RingShared& shared, int team_bits) {
+// Finds what the block serves; false: nothing. On return num_slices and the slices are in shared.work, and one warp has
+// rows for publish_rows(). Teams are clusters of 1 << team_bits blocks.
+template <Arch kArch, class T, int kEach>
+__device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared, int team_bits, int* row) {
   if (args.early_reads) launch_dependents<kArch>();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if (kArch == Arch::kSm90 && team_bits > 0) {
@@ -60,12 +61,6 @@ __device__ __forceinline__ void begin_block(const Args& args, RingShared& shared
   }
 #endif
   prefetch_rows<T>(args, team_bits);
-}
-
-// Finds what the block serves; false: nothing. On return the slice is in shared.work, and one warp has rows for
-// publish_rows().
-template <Arch kArch, class T, int kEach>
-__device__ __forceinline__ bool find_block(const Args& args, RingShared& shared, int team_bits, int* row) {
   if (!args.early_reads) grid_dependency_wait<kArch>();
   *row = find_tile<T, kEach>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
   __syncthreads();
@@ -94,48 +89,39 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
+    int row;
     STAMP(0);
-    begin_block<kArch, T>(args, shared, kTeamBits);
-    const int warp = threadIdx.x / 32;
+    if (!begin_block<kArch, T, (kTeamBits == 3 ? 1 : 2)>(args, shared, kTeamBits, &row)) return;
+    STAMP(1);
+    if (!shared.work.plain) [[unlikely]] {
+      general_way<kArch, T, true>(args, shared, kTeamBits, row);
+      return;
+    }
+    const int warp = threadIdx.x / 32, rank = shared.work.slices[0].rank;
     const uint32_t receive = shared_address(memory + kHeadBytes);
-#pragma unroll 1
-    for (bool dry = args.warms && warp == 1;; dry = false) {
-      int row = kNotFound, rank = args.max_rank;
-      if (!dry) {
-        if (!find_block<kArch, T, (kTeamBits == 3 ? 1 : 2)>(args, shared, kTeamBits, &row)) return;
-        STAMP(1);
-        if (!shared.work.plain) [[unlikely]] {
-          general_way<kArch, T, true>(args, shared, kTeamBits, row);
-          return;
-        }
-        rank = shared.work.slices[0].rank;
-      }
-      const auto run = [&]<int kTileBits>(std::integral_constant<int, kTileBits>) {
-        PlainBlock<kArch, T, kTeamBits, kTileBits, kLong> block = {
-            args,
-            shared.work,
-            shared.received,
-            receive,
-            receive + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
-            static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
-            warp,
-            static_cast<int>(threadIdx.x % 32),
-            dry};
-        block.run([&] {
-          if (row != kNotFound) publish_rows(args, row, &shared.work);
-          if (args.early_reads) grid_dependency_wait<kArch>();
-          __syncthreads();
-        });
-        STAMP(9);
-      };
-      if (rank <= 16) [[likely]] {
-        run(std::integral_constant<int, 0>{});
-      } else if (rank <= 32) {
-        run(std::integral_constant<int, 1>{});
-      } else {
-        run(std::integral_constant<int, 2>{});
-      }
-      if (!dry) break;
+    const auto run = [&]<int kTileBits>(std::integral_constant<int, kTileBits>) {
+      PlainBlock<kArch, T, kTeamBits, kTileBits, kLong> block = {
+          args,
+          shared.work,
+          shared.received,
+          receive,
+          receive + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
+          static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
+          warp,
+          static_cast<int>(threadIdx.x % 32)};
+      block.run([&] {
+        if (row != kNotFound) publish_rows(args, row, &shared.work);
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        __syncthreads();
+      });
+      STAMP(9);
+    };
+    if (rank <= 16) [[likely]] {
+      run(std::integral_constant<int, 0>{});
+    } else if (rank <= 32) {
+      run(std::integral_constant<int, 1>{});
+    } else {
+      run(std::integral_constant<int, 2>{});
     }
   }
 }
@@ -147,8 +133,7 @@ __global__ void __launch_bounds__(kRingThreads, 2)
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    begin_block<kArch, T>(args, shared, team_bits);
-    if (find_block<kArch, T, 1>(args, shared, team_bits, &row)) {
+    if (begin_block<kArch, T, 1>(args, shared, team_bits, &row)) {
       general_way<kArch, T, false>(args, shared, team_bits, row);
     }
   }
