@@ -7,6 +7,17 @@
 #include "src/cuda/lora/add_lora.cuh"
 
 namespace punica::cuda {
+namespace {
+
+// log2 of the blocks that share a tile of add_lora_ring.cuh. Nothing that depends on it changes bits.
+int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
+  if (launcher.arch == Arch::kSm80) return 0;
+  if (std::getenv("PROBE_TEAM") != nullptr) return std::atoi(std::getenv("PROBE_TEAM"));
+  const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
+  return teams <= 32 ? 3 : teams <= 128 ? 2 : 0;
+}
+
+}  // namespace
 
 Status add_lora(const AddLoraParams& p, const Context& context) {
   constexpr int64_t kMaxWidth = int64_t{1} << 30;
@@ -69,8 +80,12 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   }
   return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
-    return std::getenv("PROBE_TILES") && fused_lora::is_tiles(launcher, args) ? fused_lora::launch_tiles(launcher, p.y.dtype, args)
-                                                : fused_lora::launch_ring(launcher, p.y.dtype, args);
+    if (std::getenv("PROBE_TILES") && fused_lora::is_tiles(launcher, args)) {
+      return fused_lora::launch_tiles(launcher, p.y.dtype, args);
+    }
+    args.team_bits = team_bits(launcher, args);
+    return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
+                                        : fused_lora::launch_ring_bfloat16(launcher, args);
   });
 }
 

@@ -34,6 +34,7 @@ struct Args {
   int capacity, max_segments;
   // The same as above, and in the plain way (add_lora_plain.cuh) alone, where they are small enough for that.
   int x_row_bytes, y_row_bytes, rows_32, num_adapters_32, width;
+  int team_bits;  // log2 of the blocks that share a tile in add_lora_ring.cuh
   int h_in, max_rank, num_slices;
   int leaf_pieces;  // pieces of the first leaf of K, the longest one: see add_lora_ring.cuh
   // Elements before the layer: of A for each rank and in any case, of B for each of the slice's width x row stride, and
@@ -52,7 +53,8 @@ inline int64_t max_tiles(const Args& args, int tile_rows) {
 
 // The kernels. float16 and bfloat16: in general; for many rows of an adapter, where everything is aligned (the same
 // bits). float32.
-Status launch_ring(const Launcher& launcher, DType dtype, const Args& args);
+Status launch_ring_float16(const Launcher& launcher, const Args& args);
+Status launch_ring_bfloat16(const Launcher& launcher, const Args& args);
 bool is_tiles(const Launcher& launcher, const Args& args);
 Status launch_tiles(const Launcher& launcher, DType dtype, const Args& args);
 Status launch_float32(const Launcher& launcher, const Args& args);

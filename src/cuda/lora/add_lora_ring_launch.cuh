@@ -1,11 +1,11 @@
-// Launches of add_lora_ring.cuh.
+// Launches of add_lora_ring.cuh, for the files that each compile one data type.
+#pragma once
+
 #include <algorithm>
-#include <cstdlib>
 
 #include "src/cuda/lora/add_lora_ring.cuh"
 
 namespace punica::cuda::fused_lora {
-namespace {
 
 template <Arch kArch, class T, int kTeamBits>
 Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shape) {
@@ -19,13 +19,11 @@ Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shap
 }
 
 template <Arch kArch, class T>
-Status launch(const Launcher& launcher, const Args& args) {
-  const int64_t tiles = max_tiles(args, kTileRows);
-  int team_bits = kArch == Arch::kSm80 ? 0 : tiles <= 32 ? 3 : tiles <= 128 ? 2 : 0;
-  if (std::getenv("PROBE_TEAM") != nullptr) team_bits = std::atoi(std::getenv("PROBE_TEAM"));
+Status launch_ring_on(const Launcher& launcher, const Args& args) {
+  const int team_bits = args.team_bits;
   LaunchShape shape;
   shape.cluster = 1u << team_bits;
-  shape.grid = dim3(static_cast<unsigned>(tiles << team_bits), args.num_slices);
+  shape.grid = dim3(static_cast<unsigned>(max_tiles(args, kTileRows) << team_bits), args.num_slices);
   shape.block = kRingThreads;
   shape.shared_bytes = kHeadBytes + general_shared_bytes(args.max_rank, std::is_same_v<T, __half>);
   bool plain = args.x_vectors && args.y_vectors && args.h_in % 8 == 0 && args.x_row_bytes < INT32_MAX &&
@@ -49,34 +47,9 @@ Status launch(const Launcher& launcher, const Args& args) {
 }
 
 template <class T>
-[[maybe_unused]] Status launch(const Launcher& launcher, const Args& args) {
-  return launcher.arch == Arch::kSm90 ? launch<Arch::kSm90, T>(launcher, args) : launch<Arch::kSm80, T>(launcher, args);
-}
-
-}  // namespace
-
-Status launch_ring(const Launcher& launcher, DType dtype, const Args& args) {
-#ifdef PROBE_BF16
-  if (dtype != DType::kBFloat16) return {};
-  return launch<Arch::kSm90, __nv_bfloat16>(launcher, args);
-#else
-  return dtype == DType::kFloat16 ? launch<__half>(launcher, args) : launch<__nv_bfloat16>(launcher, args);
-#endif
+Status launch_ring_as(const Launcher& launcher, const Args& args) {
+  return launcher.arch == Arch::kSm90 ? launch_ring_on<Arch::kSm90, T>(launcher, args)
+                                      : launch_ring_on<Arch::kSm80, T>(launcher, args);
 }
 
 }  // namespace punica::cuda::fused_lora
-
-#ifdef PROBE_STAMPS
-#include <cstdio>
-extern "C" void print_stamps() {
-  long long host[2][16][16];
-  cudaMemcpyFromSymbol(host, g_stamps, sizeof(host));
-  for (int w = 0; w < 2; ++w) {
-    for (int b = 0; b < 16; b += 5) {
-      std::printf("    warp %d block %2d:", 5 * w, b);
-      for (int i = 0; i < 10; ++i) std::printf(" %6lld", host[w][b][i] - host[w][b][0]);
-      std::printf("\n");
-    }
-  }
-}
-#endif
