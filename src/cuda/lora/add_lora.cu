@@ -1,6 +1,5 @@
 // add_lora on CUDA devices: y += scale * B (A x), every row through its own adapter at its own rank, in one launch.
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 
 #include "src/cuda/backend.h"
@@ -12,9 +11,8 @@ namespace {
 // log2 of the blocks that share a tile of add_lora_ring.cuh. Nothing that depends on it changes bits.
 int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
   if (launcher.arch == Arch::kSm80) return 0;
-  if (std::getenv("PROBE_TEAM") != nullptr) return std::atoi(std::getenv("PROBE_TEAM"));
   const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
-  return teams <= 32 ? 3 : teams <= 128 ? 2 : 0;
+  return teams <= 32 ? 3 : teams < 128 || args.max_rank > 16 ? 2 : 1;
 }
 
 }  // namespace
@@ -80,9 +78,7 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   }
   return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
-    if (std::getenv("PROBE_TILES") && fused_lora::is_tiles(launcher, args)) {
-      return fused_lora::launch_tiles(launcher, p.y.dtype, args);
-    }
+    if (fused_lora::is_tiles(launcher, args)) return fused_lora::launch_tiles(launcher, p.y.dtype, args);
     args.team_bits = team_bits(launcher, args);
     return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
                                         : fused_lora::launch_ring_bfloat16(launcher, args);

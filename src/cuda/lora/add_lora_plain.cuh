@@ -14,15 +14,6 @@
 #include "src/cuda/lora/add_lora_unit.cuh"
 #include "src/cuda/lora/bgmv_common.cuh"
 
-#ifdef PROBE_STAMPS
-__device__ long long g_stamps[2][16][16];
-#define STAMP(i)                                                                                    \
-  if (threadIdx.x % 32 == 0 && (threadIdx.x / 32 == 0 || threadIdx.x / 32 == 5) && blockIdx.x < 16) \
-  g_stamps[threadIdx.x / 160][blockIdx.x][i] = clock64()
-#else
-#define STAMP(i)
-#endif
-
 namespace punica::cuda::fused_lora {
 
 inline constexpr int kPlainWarps = 8;
@@ -102,10 +93,12 @@ struct PlainBlock {
   static constexpr int kShareBits = 3 - kTileBits;               // log2 of the warps that share a tile of ranks
   static constexpr int kGroupBits = 4 - kTeamBits - kShareBits;  // log2 of the groups of leaves of a warp
   static constexpr int kLeaves = 1 << (2 + kGroupBits);          // of a warp
-  // A step is a piece of each of up to four leaves; a warp has kLookahead of them under way.
+  // A step is a piece of each of up to four leaves; a warp has kLookahead of them under way. Where there are many tiles
+  // B is asked for only when A has come: memory gives what it is asked for in turn, and v would be late.
   static constexpr int kStep = kLeaves < 4 ? kLeaves : 4;
   static constexpr int kGroups = kLeaves < 4 ? 1 : kLeaves / 4;
-  static constexpr int kLookahead = kPlainDepth / kStep;
+  static constexpr int kDepth = kTeamBits == 3 ? kPlainDepth : kStep;
+  static constexpr int kLookahead = kDepth / kStep;
   static constexpr int kTiles = 1 << kTileBits;
   static constexpr int kUnitOutputs = 64 >> kTileBits;  // of B
 
@@ -119,21 +112,22 @@ struct PlainBlock {
   __device__ __forceinline__ int tile() const { return warp >> kShareBits; }
   __device__ __forceinline__ int share() const { return warp & ((1 << kShareBits) - 1); }
   __device__ __forceinline__ uint32_t place_of(int unit) const {
-    return ring + (unit & (kPlainDepth - 1)) * kUnitBytes;
+    return ring + (unit & (kDepth - 1)) * kUnitBytes;
   }
   // Row g of the warp's tile is this rank, row g + 8 the one two behind it.
   __device__ __forceinline__ static int rank_of(int tile, int g) {
     return kTileBits == 0 ? (g >> 1) * 4 + (g & 1) : 32 * (tile >> 1) + 4 * (tile & 1) + (g >> 1) * 8 + (g & 1);
   }
 
-  // ---- A: a lane copies what it will read ----------------------------------------------------------------------------
+  // ---- A ---------------------------------------------------------------------------------------------------------------
 
+  // A lane copies 16 bytes of four rows: whole lines at a time, of which memory gives twice as many bytes as of halves.
   struct PartOfA {
-    const char* upper;  // of the next step that is asked for
-    uint32_t low_row;   // bytes to the other row
-    int rest;           // elements of K from there on
+    const char* from;  // of the next step that is asked for
+    uint32_t to;
+    int rest;  // elements of K from there on
     int m = 0;
-    bool has_upper, has_lower;
+    bool has[4];
   };
   __device__ __forceinline__ int first_k() const {
     const int group0 = team_rank << (4 - kTeamBits);
@@ -146,24 +140,26 @@ struct PlainBlock {
     m = 0;
     return kPiece - (kLong ? (args.leaf_pieces - 1) * (64 * kPiece) : 0);
   }
+  static constexpr int kRankStep = kTileBits == 0 ? 4 : 8;  // from pair to pair of rows of a tile
   __device__ __forceinline__ void begin_a(PartOfA& a) const {
     const Slice& s = work.slices[0];
-    const int rank = rank_of(tile(), lane >> 2), k = first_k() + 8 * (lane & 3);
-    a.upper = static_cast<const char*>(s.a) + 2 * (int64_t{rank} * args.h_in + k);
-    a.low_row = 4 * args.h_in;
+    const int row = lane >> 3, rank = rank_of(tile(), row), k = first_k() + 8 * (lane & 7);
+    a.from = static_cast<const char*>(s.a) + 2 * (int64_t{rank} * args.h_in + k);
+    a.to = 16 * place<3>(row, lane & 7);
     a.rest = args.h_in - k;
-    a.has_upper = rank < s.rank, a.has_lower = rank + 2 < s.rank;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.has[i] = rank + (i & 1) * 2 * kRankStep + (i & 2) < s.rank;
   }
   template <int kUnit>
   __device__ __forceinline__ void start_a(const PartOfA& a, int unit) const {
-    const uint32_t to = place_of(unit) + 16 * lane;
-    const char* const upper = a.upper + 2 * 16 * kPiece * kUnit;
-    const char* const lower = upper + a.low_row;
-    const bool first = a.rest > 16 * kPiece * kUnit, second = a.rest > 16 * kPiece * kUnit + 32;
-    copy_16_if(to, upper, first && a.has_upper);
-    copy_16_if(to + 512, upper + 64, second && a.has_upper);
-    copy_16_if(to + 1024, lower, first && a.has_lower);
-    copy_16_if(to + 1536, lower + 64, second && a.has_lower);
+    const uint32_t to = place_of(unit) + a.to;
+    const bool inside = a.rest > 16 * kPiece * kUnit;
+    const char* from = a.from + 2 * 16 * kPiece * kUnit;
+    const uint32_t next_rows = 4 * kRankStep * args.h_in, lower = 4 * args.h_in;
+    copy_16_if(to, from, inside && a.has[0]);
+    copy_16_if(to + 512, from + next_rows, inside && a.has[1]);
+    copy_16_if(to + 1024, from + lower, inside && a.has[2]);
+    copy_16_if(to + 1536, from + (next_rows + lower), inside && a.has[3]);
     copy_commit();
   }
 
@@ -232,9 +228,7 @@ struct PlainBlock {
         for (int i = 0; i < kStep; ++i) start_b(b, q * kStep + i);
       }
     }
-    STAMP(2);
     if (!begin()) return false;
-    STAMP(3);
     constexpr int kAhead = kStep < 2 ? 1 : 2;
     const int g = lane >> 2, k = first_k() + 8 * (lane & 3);
     const T* x = reinterpret_cast<const T*>(static_cast<const char*>(args.x) +
@@ -257,10 +251,11 @@ struct PlainBlock {
       const int next = advance(m);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        copy_wait<kPlainDepth - 1>();
-        const uint32_t at = place_of(step * kStep + i) + 16 * lane;
-        const uint4 upper0 = load_shared_16(at), upper1 = load_shared_16(at + 512);
-        const uint4 lower0 = load_shared_16(at + 1024), lower1 = load_shared_16(at + 1536);
+        copy_wait<kDepth - 1>();
+        __syncwarp();
+        const uint32_t at = place_of(step * kStep + i) + 16 * place<3>(g, lane & 3);
+        const uint4 upper0 = load_shared_16(at), upper1 = load_shared_16(at ^ 64);
+        const uint4 lower0 = load_shared_16(at + 1024), lower1 = load_shared_16((at ^ 64) + 1024);
         const bgmv::Words<4>(&xi)[2] = xs[i % kAhead];
         mma_m16n8k16<T>(sums[i], {upper0.x, lower0.x, upper0.y, lower0.y}, {xi[0].values[0], xi[0].values[1]});
         mma_m16n8k16<T>(sums[i], {upper0.z, lower0.z, upper0.w, lower0.w}, {xi[0].values[2], xi[0].values[3]});
@@ -271,6 +266,7 @@ struct PlainBlock {
         } else if (step + 1 < steps) {
           load_x(i + kAhead, next + 16 * kPiece * (i + kAhead - kStep));
         }
+        __syncwarp();  // all lanes have read
         if (step + kLookahead < steps) {
           if (i == 0) start_a<0>(a, step * kStep);
           if (i == 1) start_a<1>(a, step * kStep + 1);
@@ -278,7 +274,6 @@ struct PlainBlock {
           if (i == 3) start_a<3>(a, step * kStep + 3);
           if (i == kStep - 1) end_step(a);
         } else {
-          __syncwarp();  // all lanes have read
           start_b(b, step * kStep + i);
         }
       }
@@ -327,12 +322,11 @@ struct PlainBlock {
       }
       if (step + 1 == steps) break;
     }
-    STAMP(4);
     return true;
   }
   __device__ __forceinline__ void end_step(PartOfA& a) const {
     const int by = advance(a.m);
-    a.upper += 2 * by;
+    a.from += 2 * by;
     a.rest -= by;
   }
   __device__ __forceinline__ void start_step(PartOfA& a, int unit) const {
@@ -516,18 +510,15 @@ struct PlainBlock {
     };
     load_y();
     wait_received();
-    STAMP(6);
     Operands v;
     load_v(v);
-    STAMP(7);
     const int width = s.width;
     int unit = (kLong ? kGroups * args.leaf_pieces : kGroups) * kStep;
 #pragma unroll 1
     for (int output = first_output(); output < width; output += kUnitRows, ++unit) {
-      copy_wait<kPlainDepth - 1>();
+      copy_wait<kDepth - 1>();
       __syncwarp();
       const uint32_t at = place_of(unit);
-      STAMP(8);
       float sums[kMTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) {
@@ -588,7 +579,6 @@ struct PlainBlock {
           return count > 0;
         })) {
       send(sum);
-      STAMP(5);
       expand(b);
     }
     copy_wait<0>();

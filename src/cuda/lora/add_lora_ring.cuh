@@ -90,9 +90,7 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    STAMP(0);
     if (!begin_block<kArch, T, (kTeamBits == 3 ? 1 : 2)>(args, shared, kTeamBits, &row)) return;
-    STAMP(1);
     if (!shared.work.plain) [[unlikely]] {
       general_way<kArch, T, true>(args, shared, kTeamBits, row);
       return;
@@ -114,7 +112,6 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
         if (args.early_reads) grid_dependency_wait<kArch>();
         __syncthreads();
       });
-      STAMP(9);
     };
     if (rank <= 16) [[likely]] {
       run(std::integral_constant<int, 0>{});
