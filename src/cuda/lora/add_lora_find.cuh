@@ -1,6 +1,6 @@
-// Which tile a block of add_lora_ring.cuh serves, found by one warp in as few waits for memory as there can be: what the
-// first adapters have (addresses, ranks, scales) is asked for together with the segments, and the tile's rows while the
-// block asks for weights already.
+// Which tile a block of add_lora_ring.cuh serves, found by one warp in as few waits for memory as there can be: what
+// the first adapters have (addresses, ranks, scales) is asked for together with the segments, and the tile's rows while
+// the block asks for weights already.
 #pragma once
 
 #include <climits>
@@ -26,8 +26,8 @@ __device__ __forceinline__ bool finish_slice(const Args& args, int64_t a, int64_
 // Nothing is in the way of the plain way: see add_lora_plain.cuh. Offsets within A and B fit into 32 bits then.
 __device__ __forceinline__ bool is_plain(const Args& args, const Slice& slice) {
   return ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
-         slice.b_stride % 8 == 0 && slice.rank % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 && slice.b_stride < 1 << 16 &&
-         static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
+         slice.b_stride % 8 == 0 && slice.rank % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 &&
+         slice.b_stride < 1 << 16 && static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
 }
 
 // Slice `number` of an adapter whose addresses, rank and scale are these, to `work`, by one warp.
@@ -222,10 +222,10 @@ __device__ __noinline__ int find_tile_by_warp(const Args& args, uint32_t tile, i
   return find_tile_in<T, 8>(args, tile, number, work);
 }
 
-// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a barrier
-// of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for publish_rows(),
-// the others with kNotFound. Up to 32 * kEach segments are looked at in line: code that lies elsewhere has to be fetched
-// first.
+// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a
+// barrier of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for
+// publish_rows(), the others with kNotFound. Up to 32 * kEach segments are looked at in line: code that lies elsewhere
+// has to be fetched first.
 template <class T, int kEach, int kWarps>
 __device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
                                          Work<kTileRows>* work) {

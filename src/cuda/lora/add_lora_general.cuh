@@ -84,7 +84,7 @@ struct Warp {
   }
   __device__ __forceinline__ int first_task() const { return warp - kRingWarps; }
   __device__ __forceinline__ int tasks(int rank) const { return (rank + 15) / 16 << chain_bits(); }
-  // Pieces come leaf by leaf: every fourth of the chain's own.
+  // A chain is the pieces of a group (add_lora_ring.cuh). They come leaf by leaf: every fourth of the chain's own.
   __device__ __forceinline__ int leaf_of(int task, int m) const {
     const int count = length(task), size = count >> 2, larger = count & 3, of_larger = larger * (size + 1);
     return m < of_larger ? m / (size + 1) : larger + (m - of_larger) / size;

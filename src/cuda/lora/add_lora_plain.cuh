@@ -1,5 +1,5 @@
-// The way through add_lora_ring.cuh where nothing is in the way: everything aligned to 16 bytes, ranks multiples of 8 up
-// to 64. The same sums with as few instructions as possible, for these are what a small batch takes its time for: a
+// The way through add_lora_ring.cuh where nothing is in the way: everything aligned to 16 bytes, ranks multiples of 8
+// up to 64. The same sums with as few instructions as possible, for these are what a small batch takes its time for: a
 // multiprocessor has few warps at work, and each instruction of a warp waits for the one before it.
 //
 // Each warp has a tile of 16 ranks and a share of the leaves of K, so that it ends with one piece of v (a fragment, as
@@ -111,15 +111,14 @@ struct PlainBlock {
 
   __device__ __forceinline__ int tile() const { return warp >> kShareBits; }
   __device__ __forceinline__ int share() const { return warp & ((1 << kShareBits) - 1); }
-  __device__ __forceinline__ uint32_t place_of(int unit) const {
-    return ring + (unit & (kDepth - 1)) * kUnitBytes;
-  }
+  __device__ __forceinline__ uint32_t place_of(int unit) const { return ring + (unit & (kDepth - 1)) * kUnitBytes; }
   // Row g of the warp's tile is this rank, row g + 8 the one two behind it.
   __device__ __forceinline__ static int rank_of(int tile, int g) {
     return kTileBits == 0 ? (g >> 1) * 4 + (g & 1) : 32 * (tile >> 1) + 4 * (tile & 1) + (g >> 1) * 8 + (g & 1);
   }
 
-  // ---- A ---------------------------------------------------------------------------------------------------------------
+  // ---- A
+  // ---------------------------------------------------------------------------------------------------------------
 
   // A lane copies 16 bytes of four rows: whole lines at a time, of which memory gives twice as many bytes as of halves.
   struct PartOfA {
@@ -163,9 +162,10 @@ struct PlainBlock {
     copy_commit();
   }
 
-  // ---- B -------------------------------------------------------------------------------------------------------------
+  // ---- B
+  // -------------------------------------------------------------------------------------------------------------
 
-  static constexpr int kPieceBits = 1 + kTileBits;                         // log2 of the pieces of a row
+  static constexpr int kPieceBits = 1 + kTileBits;                           // log2 of the pieces of a row
   static constexpr int kUnitRows = kUnitOutputs * kPlainWarps << kTeamBits;  // from a unit of a warp to the next one
   struct PartOfB {
     const char* from;
@@ -173,9 +173,7 @@ struct PlainBlock {
     int rest;  // rows, from the lane's first one on; none where it has no piece
     int left;  // units
   };
-  __device__ __forceinline__ int first_output() const {
-    return (team_rank * kPlainWarps + warp) * kUnitOutputs;
-  }
+  __device__ __forceinline__ int first_output() const { return (team_rank * kPlainWarps + warp) * kUnitOutputs; }
   __device__ __forceinline__ void begin_b(PartOfB& b) const {
     const Slice& s = work.slices[0];
     const int row = lane >> kPieceBits, piece = lane & ((1 << kPieceBits) - 1), first = first_output() + row;
@@ -205,7 +203,8 @@ struct PlainBlock {
     copy_commit();
   }
 
-  // ---- v -------------------------------------------------------------------------------------------------------------
+  // ---- v
+  // -------------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ bool has_rows() const { return 2 * (lane & 3) < count; }
   __device__ __forceinline__ uint32_t own() const {
@@ -366,9 +365,7 @@ struct PlainBlock {
     if constexpr (kTileBits == 2) {
       sum = sum + load_fragment(own + tile * kFragment, there);
     } else if constexpr (kGroupBits == -2) {
-      const auto four = [&](int i) {
-        return ((fragment(i) + fragment(i + 1)) + fragment(i + 2)) + fragment(i + 3);
-      };
+      const auto four = [&](int i) { return ((fragment(i) + fragment(i + 1)) + fragment(i + 2)) + fragment(i + 3); };
       sum = four(0) + four(4);
     } else if constexpr (kGroupBits == -1) {
       const auto group = [&](int i) { return (fragment(4 * i) + fragment(4 * i + 2)) + fragment(4 * i + 3); };
@@ -483,7 +480,8 @@ struct PlainBlock {
     }
   }
 
-  // ---- Expand --------------------------------------------------------------------------------------------------------
+  // ---- Expand
+  // --------------------------------------------------------------------------------------------------------
 
   // A unit is four tiles of 16 outputs, or two or one where the rank is larger.
   __device__ __forceinline__ void expand(PartOfB& b) const {

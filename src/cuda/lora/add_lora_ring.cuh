@@ -1,20 +1,23 @@
 // add_lora of float16 and bfloat16: shrink and expand of a tile of up to eight rows in one kernel, v on chip.
 //
-// A team of 1, 2, 4 or 8 blocks (neighbours in a cluster) serves a tile. Each takes a share of K of the shrink and a
-// share of the outputs of the expand; between the two the blocks' parts of v meet through distributed shared memory.
-// Each warp has a ring of units of 2 KiB of weights in shared memory, which it alone fills (cp.async) and reads: first
-// its units of A, then those of B, slice after slice. So B is on its way while v is not there yet, and what the next
-// slice needs while this one is computed; no barrier of the block stands between a copy and its use.
+// A team of 1, 2, 4 or 8 blocks (a cluster) serves a slice of a tile. Each takes a share of K of the shrink and a share
+// of the outputs of the expand; between the two the blocks' parts of v meet through distributed shared memory. Each
+// warp has units of 2 KiB of weights in shared memory, which it alone fills (cp.async) and reads: first its units of A,
+// then those of B. No barrier of the block stands between a copy and its use.
 //
 // Products are mma.m16n8k16 with weights as the first operand (rows: ranks, or outputs) and rows of the batch as
 // columns of the second. The order of K within a product is free if both operands agree: of 32 neighbouring elements of
 // K, two products, lane (g, t) = (lane / 4, lane % 4) takes the eight from 8t on, 16 bytes.
 //
 // The sums (the bits of a row follow from them, and they from h_in and the rank alone):
-//   v: K comes in pieces of 64. Piece p belongs to chain p % 16, which adds its pieces in order in one accumulator. The
-//   chains are added as a balanced tree of neighbours: first those of a block, then those of a team.
+//   v: K comes in pieces of 64, in 64 leaves. Piece p belongs to leaf p % 64, which adds its pieces in order in one
+//   accumulator of the products, from zero. Leaves j, j + 16, j + 32 and j + 48 are added in this order: group j. The
+//   16 groups are added as a balanced tree of neighbours: first those of a warp, then those of a block, then those of a
+//   team.
 //   y: v as a pair of 16-bit numbers (add_lora.cuh), ranks in one product (up to 16) or in products of 16 in order, the
 //   high numbers of each before the low ones.
+// Up to h_in = 4096 a leaf is one piece. So even one row of rank 16 has work for 64 warps, and no product waits for
+// more than three others.
 #pragma once
 
 #include "src/cuda/common/hopper.cuh"
@@ -37,7 +40,8 @@ __device__ __forceinline__ void prefetch_rows(const Args& args, int team_bits) {
   const int length = of_y ? args.width : args.h_in;
   const int begin = ((blockIdx.x & ((1 << team_bits) - 1)) * 16 + lane % 16) * kLine;
   for (int row = blockIdx.x >> team_bits; row < args.rows_32; row += gridDim.x >> team_bits) {
-    for (int i = begin; i < length; i += 16 * kLine << team_bits) prefetch_line(first + row * row_bytes + i * sizeof(T));
+    for (int i = begin; i < length; i += 16 * kLine << team_bits)
+      prefetch_line(first + row * row_bytes + i * sizeof(T));
   }
 }
 
@@ -62,7 +66,8 @@ __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared
 #endif
   prefetch_rows<T>(args, team_bits);
   if (!args.early_reads) grid_dependency_wait<kArch>();
-  *row = find_tile<T, kEach>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
+  *row =
+      find_tile<T, kEach>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
   __syncthreads();
   if (!args.early_reads) launch_dependents<kArch>();
   if (shared.work.num_slices > 0) return true;

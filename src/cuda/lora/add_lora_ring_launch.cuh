@@ -11,8 +11,8 @@ template <Arch kArch, class T, int kTeamBits>
 Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shape) {
   const int fragment_bytes = plain_fragment_bytes(std::min(args.max_rank, kPlainRank), kTeamBits);
   // Also for what goes the general way in the end.
-  shape.shared_bytes = std::max(shape.shared_bytes, kHeadBytes + fragment_bytes +
-                                                        size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
+  shape.shared_bytes =
+      std::max(shape.shared_bytes, kHeadBytes + fragment_bytes + size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
   return args.leaf_pieces > 1
              ? launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, true>>(shape, args, fragment_bytes)
              : launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, false>>(shape, args, fragment_bytes);
@@ -38,10 +38,8 @@ Status launch_ring_on(const Launcher& launcher, const Args& args) {
         return launch_plain<kArch, T, 3>(launcher, args, shape);
       case 2:
         return launch_plain<kArch, T, 2>(launcher, args, shape);
-      case 1:
-        return launch_plain<kArch, T, 1>(launcher, args, shape);
       default:
-        return launch_plain<kArch, T, 0>(launcher, args, shape);
+        return launch_plain<kArch, T, 1>(launcher, args, shape);
     }
   }
 }
