@@ -24,10 +24,10 @@ constexpr int64_t kManyRows = TILES_FEWEST;
 constexpr int64_t kManyRows = 2048;
 #endif
 // Of a thread that copies, and of one that computes.
-template <int kT>
-inline constexpr int kCopyRegisters = kT == 1 ? 88 : 56;
-template <int kT>
-inline constexpr int kComputeRegisters = 256 - kCopyRegisters<kT>;
+#ifndef TILES_CR
+#define TILES_CR 64
+#endif
+constexpr int kCopyRegisters = TILES_CR, kComputeRegisters = (480 - TILES_CR) / 4;
 
 // Grid: clusters, a tile each. Rows of x and y and what slices begin and end with are multiples of 16 bytes.
 template <Arch kArch, class T, int kT, int kClusterBits>
@@ -39,17 +39,21 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (args.early_reads) launch_dependents<kArch>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 1) {
-    const auto init = [&](RingBarriers* rings, int count, int units, int readers) {
-      for (int i = lane; i < count * units; i += 32) {
-        hopper::barrier_init(shared_address(&rings[i / units].full[i % units]), 32);
-        hopper::barrier_init(shared_address(&rings[i / units].empty[i % units]), readers);
-      }
-    };
-    init(shared.weights, S::kTeams, S::kWeightUnits, S::kRowParts);
-    init(shared.rows, kWarps, S::kRowUnits, 1);
-    if (lane == 0) hopper::barrier_init(shared_address(&shared.received), 1);
-    if (lane == 1) hopper::barrier_init(shared_address(&shared.drained), kWarps * (S::kBlocks - 1));
+  if (warp >= kWarps) {
+    // Of the rings that the warp fills.
+    const int of = warp - kWarps;
+    if (lane < S::kRowStages) {
+      hopper::barrier_init(shared_address(&shared.rows[of].full[lane]), 32);
+      hopper::barrier_init(shared_address(&shared.rows[of].empty[lane]), 4);
+    }
+    if (lane < S::kWeightUnits) {
+      hopper::barrier_init(shared_address(&shared.weights[of].full[lane]), 32);
+      hopper::barrier_init(shared_address(&shared.weights[of].empty[lane]), 4);
+    }
+    if (of == kCopyWarps - 1 && lane == 0) {
+      hopper::barrier_init(shared_address(&shared.received), 1);
+      hopper::barrier_init(shared_address(&shared.drained), kGroups * (S::kBlocks - 1));
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
@@ -76,29 +80,38 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     launch_dependents<kArch>();
   }
   if (shared.work.count == 0) return;
-  if (threadIdx.x == 0) plan<kT>(&shared);
+  if (threadIdx.x < kRows) {
+    const int64_t row = static_cast<int>(threadIdx.x) < shared.work.count ? shared.work.rows[threadIdx.x] : 0;
+    shared.x_at[threadIdx.x] = row * args.x_stride * static_cast<int64_t>(sizeof(T));
+    shared.y_at[threadIdx.x] = row * args.y_stride * static_cast<int64_t>(sizeof(T));
+  }
+  if (threadIdx.x == kThreads - 1) plan<kT>(&shared);
   __syncthreads();
-  const int of = warp % kWarps, team = of / S::kRowParts;
+  // What copies for a quad has the number of its first warp.
+  const int of = warp < kWarps ? warp : 4 * (warp - kWarps), quad = of / 4;
   unsigned char* const parts = memory + kHeadBytes;
   const uint32_t weights = shared_address(parts + S::kPartBytes + S::kReceiveBytes);
   const Block b = {args,
                    shared,
                    reinterpret_cast<float4*>(parts),
                    reinterpret_cast<float4*>(parts + S::kPartBytes),
-                   weights + team * (S::kWeightUnits * kUnitBytes),
-                   shared_address(&shared.weights[team]),
-                   weights + static_cast<uint32_t>(S::kWeightBytes) + of * (S::kRowUnits * kUnitBytes),
-                   shared_address(&shared.rows[of]),
+                   weights + quad * (S::kWeightUnits * S::kQuadTeams * kUnitBytes),
+                   shared_address(&shared.weights[quad]),
+                   weights + static_cast<uint32_t>(S::kWeightBytes) + quad * (S::kRowStages * 4 * kUnitBytes),
+                   shared_address(&shared.rows[quad]),
                    static_cast<int>(blockIdx.x) & (S::kBlocks - 1),
-                   team,
+                   of / S::kRowParts,
+                   quad * S::kQuadTeams,
                    of % S::kRowParts,
-                   lane};
+                   of % 4,
+                   lane,
+                   static_cast<uint32_t>(args.num_slices) / (kMaxLoraSlices + 1)};
   if (warp >= kWarps) {
-    hopper::lower_registers<kCopyRegisters<kT>>();
+    hopper::lower_registers<kCopyRegisters>();
     Producer<T, S> producer = {b};
     producer.run();
   } else {
-    hopper::raise_registers<kComputeRegisters<kT>>();
+    hopper::raise_registers<kComputeRegisters>();
     Consumer<T, S, kT> consumer = {b};
     consumer.run();
   }

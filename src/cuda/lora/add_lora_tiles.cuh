@@ -12,12 +12,13 @@
 namespace punica::cuda::fused_lora::tiles {
 
 inline constexpr int kRows = 64;
-inline constexpr int kWarps = 8;  // that compute, and as many that copy
-inline constexpr int kThreads = 2 * 32 * kWarps;
+inline constexpr int kWarps = 16;     // that compute
+inline constexpr int kCopyWarps = 4;  // each for four of them, a quad
+inline constexpr int kThreads = 32 * (kWarps + kCopyWarps);
 inline constexpr int kRanks = 64;  // of a pass, at most
 inline constexpr int kStrip = 64;  // columns of y
 inline constexpr int kGroups = kRows / 8;
-inline constexpr int kMaxUnits = 12;  // of a ring
+inline constexpr int kMaxUnits = 8;  // of a ring
 #ifdef TILES_OLD_ORDER
 inline constexpr int kLeaves = 16;
 #else
@@ -37,11 +38,12 @@ struct RingBarriers {
 };
 
 struct Shared {
-  RingBarriers weights[kWarps], rows[kWarps];  // of teams; of warps
+  RingBarriers weights[kCopyWarps], rows[kCopyWarps];  // of quads
   uint64_t received;                           // the sums of the others
   uint64_t drained;                            // the others have read what they received
   Work<kRows> work;
-  TileScratch<2 * kWarps> scratch;
+  TileScratch<kWarps + kCopyWarps> scratch;
+  int64_t x_at[kRows], y_at[kRows];  // bytes from row 0
   int num_passes;
   Pass passes[kMaxLoraSlices];
   float up[kRanks / 16][kRows];  // float16, of a slice of the pass: see row_exponent()
@@ -49,39 +51,31 @@ struct Shared {
 inline constexpr size_t kHeadBytes = (sizeof(Shared) + 127) / 128 * 128;
 inline constexpr size_t kMostShared = 227 * 1024;
 
-#ifndef TILES_PARTS
-#define TILES_PARTS 2
-#endif
-#ifndef TILES_W
-#define TILES_W 2
-#endif
-#ifndef TILES_W4
-#define TILES_W4 7
-#endif
 #ifndef TILES_R
-#define TILES_R 12
+#define TILES_R 4
 #endif
 // kT: tiles of 16 ranks of a pass, at most.
 template <int kT, int kClusterBits>
 struct Shape {
   static constexpr int kBlocks = 1 << kClusterBits;
   static constexpr int kBlockChains = kChains >> kClusterBits;
-  // Warps of a team share weights and take a part of the rows each.
-  static constexpr int kRowParts = std::max(kT == 1 ? TILES_PARTS : 2, kWarps / kBlockChains);
+  // Warps of a team share weights and take a part of the rows each. A quad has one or two teams.
+  static constexpr int kRowParts = kT == 4 || kClusterBits == 2 ? 4 : 2;
   static constexpr int kTeams = kWarps / kRowParts;
+  static constexpr int kQuadTeams = 4 / kRowParts;
   static constexpr int kTeamChains = kBlockChains / kTeams;  // one after the other
-  static constexpr int kWarpRows = kRows / kRowParts;
-  static constexpr int kWarpUnits = kWarpRows / 16;
-  static constexpr int kTileFours = kGroups * 32;  // of four sums, of a tile of ranks
+  static constexpr int kWarpUnits = kRows / 16 / kRowParts;  // of 16 rows, `kRowParts` units apart
+  static constexpr int kTileFours = kGroups * 32;            // of four sums, of a tile of ranks
   static constexpr size_t kPartBytes = size_t{16} * kTeams * kT * kTileFours;
   static constexpr size_t kReceiveBytes = size_t{16} * (kBlocks - 1) * kT * kTileFours;
-  static constexpr int kWeightUnits = kT == 4 ? TILES_W4 : kT == 2 ? 4 : TILES_W;
+  static constexpr int kWeightUnits = kT == 4 ? 5 : kT == 2 ? 3 : 2;
   static constexpr size_t kWeightBytes = size_t{kUnitBytes} * kTeams * kWeightUnits;
-  static constexpr int kRowUnits =
+  // A stage of rows has a unit for each warp of the quad.
+  static constexpr int kRowStages =
       std::min<int>(TILES_R, (kMostShared - kHeadBytes - kPartBytes - kReceiveBytes - kWeightBytes) /
                                  (size_t{kUnitBytes} * kWarps));
   static constexpr size_t kSharedBytes =
-      kHeadBytes + kPartBytes + kReceiveBytes + kWeightBytes + size_t{kUnitBytes} * kWarps * kRowUnits;
+      kHeadBytes + kPartBytes + kReceiveBytes + kWeightBytes + size_t{kUnitBytes} * kWarps * kRowStages;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -92,6 +86,15 @@ __device__ __forceinline__ int padded_tiles(int rank) { return rank <= 16 ? 1 : 
 template <int kT>
 __device__ __forceinline__ void plan(Shared* shared) {
   const Work<kRows>& work = shared->work;
+  if (work.num_slices == 1) {
+    Pass& pass = shared->passes[0];
+    pass.begin = 0, pass.end = 1;
+    pass.tiles = padded_tiles(work.slices[0].rank);
+#pragma unroll
+    for (int i = 0; i < kT; ++i) pass.slice_of[i] = 0, pass.rank_of[i] = 16 * i;
+    shared->num_passes = 1;
+    return;
+  }
   int number = 0;
   for (int s = 0; s < work.num_slices; ++number) {
     Pass& pass = shared->passes[number];
@@ -113,7 +116,7 @@ __device__ __forceinline__ void plan(Shared* shared) {
 }
 
 // A ring of units in shared memory, from the side of one that fills or reads it.
-template <int kUnits>
+template <int kUnits, int kBytes>
 struct Ring {
   uint32_t units, barriers;
   int slot = 0;
@@ -123,7 +126,7 @@ struct Ring {
   __device__ __forceinline__ uint32_t empty() const {
     return barriers + static_cast<uint32_t>(offsetof(RingBarriers, empty)) + 8 * slot;
   }
-  __device__ __forceinline__ uint32_t unit() const { return units + slot * kUnitBytes; }
+  __device__ __forceinline__ uint32_t unit() const { return units + slot * kBytes; }
   __device__ __forceinline__ void wait_full() const { hopper::barrier_wait(full(), parity); }
   __device__ __forceinline__ void wait_empty() const { hopper::barrier_wait(empty(), parity ^ 1); }
   __device__ __forceinline__ void advance() {
@@ -147,6 +150,12 @@ __device__ __forceinline__ int place_b(int row, int piece) {
 // And of y, 16 rows of 8 pieces.
 __device__ __forceinline__ int place_y(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
 
+// Units of 16 rows that a warp takes; of the last one there may be fewer rows, or none.
+template <class S>
+__device__ __forceinline__ int warp_units(int count) {
+  return (count + 16 * S::kRowParts - 1) / (16 * S::kRowParts);
+}
+
 struct Block {
   const Args& args;
   Shared& shared;
@@ -155,7 +164,8 @@ struct Block {
   uint32_t weights, weight_barriers;  // rings
   uint32_t rows, row_barriers;
   int rank;  // in the cluster
-  int team, part, lane;
+  int team, quad_team, part, in_quad, lane;  // quad_team: the first of the quad
+  uint32_t zero;
 };
 
 // ---- Warps that copy -----------------------------------------------------------------------------------------------
@@ -163,66 +173,72 @@ struct Block {
 template <class T, class S>
 struct Producer {
   const Block& b;
-  Ring<S::kWeightUnits> weights = {b.weights, b.weight_barriers};
-  Ring<S::kRowUnits> rows = {b.rows, b.row_barriers};
-  int turn = b.part;  // 0: the team's next unit of weights is for this warp
+  Ring<S::kWeightUnits, kUnitBytes * S::kQuadTeams> weights = {b.weights, b.weight_barriers};
+  Ring<S::kRowStages, 4 * kUnitBytes> rows = {b.rows, b.row_barriers};
 
-  // The team's next unit, of A or B, of which `rows` rows and `columns` elements of each are there, perhaps none; zeros
-  // elsewhere.
+  // The next unit of each team of the quad, of A or B, of which `rows` rows and `columns` elements of each are there,
+  // perhaps none; zeros elsewhere. That of the second team is `more_rows` and `more_columns` behind.
   template <class PlaceOf>
   __device__ __forceinline__ void copy_weights(const T* from, int64_t stride, int row_bits, int rows, int columns,
-                                               PlaceOf place_of) {
-    if constexpr (S::kRowParts > 1) {
-      if (turn != 0) {
-        --turn;
-        weights.advance();
-        return;
-      }
-      turn = S::kRowParts - 1;
-    }
+                                               int more_rows, int more_columns, PlaceOf place_of) {
     weights.wait_empty();
-    const uint32_t to = weights.unit();
     const int row = b.lane >> row_bits, piece = b.lane & ((1 << row_bits) - 1), step = 32 >> row_bits;
-    const int count = min(max(columns - 8 * piece, 0), 8);
     from += row * stride + 8 * piece;
-    if (((reinterpret_cast<uintptr_t>(from) | 2 * stride) & 15) == 0) {
+    rows -= row, columns -= 8 * piece;
+    const bool aligned = ((reinterpret_cast<uintptr_t>(from) | 2 * stride) & 15) == 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool valid = i * step + row < rows && count > 0;
-        copy_async_16(to + 16 * place_of(i * step + row, piece), valid ? from : b.args.x, valid ? 2 * count : 0);
-        from += step * stride;
+    for (int team = 0; team < S::kQuadTeams; ++team) {
+      const uint32_t to = weights.unit() + team * kUnitBytes;
+      const int count = min(max(columns - team * more_columns, 0), 8), end = rows - team * more_rows;
+      const T* at = from + team * (more_rows * stride + more_columns);
+      if (aligned) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool valid = i * step < end && count > 0;
+          copy_async_16(to + 16 * place_of(i * step + row, piece), valid ? at : b.args.x, valid ? 2 * count : 0);
+          at += step * stride;
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+          const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(at), i * step < end ? count : 0);
+          asm volatile(
+              "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16 * place_of(i * step + row, piece)),
+              "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+              : "memory");
+          at += step * stride;
+        }
       }
+    }
+    if (aligned) {
       hopper::barrier_arrive_copies(weights.full());
     } else {
-#pragma unroll 1
-      for (int i = 0; i < 4; ++i) {
-        const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(from), i * step + row < rows ? count : 0);
-        asm volatile(
-            "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16 * place_of(i * step + row, piece)),
-            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-            : "memory");
-        from += step * stride;
-      }
       hopper::barrier_arrive(weights.full());
     }
     weights.advance();
   }
 
-  // The lane's part of rows first .. first + 15 of x or y: `from` is its column of row 0.
+  // A stage of x or y, of 16 rows each way for the warps of the quad: `from` is the lane's column of row 0, row_at what
+  // is behind it, `columns` those that are there. The second team has the 64 columns behind.
   template <class PlaceOf>
-  __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int first, bool inside, bool zeros,
+  __device__ __forceinline__ void copy_rows(const T* from, const int64_t* row_at, int first, int columns, bool zeros,
                                             PlaceOf place_of) {
     rows.wait_empty();
-    const uint32_t to = rows.unit();
     const int row = b.lane / 8, piece = b.lane % 8, count = b.shared.work.count - first - row;
+    row_at += first + row;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4 * S::kRowParts; ++i) {
       if (4 * i < count) {
-        const uint32_t at = to + 16 * place_of(row + 4 * i, piece);
-        if (inside) {
-          copy_async_16(at, from + b.shared.work.rows[first + row + 4 * i] * stride, 16);
-        } else if (zeros) {
-          copy_async_16(at, b.args.x, 0);
+        const char* const at = reinterpret_cast<const char*>(from) + row_at[4 * i];
+#pragma unroll
+        for (int team = 0; team < S::kQuadTeams; ++team) {
+          const uint32_t to =
+              rows.unit() + (team * S::kRowParts + i / 4) * kUnitBytes + 16 * place_of(row + i % 4 * 4, piece);
+          if (team * 64 < columns) {
+            copy_async_16(to, at + team * 128, 16);
+          } else if (zeros) {
+            copy_async_16(to, b.args.x, 0);
+          }
         }
       }
     }
@@ -233,33 +249,31 @@ struct Producer {
   __device__ __forceinline__ void run() {
     const Args& args = b.args;
     const Work<kRows>& work = b.shared.work;
-    const int h_in = args.h_in, first_row = b.part * S::kWarpRows;
-    const int units = min((work.count - first_row + 15) / 16, S::kWarpUnits);
-    const int piece = b.lane % 8;
+    const int h_in = args.h_in, units = warp_units<S>(work.count), piece = b.lane % 8;
 #pragma unroll 1
     for (int p = 0; p < b.shared.num_passes; ++p) {
       const Pass& pass = b.shared.passes[p];
 #pragma unroll 1
       for (int i = 0; i < S::kTeamChains; ++i) {
-        const int chain = (b.rank * S::kTeams + b.team) * S::kTeamChains + i;
+        const int chain = (b.rank * S::kTeams + b.quad_team) * S::kTeamChains + i;
         // Leaf after leaf.
 #pragma unroll 1
         for (int leaf = chain, n = chain; leaf < kLeaves && n * kPiece < h_in;) {
           const int k = n * kPiece;
           n += kLeaves;
           if (n * kPiece >= h_in) leaf += kChains, n = leaf;
+          const T* const x = static_cast<const T*>(args.x) + k + 8 * piece;
+#pragma unroll 1
+          for (int u = 0; u < units; ++u) {
+            copy_rows(x, b.shared.x_at, 16 * u * S::kRowParts, h_in - k - 8 * piece, true,
+                      [](int row, int piece) { return place<3>(row, piece); });
+          }
 #pragma unroll 1
           for (int j = 0; j < pass.tiles; ++j) {
             const Slice& s = work.slices[pass.slice_of[j]];
             const int first = pass.rank_of[j];
-            copy_weights(static_cast<const T*>(s.a) + int64_t{first} * h_in + k, h_in, 3, s.rank - first, h_in - k,
-                         [](int row, int piece) { return place<3>(row, piece); });
-          }
-          const T* const x = static_cast<const T*>(args.x) + k + 8 * piece;
-#pragma unroll 1
-          for (int u = 0; u < units; ++u) {
-            copy_rows(x, args.x_stride, first_row + 16 * u, k + 8 * piece < h_in, true,
-                      [](int row, int piece) { return place<3>(row, piece); });
+            copy_weights(static_cast<const T*>(s.a) + int64_t{first} * h_in + k, h_in, 3, s.rank - first, h_in - k, 0,
+                         kPiece, [](int row, int piece) { return place<3>(row, piece); });
           }
         }
       }
@@ -268,20 +282,18 @@ struct Producer {
         const Slice& s = work.slices[i];
         const int bits = s.rank <= 16 ? 1 : s.rank <= 32 ? 2 : 3, unit_rows = 128 >> bits;
 #pragma unroll 1
-        for (int c = (b.rank * S::kTeams + b.team) * kStrip; c < s.width; c += S::kBlocks * S::kTeams * kStrip) {
+        for (int c = (b.rank * S::kTeams + b.quad_team) * kStrip; c < s.width; c += S::kBlocks * S::kTeams * kStrip) {
 #pragma unroll 1
           for (int row = 0; row < kStrip; row += unit_rows) {
             copy_weights(static_cast<const T*>(s.b) + (c + row) * s.b_stride, s.b_stride, bits, s.width - c - row,
-                         s.rank, [bits](int row, int piece) {
-                           return bits == 3   ? place_b<3>(row, piece)
-                                  : bits == 2 ? place_b<2>(row, piece)
-                                              : place_b<1>(row, piece);
+                         s.rank, kStrip, 0, [bits](int row, int piece) {
+                           return (row << bits | piece) ^ (bits == 1 ? (row >> 3 & 3) << 1 : (row >> 3 & 1) << 2);
                          });
           }
           const T* const y = static_cast<const T*>(args.y) + s.begin + c + 8 * piece;
 #pragma unroll 1
           for (int u = 0; u < units; ++u) {
-            copy_rows(y, args.y_stride, first_row + 16 * u, c + 8 * piece < s.width, false,
+            copy_rows(y, b.shared.y_at, 16 * u * S::kRowParts, s.width - c - 8 * piece, false,
                       [](int row, int piece) { return place_y(row, piece); });
           }
         }
@@ -297,32 +309,46 @@ template <class T, class S, int kT>
 struct Consumer {
   static constexpr int kWarpGroups = 2 * S::kWarpUnits;  // of eight rows
   using Sums = float[kT][kWarpGroups][4];
+  // The first of a unit's two groups of rows.
+  __device__ __forceinline__ int group_of(int unit) const { return 2 * (unit * S::kRowParts + b.part); }
 
   const Block& b;
-  Ring<S::kWeightUnits> weights = {b.weights, b.weight_barriers};
-  Ring<S::kRowUnits> rows = {b.rows, b.row_barriers};
+  Ring<S::kWeightUnits, kUnitBytes * S::kQuadTeams> weights = {b.weights, b.weight_barriers};
+  Ring<S::kRowStages, 4 * kUnitBytes> rows = {b.rows, b.row_barriers};
+
+  // Four neighbouring registers that a product takes come from two loads. A move that the compiler does not see through
+  // puts them together once; otherwise it does so before each product.
+  __device__ __forceinline__ uint32_t moved(uint32_t word) const {
+    uint32_t result;
+    asm volatile("xor.b32 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(b.zero));
+    return result;
+  }
 
   // A tile of A of a piece, as products take it.
   __device__ __forceinline__ void read_a(uint32_t (&a)[4][4]) {
     const int g = b.lane / 4, t = b.lane % 4;
     weights.wait_full();
-    const uint32_t upper_at = weights.unit() + 16 * place<3>(g, t), lower_at = weights.unit() + 16 * place<3>(g + 8, t);
+    const uint32_t unit = weights.unit() + b.in_quad / S::kRowParts * kUnitBytes;
+    const uint32_t upper_at = unit + 16 * place<3>(g, t), lower_at = unit + 16 * place<3>(g + 8, t);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint4 upper = load_shared_16(upper_at ^ 64 * c), lower = load_shared_16(lower_at ^ 64 * c);
-      a[2 * c][0] = upper.x, a[2 * c][1] = lower.x, a[2 * c][2] = upper.y, a[2 * c][3] = lower.y;
-      a[2 * c + 1][0] = upper.z, a[2 * c + 1][1] = lower.z, a[2 * c + 1][2] = upper.w, a[2 * c + 1][3] = lower.w;
+      a[2 * c][0] = moved(upper.x), a[2 * c][1] = moved(lower.x);
+      a[2 * c][2] = moved(upper.y), a[2 * c][3] = moved(lower.y);
+      a[2 * c + 1][0] = moved(upper.z), a[2 * c + 1][1] = moved(lower.z);
+      a[2 * c + 1][2] = moved(upper.w), a[2 * c + 1][3] = moved(lower.w);
     }
     weights.release(b.lane);
   }
+  __device__ __forceinline__ uint32_t rows_unit() const { return rows.unit() + b.in_quad * kUnitBytes; }
   // 16 rows of x: of rows g and g + 8.
   __device__ __forceinline__ void read_x(uint4 (&x)[2][2]) {
     const int g = b.lane / 4, t = b.lane % 4;
     rows.wait_full();
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      x[0][c] = load_shared_16((rows.unit() + 16 * place<3>(g, t)) ^ 64 * c);
-      x[1][c] = load_shared_16((rows.unit() + 16 * place<3>(g + 8, t)) ^ 64 * c);
+      x[0][c] = load_shared_16((rows_unit() + 16 * place<3>(g, t)) ^ 64 * c);
+      x[1][c] = load_shared_16((rows_unit() + 16 * place<3>(g + 8, t)) ^ 64 * c);
     }
     rows.release(b.lane);
   }
@@ -347,6 +373,7 @@ struct Consumer {
 
   template <bool kAlone>
   __device__ __forceinline__ void add_piece(Sums& sums, int units, int tiles) {
+    // What there is least of stays in registers.
     if constexpr (kT == 1) {
       uint32_t a[4][4];
       read_a(a);
@@ -407,13 +434,15 @@ struct Consumer {
 #pragma unroll 1
     for (int c = 0; c < S::kTeamChains; ++c) {
       Sums sums = {};
-      add_chain(sums, (b.rank * S::kTeams + b.team) * S::kTeamChains + c, units, pass.tiles);
+      // The second team of a quad adds zeros where it has no piece.
+      add_chain(sums, (b.rank * S::kTeams + b.quad_team) * S::kTeamChains + c, units, pass.tiles);
       static_assert(S::kTeamChains <= 2, "neighbours of a balanced tree");
 #pragma unroll
       for (int j = 0; j < kT; ++j) {
 #pragma unroll
         for (int i = 0; i < kWarpGroups; ++i) {
-          float4* const to = b.parts + ((b.team * kT + j) * kGroups + b.part * kWarpGroups + i) * 32 + b.lane;
+          float4* const to =
+              b.parts + ((b.team * kT + j) * kGroups + group_of(i / 2) + i % 2) * 32 + b.lane;
           float4 sum = {sums[j][i][0], sums[j][i][1], sums[j][i][2], sums[j][i][3]};
           if (c > 0) sum.x += to->x, sum.y += to->y, sum.z += to->z, sum.w += to->w;
           *to = sum;
@@ -435,11 +464,11 @@ struct Consumer {
     return v[0];
   }
 
-  // v of a pass, as pairs of numbers, from the sums of all blocks. A warp has a group of eight rows, a lane of each tile
+  // v of a pass, as pairs of numbers, from the sums of all blocks. A warp has a group of eight rows; a lane has of each tile
   // ranks g and g + 8 of rows 2t and 2t + 1. `number`: of passes before.
-  __device__ __forceinline__ void exchange(const Pass& pass, int number) {
+  __device__ __forceinline__ void exchange(const Pass& pass, int number, int group) {
     Shared& shared = b.shared;
-    const int g = b.lane / 4, t = b.lane % 4, group = b.team * S::kRowParts + b.part;
+    const int g = b.lane / 4, t = b.lane % 4;
     const uint32_t barrier = shared_address(&shared.received);
     float4 own[kT];
     if (number == 0) {
@@ -545,125 +574,158 @@ struct Consumer {
         }
       }
     }
-    hopper::named_barrier_sync(1, 32 * kWarps);
   }
 
-  // kChunks of 32 ranks, 0 standing for a half one: of B of a strip, as products take it. Rows g and g + 8 of product j
-  // are outputs 8g + 2j and 8g + 2j + 1.
+  // Of B of a strip what products j take, of kChunks of 32 ranks, 0 standing for a half one: rows g and g + 8 of it are
+  // outputs 8g + 2j and 8g + 2j + 1. `from`: the lane's unit.
   template <int kChunks, int kProducts>
-  __device__ __forceinline__ void read_b(uint32_t (&w)[4][kProducts][4]) {
+  __device__ __forceinline__ void read_b(uint32_t (&w)[kProducts][4], uint32_t from, int j) const {
     constexpr int kRowBits = kChunks + 1;  // log2 of the pieces of a row
-    constexpr int kUnitRows = 128 >> kRowBits;
     const int g = b.lane / 4, t = b.lane % 4;
-    Ring<S::kWeightUnits> last = weights;
 #pragma unroll
-    for (int u = 0; u < kStrip / kUnitRows; ++u) {
-      last.wait_full();
-      last.advance();
-    }
-    int slot = weights.slot + 8 * g / kUnitRows;
-    slot = slot >= S::kWeightUnits ? slot - S::kWeightUnits : slot;
-    const uint32_t from = weights.units + slot * kUnitBytes;
+    for (int h = 0; h < 2; ++h) {
+      const int row = (8 * g) % (128 >> kRowBits) + 2 * j + h;
+      if constexpr (kChunks == 0) {
+        uint2 words;
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(words.x), "=r"(words.y)
+                     : "r"(from + 16 * place_b<1>(row, t / 2) + t % 2 * 8)
+                     : "memory");
+        w[0][h] = moved(words.x), w[0][2 + h] = moved(words.y);
+      } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = (8 * g) % kUnitRows + 2 * j + h;
-        if constexpr (kChunks == 0) {
-          asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                       : "=r"(w[j][0][h]), "=r"(w[j][0][2 + h])
-                       : "r"(from + 16 * place_b<1>(row, t / 2) + t % 2 * 8)
-                       : "memory");
-        } else {
-#pragma unroll
-          for (int q = 0; q < kChunks; ++q) {
-            const uint4 words = load_shared_16(from + 16 * place_b<kRowBits>(row, 4 * q + t));
-            w[j][2 * q][h] = words.x, w[j][2 * q][2 + h] = words.y;
-            w[j][2 * q + 1][h] = words.z, w[j][2 * q + 1][2 + h] = words.w;
-          }
+        for (int q = 0; q < kChunks; ++q) {
+          const uint4 words = load_shared_16(from + 16 * place_b<kRowBits>(row, 4 * q + t));
+          w[2 * q][h] = moved(words.x), w[2 * q][2 + h] = moved(words.y);
+          w[2 * q + 1][h] = moved(words.z), w[2 * q + 1][2 + h] = moved(words.w);
         }
       }
     }
-#pragma unroll
-    for (int u = 0; u < kStrip / kUnitRows; ++u) weights.release(b.lane);
   }
 
   template <int kChunks>
   __device__ __forceinline__ void expand(const Slice& s, int first_tile, int slice_of_pass, int units) {
     static_assert(kChunks <= 2);
     constexpr int kProducts = kChunks == 0 ? 1 : 2 * kChunks;
+    constexpr int kUnitRows = 64 >> kChunks, kUnits = kStrip / kUnitRows;
+    constexpr bool kInRegisters = kProducts <= 2;  // B of a strip
     const int g = b.lane / 4, t = b.lane % 4, count = b.shared.work.count;
-    const uint32_t v =
-        shared_address(b.parts) + 16 * ((first_tile * kGroups + b.part * kWarpGroups) * 32 + b.lane);
+    const uint32_t v = shared_address(b.parts) + 16 * (first_tile * kGroups * 32 + b.lane);
     const uint32_t y_at = 16 * place_y(2 * t, g);
 #pragma unroll 1
-    for (int c = (b.rank * S::kTeams + b.team) * kStrip; c < s.width; c += S::kBlocks * S::kTeams * kStrip) {
-      uint32_t w[4][kProducts][4];
-      read_b<kChunks>(w);
-      T* const y = static_cast<T*>(b.args.y) + s.begin + c + 8 * g;
+    for (int of_quad = (b.rank * S::kTeams + b.quad_team) * kStrip; of_quad < s.width;
+         of_quad += S::kBlocks * S::kTeams * kStrip) {
+      const int c = of_quad + (b.team - b.quad_team) * kStrip;  // may be behind the end
+      auto last = weights;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        last.wait_full();
+        last.advance();
+      }
+      int slot = weights.slot + 8 * g / kUnitRows;
+      slot = slot >= S::kWeightUnits ? slot - S::kWeightUnits : slot;
+      const uint32_t from =
+          weights.units + (slot * S::kQuadTeams + b.in_quad / S::kRowParts) * kUnitBytes;
+      uint32_t w[kInRegisters ? 4 : 1][kProducts][4];
+      if constexpr (kInRegisters) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) read_b<kChunks>(w[j], from, j);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) weights.release(b.lane);
+      }
+      char* const y = static_cast<char*>(b.args.y) + sizeof(T) * (s.begin + c + 8 * g);
       const bool inside = c + 8 * g < s.width;
 #pragma unroll 1
       for (int u = 0; u < units; ++u) {
-        float sums[2][4][4] = {};
+        uint4 pairs[2][kProducts];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int p = 0; p < kProducts; ++p) {
-            const uint4 pair = load_shared_16(v + 512 * (p * kGroups + 2 * u + h));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[h][j], w[j][p], {pair.x, pair.y});
-#pragma unroll
-            for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[h][j], w[j][p], {pair.z, pair.w});
+            pairs[h][p] = load_shared_16(v + 512 * (p * kGroups + group_of(u) + h));
           }
         }
         rows.wait_full();
-        uint4 old[2][2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          old[h][0] = load_shared_16(rows.unit() + y_at + 1024 * h);
-          old[h][1] = load_shared_16((rows.unit() + y_at + 1024 * h + 128) ^ 16);
-        }
-        rows.release(b.lane);
+        uint32_t words[2][2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int row = b.part * S::kWarpRows + 16 * u + 8 * h + 2 * t + e;
-            float factor = s.scale;
-            if constexpr (std::is_same_v<T, __half>) factor *= b.shared.up[slice_of_pass][row];
-            const uint32_t words[4] = {old[h][e].x, old[h][e].y, old[h][e].z, old[h][e].w};
-            uint32_t after[4];
+            const uint4 four = load_shared_16((rows_unit() + y_at + 1024 * h + 128 * e) ^ 16 * e);
+            words[h][e][0] = four.x, words[h][e][1] = four.y, words[h][e][2] = four.z, words[h][e][3] = four.w;
+          }
+        }
+        rows.release(b.lane);
+        float factors[2][2];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            factors[h][e] = s.scale;
+            if constexpr (std::is_same_v<T, __half>) {
+              factors[h][e] *= b.shared.up[slice_of_pass][8 * (group_of(u) + h) + 2 * t + e];
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (!kInRegisters) read_b<kChunks>(w[0], from, j);
+          const auto& of_j = w[kInRegisters ? j : 0];
+          float sums[2][4] = {};
+#pragma unroll
+          for (int p = 0; p < kProducts; ++p) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[h], of_j[p], {pairs[h][p].x, pairs[h][p].y});
+#pragma unroll
+            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[h], of_j[p], {pairs[h][p].z, pairs[h][p].w});
+          }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              uint32_t& word = words[h][e][j];
               float2 before;
               if constexpr (std::is_same_v<T, __half>) {
-                before = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
+                before = __half22float2(*reinterpret_cast<const __half2*>(&word));
               } else {
-                before = {__uint_as_float(words[j] << 16), __uint_as_float(words[j] & 0xffff0000u)};
+                before = {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
               }
-              after[j] = pack<T>(fmaf(factor, sums[h][j][e], before.x), fmaf(factor, sums[h][j][2 + e], before.y));
+              word = pack<T>(fmaf(factors[h][e], sums[h][e], before.x), fmaf(factors[h][e], sums[h][2 + e], before.y));
             }
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int row = 8 * (group_of(u) + h) + 2 * t + e;
+            const uint32_t (&after)[4] = words[h][e];
             if (row < count && inside) {
-              asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + b.shared.work.rows[row] *
-                                                                                     b.args.y_stride),
-                           "r"(after[0]), "r"(after[1]), "r"(after[2]), "r"(after[3])
+              asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + b.shared.y_at[row]), "r"(after[0]),
+                           "r"(after[1]), "r"(after[2]), "r"(after[3])
                            : "memory");
             }
           }
         }
+      }
+      if constexpr (!kInRegisters) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) weights.release(b.lane);
       }
     }
   }
 
   __device__ __forceinline__ void run() {
     Shared& shared = b.shared;
-    const int units = min((shared.work.count - b.part * S::kWarpRows + 15) / 16, S::kWarpUnits);
+    const int units = warp_units<S>(shared.work.count);
 #pragma unroll 1
     for (int p = 0; p < shared.num_passes; ++p) {
       const Pass& pass = shared.passes[p];
       if (p > 0) hopper::named_barrier_sync(1, 32 * kWarps);  // v is used no more
       shrink(pass, units);
-      exchange(pass, p);
+      const int warp = b.team * S::kRowParts + b.part;
+      if (warp < kGroups) exchange(pass, p, warp);
+      hopper::named_barrier_sync(1, 32 * kWarps);  // v is there
       int tile = 0;
 #pragma unroll 1
       for (int i = pass.begin; i < pass.end; ++i) {
