@@ -3,7 +3,7 @@
 // are no programmatic dependents (their own time, measured without the calls, is taken off); `two`, alone, the same by
 // shrink and expand (dispatch_bgmv up to 256 rows, sgmv_shrink otherwise), where all ranks are equal and there is one
 // slice; `floor`, 1.5 us and the bytes: weights of each adapter and x once at 4.5 TB/s, y read and written at 4.13.
-// Usage: add_lora_probe [part of a work's name]
+// Usage: add_lora_probe [beginning of a work's name]...
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -176,7 +176,8 @@ void probe(const Work& work) {
            }) /
            calls;
   };
-  const double early = chain(true), standard = chain(false);
+  const bool only_alone = std::getenv("PROBE_ALONE") != nullptr;
+  const double early = only_alone ? 0 : chain(true), standard = only_alone ? 0 : chain(false);
   const double empty = time_graph([&](cudaStream_t stream) {
     for (int64_t i = 0; i < calls; ++i) nothing<<<1, 32, 0, stream>>>();
   });
@@ -191,9 +192,9 @@ void probe(const Work& work) {
            calls;
   };
   const double ours = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, false); });
-  const double ours_early = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
-  const bool comparable =
-      slices == 1 && work.slot == 0 && work.ranks.size() == 1 && (work.rows <= 256 || segments == n);
+  const double ours_early = only_alone ? 0 : alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
+  const bool comparable = !only_alone && slices == 1 && work.slot == 0 && work.ranks.size() == 1 &&
+                          (work.rows <= 256 || segments == n);
   const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
   const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
                        4.0 * work.rows * width / 4.13e6;
@@ -236,11 +237,19 @@ int main(int argc, char** argv) {
       {"slots of 64, B=64 distinct r=8", 64, 4096, {4096}, 64, true, {8}, 64},
       {"slots of 64, B=64 distinct r=16", 64, 4096, {4096}, 64, true, {16}, 64},
       {"slots of 64, B=16 8 adapters r=16", 16, 4096, {4096}, 8, true, {16}, 64},
+      {"8x512 r=32", 4096, 4096, {4096}, 8, false, {32}},
+      {"QKV 8x512 r=16", 4096, 4096, {4096, 1024, 1024}, 8, false, {16}},
+      {"gate_up 8x512 r=16", 4096, 4096, {14336, 14336}, 8, false, {16}},
+      {"down 8x512 r=16", 4096, 14336, {4096}, 8, false, {16}},
+      {"8x1024 r=16", 8192, 4096, {4096}, 8, false, {16}},
+      {"16x1024 r=16", 16384, 4096, {4096}, 16, false, {16}},
+      {"4x512 r=16", 2048, 4096, {4096}, 4, false, {16}},
       {"2x256 r=16", 512, 4096, {4096}, 2, false, {16}},
       {"4x256 r=16", 1024, 4096, {4096}, 4, false, {16}},
   };
   for (const Work& work : works) {
-    if (argc < 2 || std::string(work.name).find(argv[1]) != std::string::npos) probe(work);
+    const auto named = [&](const char* beginning) { return std::string(work.name).starts_with(beginning); };
+    if (argc < 2 || std::any_of(argv + 1, argv + argc, named)) probe(work);
   }
   return 0;
 }
