@@ -655,7 +655,8 @@ void run_all() {
     Case c = {};
     c.rows = distinct;
     c.h_in = distinct == 33 ? 8200 : 4608;
-    c.offsets = {0, 64};
+    c.offsets = {0, 32};
+    if (distinct >= 128) c.offsets = {0, 32, 64, 96};
     c.ranks.assign(distinct, distinct == 127 ? 32 : 16);
     c.pattern = 1;
     run_case<T>(c, random);
