@@ -7,7 +7,6 @@
 // follows from h_in, the data type and the code path; what else is chosen here changes no bits.
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
@@ -19,7 +18,6 @@
 #include "src/cuda/lora/bgmv_short.cuh"
 
 namespace punica::cuda {
-int g_bgmv_variant = getenv("BGMV_VARIANT") ? atoi(getenv("BGMV_VARIANT")) : 0;
 namespace {
 
 using namespace bgmv;
@@ -53,8 +51,6 @@ Status for_parts(BgmvArgs args, int64_t tiles, int64_t max_rows, Launch launch) 
 // Blocks below which there is room to spare: two of them a multiprocessor. Nothing that depends on it changes bits.
 constexpr int64_t kFewBlocks = 256;
 
-int64_t deep_min_blocks() { return (g_bgmv_variant & 2) ? ((g_bgmv_variant & 256) ? 1 : 512) : 1 << 30; }
-
 // ---- sm_90 ---------------------------------------------------------------------------------------------------------
 
 // Blocks along x: see BlockRow.
@@ -81,10 +77,17 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
       });
 }
 
+// Whether blocks of bgmv_diagonal_deep_kernel fill the multiprocessors, and where the next kernel reads nothing early
+// and the adapters are so few that most rows share theirs, bgmv_diagonal_kernel is faster.
+bool prefer_deep(const BgmvArgs& args) {
+  const int64_t blocks = args.batch * div_up(args.h_out, kDeepOutputs);
+  if (args.one_adapter) return false;
+  return args.early_reads ? blocks >= 256 : blocks >= 128 && args.batch <= 2 * args.num_adapters;
+}
+
 template <class T>
 Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
   args.resident = args.steps;
-  args.window = g_bgmv_variant / 1024 % 4 == 0 ? 3 : g_bgmv_variant / 1024 % 4;
   return for_parts(args, div_up(args.h_out, kDeepOutputs), kMaxRowsY,
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
@@ -141,13 +144,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   }
   if (prefer_dense(args)) return launch_dense<T>(launcher, args);
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
-  if (whole && args.steps == 2 && ranks == 4 && args.batch * div_up(args.h_out, kDeepOutputs) >= deep_min_blocks() &&
-      (!args.one_adapter || args.group_rows == 1)) {
-    return launch_diagonal_deep<T>(launcher, args);
-  }
-  if ((g_bgmv_variant & 4) != 0 && args.early_reads && whole && args.steps > 4 && ranks == 2) {
-    return launch_diagonal<T, 4, 4, true, true>(launcher, args);
-  }
+  if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
       return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
@@ -202,9 +199,9 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
     rounds = 2;
   }
-  const bool deep = ((g_bgmv_variant & 8) != 0 || ((g_bgmv_variant & 16) != 0 && args.early_reads)) &&
-                    !args.one_adapter &&
-                    args.batch * div_up(args.h_out, rounds * kBlockRoundRows) >= ((g_bgmv_variant & 256) ? 1 : 1024);
+  // Blocks with two tiles of twice as many outputs: for chains, where there are enough of them.
+  const bool deep =
+      args.early_reads && !args.one_adapter && args.batch * div_up(args.h_out, rounds * kBlockRoundRows) >= 1024;
   if constexpr (kSteps == 0) {
     if (deep && rounds == 4) return launch_bulk_short<T, 0, 4, true>(launcher, args);
   } else if constexpr (kSteps == 2) {

@@ -24,13 +24,12 @@ struct BgmvArgs {
                      // sm_80: and y two elements at a time
   bool wide_y;       // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
   bool one_adapter;  // sm_90: there is no other, see BlockRow
-  int window;
-  int first_tile;   // of h_out, at blockIdx.y = 0
-  int group_rows;   // sm_90: rows of a group, at most; a power of two
-  int k_warp_bits;  // long K on sm_90: log2 of the warps that share K
-  int resident;     // long K on sm_90: steps of a warp whose weights are in shared memory at a time
-  int steps;        // long K: steps of a warp
-  int team;         // float32: threads that share a row of W
+  int first_tile;    // of h_out, at blockIdx.y = 0
+  int group_rows;    // sm_90: rows of a group, at most; a power of two
+  int k_warp_bits;   // long K on sm_90: log2 of the warps that share K
+  int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time
+  int steps;         // long K: steps of a warp
+  int team;          // float32: threads that share a row of W
 };
 
 // ---- Rows that share an adapter ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 //
 // A block takes eight outputs: four units of weights, 16 KiB each. Three are in shared memory; the first moves on to
 // registers when it is there, and the fourth takes its place. So all weights of a block are asked for before the wait,
-// four blocks have room on a multiprocessor, and a call of 64 MiB... 32 MiB finds room at once.
+// and four blocks have room on a multiprocessor: 32 MiB of weights need one wave of blocks.
 #pragma once
 
 #include <algorithm>
@@ -57,9 +57,10 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
                  : "memory");
     return a;
   };
+  // Early, a unit is asked for when the one before it is there: what the kernel before still has to read and write
+  // stands in line behind all that has been asked for. Else, two at a time.
   start_unit(0, 0);
-  if (args.window >= 2) start_unit(1, 1);
-  if (args.window >= 3) start_unit(2, 2);
+  if (!args.early_reads) start_unit(1, 1);
   const T* const x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
   float* const sums =
       reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&shared + 1) + kDeepPlaces * kDeepPlaceBytes);
@@ -74,18 +75,17 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
   };
   if (!args.early_reads) load_rows();
   Words<4> first[kUnit];
-  if (args.window == 1) {
+  if (args.early_reads) {
     copy_wait<0>();
     start_unit(1, 1);
     copy_wait<0>();
     start_unit(2, 2);
     copy_wait<0>();
-  } else if (args.window == 2) {
+  } else {
     copy_wait<1>();
     start_unit(2, 2);
     copy_wait<1>();
   }
-  copy_wait<2>();
 #pragma unroll
   for (int q = 0; q < kUnit; ++q) first[q] = read(0, q);
   start_unit(3, 0);

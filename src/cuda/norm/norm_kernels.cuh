@@ -27,8 +27,12 @@ struct Args {
 // Rows of one warp have a block of several such rows.
 inline constexpr int kMinBlock = 128;
 
-// So few rows that one row's chain of load, sum and store is all there is to wait for.
-inline constexpr int64_t kFewRows = 16;
+// When a block asks for the weight. The arithmetic is the same.
+enum class Weight { kWithRow, kAfterRow, kAfterSum };
+
+// So few blocks that one row's chain of load, sum and store is all there is to wait for.
+inline constexpr unsigned kFewBlocks = 16;
+inline constexpr int64_t kFewRows = 16;  // of a block each, in rms_norm_few_rows
 
 // 16 bytes of a row: kSize elements as they lie in memory.
 template <class T>
@@ -171,50 +175,35 @@ struct Squares {
   __device__ __forceinline__ float total() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 };
 
-// Each warp's part of a row's sum, in shared memory: two terms, whose sum the reader makes.
+// Each warp's part of a row's sum, in shared memory.
 struct alignas(16) Partial {
-  float terms[64];
+  float of_warp[32];
 
-  // Of warps `warp` (even) and the next one.
-  __device__ __forceinline__ float sum_of_two(int warp) const {
-    const float4 p = *reinterpret_cast<const float4*>(&terms[2 * warp]);
+  __device__ __forceinline__ float sum_of_four(int first) const {
+    const float4 p = *reinterpret_cast<const float4*>(&of_warp[first]);
     return (p.x + p.y) + (p.z + p.w);
   }
 };
 
 // The sum over the `num_warps` warps of a row (1, 4, 8 or more), in every thread of them. All threads of the block call
-// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees, and
-// the last addition of a warp's sum left to the readers.
+// it. Nothing waits for it but the row's end, in a chain of small rows a third of all time: hence the short trees.
 __device__ __forceinline__ float row_sum(float value, int num_warps, Partial& partial) {
-  if (num_warps == 1) return warp_sum(value);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-#pragma unroll
-  for (int other = 16; other > 1; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
-  if (lane < 2) partial.terms[2 * warp + lane] = value;
+  value = warp_sum(value);
+  if (num_warps == 1) return value;
+  if (threadIdx.x % 32 == 0) partial.of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   if (num_warps > 8) {
-    const float2 p = *reinterpret_cast<const float2*>(&partial.terms[2 * lane]);
-    return warp_sum(lane < num_warps ? p.x + p.y : 0.0f);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return warp_sum(lane < num_warps ? partial.of_warp[lane] : 0.0f);
   }
-  const float sum = partial.sum_of_two(0) + partial.sum_of_two(2);
-  return num_warps == 4 ? sum : sum + (partial.sum_of_two(4) + partial.sum_of_two(6));
+  const float sum = partial.sum_of_four(0);
+  return num_warps == 4 ? sum : sum + partial.sum_of_four(4);
 }
-
-// A call, so that the compiler leaves it out of the common way.
-__device__ __noinline__ float reciprocal_root_of_denormal(float value) { return rsqrtf(value); }
 
 // Two units in the last place at most from the rounded root (CUDA's bound for rsqrtf): a correctly rounded root and a
 // division cost as much as the sum.
 __device__ __forceinline__ float scale_of(float sum, const Args& args) {
-  const float mean = fmaf(sum, args.inverse_columns, args.epsilon);
-  // rsqrtf without what it does for denormal numbers: only where epsilon is 0 is there any, of a row that nearly is.
-  float root;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(mean));
-  constexpr float kSmallestNormal = 1.17549435e-38f;
-  if (mean < kSmallestNormal) [[unlikely]] {
-    root = reciprocal_root_of_denormal(mean);
-  }
-  return root;
+  return rsqrtf(fmaf(sum, args.inverse_columns, args.epsilon));
 }
 
 template <class T>
@@ -240,7 +229,8 @@ constexpr int min_blocks(int threads, int chunks, bool streaming) {
 
 // Rows of at most kThreads * kChunks chunks, all full and aligned. One row a block, or one a warp. With kStreaming many
 // blocks hide each other's latency: registers are for rows in flight, so the weight is read when it is wanted, from
-// the first-level cache mostly. Without, the weight is asked for together with the row.
+// the first-level cache mostly. Without, the weight is asked for together with the row; or, where few blocks run, as
+// soon as the row is there, so that it does not stand in the row's way.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kStreaming>
 __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
                                   min_blocks(kThreads, kChunks, kStreaming))
@@ -260,10 +250,10 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
     const auto has = [&](int i) { return thread + i * kThreads < num_chunks; };
     const T* const weight_of_thread = static_cast<const T*>(args.weight) + thread * kSize;
     Chunk<T> weight[kChunks];
-    const auto load_weight = [&] {
+    const auto load_weight = [&](bool wanted = true) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
+        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
       }
     };
     int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
@@ -283,56 +273,103 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
         }
       }
     }
-    grid_dependency_wait<kArch>();
-    bool again = false;
-    // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's
-    // threads where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
-    for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
-      const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
-      Chunk<T> x[kChunks];
+    const auto do_rows = [&](auto when) {
+      constexpr Weight kWeight = decltype(when)::value;
+      grid_dependency_wait<kArch>();
+      bool again = false;
+      // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's
+      // threads where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
+      for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
+        const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
+        Chunk<T> x[kChunks];
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
-      }
-      if constexpr (!kStreaming) load_weight();
-      if (args.residual != nullptr) {
-        T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
+        for (int i = 0; i < kChunks; ++i) {
+          x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
+        }
+        if constexpr (kWeight == Weight::kWithRow) load_weight();
+        if (args.residual != nullptr) {
+          T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
 #pragma unroll
-        for (int first = 0; first < kChunks; first += kBatch) {
-          Chunk<T> old[kBatch];
+          for (int first = 0; first < kChunks; first += kBatch) {
+            Chunk<T> old[kBatch];
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
-          }
+            for (int i = 0; i < kBatch; ++i) {
+              old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
+            }
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            x[first + i] = add(x[first + i], old[i]);
-            store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            for (int i = 0; i < kBatch; ++i) {
+              x[first + i] = add(x[first + i], old[i]);
+              store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            }
           }
         }
-      }
-      Squares squares;
+        Squares squares;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
-      const float scale = scale_of(row_sum(squares.total(), kThreads / 32, partial[again]), args);
+        for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
+        const float squared = squares.total();
+        // Always wanted, but the compiler must think that it depends on the row.
+        if constexpr (kWeight == Weight::kAfterRow) load_weight(!(squared < 0.0f));
+        const float scale = scale_of(row_sum(squared, kThreads / 32, partial[again]), args);
 
-      if constexpr (kStreaming) load_weight();
-      T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
+        if constexpr (kWeight == Weight::kAfterSum) load_weight();
+        T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        for (int i = 0; i < kChunks; ++i) {
+          store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        }
       }
+    };
+    using When = std::conditional_t<kStreaming, std::integral_constant<Weight, Weight::kAfterSum>,
+                                    std::integral_constant<Weight, Weight::kWithRow>>;
+    if constexpr (!kStreaming && kThreads < 1024) {  // 1024 threads have no registers left
+      if (gridDim.x <= kFewBlocks) return do_rows(std::integral_constant<Weight, Weight::kAfterRow>{});
     }
+    do_rows(When{});
   }
 }
 
-// At most kFewRows rows, one a block. The same arithmetic; what is after the wait is as little code as can be. The
+// row_sum() with the last addition of a warp's sum left to the readers: the same sum, a step of the warp's tree
+// earlier.
+struct alignas(16) PairedPartial {
+  float terms[64];  // two of each warp
+
+  // Of warps `warp` (even) and the next one.
+  __device__ __forceinline__ float sum_of_two(int warp) const {
+    const float4 p = *reinterpret_cast<const float4*>(&terms[2 * warp]);
+    return (p.x + p.y) + (p.z + p.w);
+  }
+};
+
+// Over 4, 8 or 16 warps.
+__device__ __forceinline__ float paired_row_sum(float value, int num_warps, PairedPartial& partial) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll
+  for (int other = 16; other > 1; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+  if (lane < 2) partial.terms[2 * warp + lane] = value;
+  __syncthreads();
+  if (num_warps > 8) {
+    const float2 p = *reinterpret_cast<const float2*>(&partial.terms[2 * lane]);
+    return warp_sum(lane < num_warps ? p.x + p.y : 0.0f);
+  }
+  const float sum = partial.sum_of_two(0) + partial.sum_of_two(2);
+  return num_warps == 4 ? sum : sum + (partial.sum_of_two(4) + partial.sum_of_two(6));
+}
+
+// scale_of() without what rsqrtf does for denormal numbers.
+__device__ __forceinline__ float normal_scale_of(float sum, const Args& args) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(fmaf(sum, args.inverse_columns, args.epsilon)));
+  return root;
+}
+
+// At most kFewRows rows, one a block, and an epsilon that is no denormal number. The same arithmetic, bit for bit; what
+// is after the wait is as little code as can be, for that is all there is to wait for in a chain of such calls. The
 // weight is asked for as soon as the row is there, so that it does not stand in the row's way.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kResidual>
 __global__ void __launch_bounds__(kThreads) rms_norm_few_rows(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kSize = Chunk<T>::kSize;
-    __shared__ Partial partial;
+    __shared__ PairedPartial partial;
 
     launch_dependents<kArch>();
     const int thread = static_cast<int>(threadIdx.x);
@@ -377,7 +414,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_few_rows(const __grid_const
     for (int i = 0; i < kChunks; ++i) {
       weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
     }
-    const float scale = scale_of(row_sum(squared, kThreads / 32, partial), args);
+    const float scale = normal_scale_of(paired_row_sum(squared, kThreads / 32, partial), args);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       store_chunk<Access::kOnce>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
