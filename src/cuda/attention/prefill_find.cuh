@@ -15,8 +15,7 @@ template <int kRows>
 class ItemFinder {
  public:
   __device__ __forceinline__ explicit ItemFinder(const AttentionArgs& args)
-      : args_(args),
-        splits_apart_(args.num_slots > 0 && (args.num_sequences <= 32 || prefill_splits_apart(args))) {
+      : args_(args), splits_apart_(args.num_slots > 0 && (args.num_sequences <= 32 || prefill_splits_apart(args))) {
     load();
     if (args.num_sequences <= 32 && splits_apart_ && __shfl_sync(~0u, slots_end_, 31) > args.num_slots) {
       splits_apart_ = false;
