@@ -17,10 +17,10 @@ __global__ void reset_counter_kernel(unsigned* counter) {
 }
 
 // Ahead of the kernel that counts.
-template <Arch kArch>
-Status reset_counter(const Launcher& launcher, unsigned* counter) {
-  const LaunchShape shape;
-  return launcher.launch<reset_counter_kernel<kArch>>(shape, counter);
+inline Status reset_counter(const Launcher& launcher, unsigned* counter) {
+  return with_arch(launcher.arch, [&](auto arch) {
+    return launcher.launch<reset_counter_kernel<decltype(arch)::value>>(LaunchShape(), counter);
+  });
 }
 
 }  // namespace punica::cuda

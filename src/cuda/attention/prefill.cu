@@ -154,7 +154,7 @@ Status launch_prefill(const Launcher& launcher, const BatchPrefillParams& params
   unsigned* next_item = nullptr;
   if (params.tmpbuf.has_value() && items >= kCountedItems) {
     next_item = reinterpret_cast<unsigned*>(workspace);
-    PUNICA_RETURN_IF_ERROR(reset_counter<Arch::kSm90>(launcher, next_item));
+    PUNICA_RETURN_IF_ERROR(reset_counter(launcher, next_item));
   } else if (args.num_slots > 0) {
     args.partial_sums = reinterpret_cast<float*>(workspace);
     args.partial_states =
