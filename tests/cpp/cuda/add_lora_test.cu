@@ -681,8 +681,9 @@ void run_many() {
       Case c = {};
       c.rows = turn % 2 == 0 ? 2100 : 1100;
       c.h_in = h_in;
-      c.offsets = turn % 3 == 0 ? std::vector<int64_t>{0, 1024} : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
-                                                                                : std::vector<int64_t>{0, 72, 1000};
+      c.offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
+                  : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
+                                  : std::vector<int64_t>{0, 72, 1000};
       c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
       c.ranks = ranks;
       c.rank_turn = turn % 2;
