@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 SOURCES := $(shell find include src bindings python cmake -type f -not -path '*/__pycache__/*') CMakeLists.txt \
-           pyproject.toml README.md $(wildcard tests/cpp/CMakeLists.txt examples/cpp/CMakeLists.txt)
+           pyproject.toml README.md $(wildcard licenses/*.txt) tools/sbom.py $(wildcard tests/cpp/CMakeLists.txt examples/cpp/CMakeLists.txt)
 CXX_FILES := $(shell find include src bindings tests examples benchmarks \
                -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 
@@ -32,7 +32,7 @@ $(STAMPS)/packages-clang: $(STAMPS)/packages
 	@tools/setup.sh packages clang $$(apt-cache show libclang-rt-dev > /dev/null 2>&1 && echo libclang-rt-dev)
 	@touch $@
 
-$(VENV)/.requirements: requirements-dev.txt $(STAMPS)/packages
+$(VENV)/.requirements: requirements-build.txt requirements-dev.txt $(STAMPS)/packages
 	@tools/setup.sh venv
 	@touch $@
 
@@ -40,12 +40,27 @@ $(VENV)/.wheel: $(SOURCES) $(VENV)/.requirements
 	@tools/setup.sh build
 	@touch $@
 
+# vLLM pins much of what it needs, so it has an environment of its own.
+VLLM_BIN := .venv-vllm/bin
+.venv-vllm/.requirements: requirements-vllm.txt $(STAMPS)/packages
+	@tools/setup.sh vllm
+	@touch $@
+
+.venv-vllm/.wheel: $(VENV)/.wheel .venv-vllm/.requirements
+	@$(VLLM_BIN)/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall build/dist/*.whl
+	@touch $@
+
 .PHONY: setup build
 setup: $(VENV)/.requirements ## Install the system packages and the Python environment (.venv)
 build: $(VENV)/.wheel ## Build the wheel (build/dist) and install it into .venv
 
+.PHONY: wheel
+wheel: build ## The wheel as it is released (build/dist): checked, with an SBOM, run in an empty environment
+	@$(BIN)/python tools/check_wheel.py build/dist/*.whl
+	@tools/test_wheel.sh --selftest build/dist/*.whl $(PYTHON)
+
 # ---- The demo ------------------------------------------------------------------------------------------------------
-.PHONY: demo bench-cpu bench-cuda
+.PHONY: demo bench-cpu bench-cuda bench-vllm
 demo: build ## Serve eight prompts through four adapters in one batch, on the CPU
 	@$(BIN)/python examples/demo.py
 
@@ -55,8 +70,11 @@ bench-cpu: build ## Measure the CPU backend beside its rivals (benchmarks/result
 bench-cuda: build ## Measure the CUDA backend beside its floors and torch (needs a GPU, and torch built for it)
 	@$(BIN)/python benchmarks/bench_cuda.py
 
+bench-vllm: .venv-vllm/.wheel ## Measure LoRA in vLLM on the CPU: our wrapper and its own, side by side
+	@$(VLLM_BIN)/python benchmarks/bench_vllm.py
+
 # ---- Tests ---------------------------------------------------------------------------------------------------------
-.PHONY: test test-cpp test-python test-cuda-sanitize test-sanitize test-tsan test-aarch64
+.PHONY: test test-cpp test-python test-peft test-vllm test-cuda-sanitize test-sanitize test-tsan test-aarch64
 test: test-cpp test-python ## C++ tests for every instruction set, the C++ example, Python tests
 
 test-cpp: build ## C++ tests and example
@@ -65,6 +83,12 @@ test-cpp: build ## C++ tests and example
 
 test-python: build ## Python tests, against the installed wheel
 	@$(BIN)/python -m pytest tests/python -q
+
+test-peft: build ## PEFT's own tests of mixed batches, with every model accelerated
+	@tools/test_peft.sh $(BIN)/python
+
+test-vllm: .venv-vllm/.wheel ## vLLM serving with the plugin: against its own LoRA, two workers, the OpenAI client
+	@$(VLLM_BIN)/python -m pytest tests/vllm -q -o pythonpath="tests/vllm tests/python"
 
 test-cuda-sanitize: build ## The CUDA kernels under compute-sanitizer (needs a GPU)
 	@cmake --build build/release -j $(JOBS) --target punica_tests
@@ -106,4 +130,4 @@ lint: build ## clang-format, clang-tidy, ruff, mypy
 
 .PHONY: clean
 clean: ## Remove what was built, and .venv
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) .venv-vllm

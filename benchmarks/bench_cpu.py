@@ -14,7 +14,6 @@ of a rival's.
 import argparse
 import datetime
 import gc
-import json
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import punica_kernels as pk
 import report
+import results_form
 import torch
 from harness import (
     MAX_ROUNDS,
@@ -187,8 +187,7 @@ def main() -> int:
         "rows": rows,
     }
     report.print_table(result)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    results_form.write(arguments.output / "cpu.json", result)
     (arguments.output / "cpu.md").write_text(report.markdown(result))
     if any(row["group"] == report.MIXED for row in rows) and len({row["group"] for row in rows}) > 2:
         report.plot(result, [arguments.output / "cpu.svg", arguments.output / "cpu.png"])

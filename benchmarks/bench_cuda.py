@@ -23,11 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cuda_add_lora
 import cuda_attention
 import cuda_grid
 import cuda_report
 import cuda_works
 import punica_kernels as pk
+import results_form
 import torch
 from cuda_harness import FloorLibrary
 from works import overhead
@@ -35,6 +37,7 @@ from works import overhead
 GROUPS = {
     "BGMV": cuda_works.bgmv_rows,
     "SGMV": cuda_works.sgmv_rows,
+    "add_lora": cuda_add_lora.rows,
     "RMS norm": cuda_works.norm_rows,
     "Decode attention": cuda_attention.decode_rows,
     "Prefill attention": cuda_attention.prefill_rows,
@@ -158,9 +161,8 @@ def main() -> int:
             print("not written: only a part was measured (--output FOLDER writes it)")
             return 0
         arguments.output = Path(__file__).parent / "results"
-    arguments.output.mkdir(parents=True, exist_ok=True)
     name = "cuda_grid" if arguments.grid else "cuda"
-    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    results_form.write(arguments.output / f"{name}.json", result)
     text = cuda_grid.markdown(result) if arguments.grid else cuda_report.markdown(result)
     (arguments.output / f"{name}.md").write_text(text)
     print(f"written to {arguments.output}")

@@ -10,13 +10,13 @@ real model.
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import punica_kernels as pk
+import results_form
 import torch
 from punica_kernels.engine import Engine, SamplingParams
 from punica_kernels.engine.adapters import Adapters
@@ -137,7 +137,7 @@ def main() -> int:
     print(f"graphs and single launches generate the same tokens: {unchanged}")
     print(f"requests whose tokens an adapter changed: {changed_by_adapters} of {args.batch}")
     result = {
-        "command": "python benchmarks/bench_engine.py",  # with these settings
+        "command": " ".join(["python", "benchmarks/bench_engine.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
@@ -150,8 +150,7 @@ def main() -> int:
         "changed_by_adapters": changed_by_adapters,
         "rows": rows,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "engine_cuda.json").write_text(json.dumps(result, indent=1) + "\n")
+    results_form.write(args.output / "engine_cuda.json", result)
     return 0 if unchanged else 1
 
 

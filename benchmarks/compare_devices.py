@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import punica_kernels as pk
+import results_form
 import torch
 from punica_kernels import cli
 from punica_kernels.engine import Engine, SamplingParams, load_engine
@@ -118,6 +119,21 @@ def compare(model: str, adapters: list[str], dtype: str, max_tokens: int) -> dic
     return {"dtype": dtype, "captured_graphs": graphs, "requests": requests}
 
 
+def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "work": f"{run['dtype']}, {request['adapter'] or 'no adapter'}: {request['prompt']}",
+            "unit": "largest difference of logits, of the largest logit",
+            "ours": request["logit_difference"],
+            "floor": None,
+            "goal": FLOAT32_TIE if run["dtype"] == "float32" else None,
+            "rivals": {},
+        }
+        for run in runs
+        for request in run["requests"]
+    ]
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"`punica generate` on the CPU and on an {result['device']}, {result['date'][:10]}, torch "
@@ -165,7 +181,7 @@ def main() -> int:
             model, label = args.model, Path(args.model).name
         runs = [compare(model, adapters, dtype, args.max_tokens) for dtype in args.dtypes]
     result = {
-        "command": f"python benchmarks/compare_devices.py --max-tokens {args.max_tokens}",
+        "command": " ".join(["python", "benchmarks/compare_devices.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
@@ -174,10 +190,10 @@ def main() -> int:
             "torch": torch.__version__,
         },
         "model": label,
+        "rows": rows_of(runs),
         "runs": runs,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "generate_devices.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    results_form.write(args.output / "generate_devices.json", result)
     text = markdown(result)
     (args.output / "generate_devices.md").write_text(text)
     print(text)

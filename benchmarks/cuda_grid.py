@@ -1,7 +1,10 @@
 """The wide grid: many widths, ranks, row counts and popularities, ours against the best of torch's ways."""
 
+import functools
+import itertools
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +16,29 @@ RANKS = (1, 4, 8, 13, 16, 32, 64, 128, 256, 512)
 ROWS = (1, 8, 64, 256, 1024)
 SEGMENTS = ((1, 64), (1, 1024), (8, 64), (64, 1), (16, 16))  # number, length
 KINDS = ("identical", "uniform", "zipf", "distinct")
-CALLS = 24  # of one graph: what matters is the ratio, in the same graph
+CALLS = 12  # of one graph: what matters is the ratio, in the same graph
 MAX_WEIGHTS = 3 << 30  # bytes of all sets of one point
+REPLAYS = 5
 
 
-def points() -> Iterator[dict[str, Any]]:
-    """Every width and rank with row counts in turn, so that a run that is cut short has seen a bit of everything."""
-    for turn in range(len(ROWS) * len(KINDS)):
-        for w, width in enumerate(WIDTHS):
-            for r, rank in enumerate(RANKS):
-                place = (turn + 3 * w + 7 * r) % (len(ROWS) * len(KINDS))
-                rows, kind = ROWS[place % len(ROWS)], KINDS[place // len(ROWS)]
-                if rows == 1 and kind != "identical":
-                    continue
-                if rank < width:
-                    yield {"h": width, "r": rank, "rows": rows, "popularity": kind}
+def points() -> list[Callable[[FloorLibrary], dict[str, Any] | None]]:
+    """Every combination, each as what measures it, in an order that is random but always the same: a run that is cut
+    short has seen a fair sample of all of them."""
+    found: list[Callable[[FloorLibrary], dict[str, Any] | None]] = []
+    for width, rank in itertools.product(WIDTHS, RANKS):
+        if rank >= width:
+            continue
+        for shrink in (True, False):
+            for rows, kind in itertools.product(ROWS, KINDS):
+                if rows > 1 or kind == "identical":
+                    point = {"h": width, "r": rank, "rows": rows, "popularity": kind}
+                    found.append(functools.partial(measure, point=point, shrink=shrink))
+            for count, length in SEGMENTS:
+                found.append(
+                    functools.partial(segments, width=width, rank=rank, count=count, length=length, shrink=shrink)
+                )
+    random.Random(0).shuffle(found)
+    return found
 
 
 def measure(floors: FloorLibrary, point: dict[str, Any], shrink: bool) -> dict[str, Any] | None:
@@ -38,10 +49,10 @@ def measure(floors: FloorLibrary, point: dict[str, Any], shrink: bool) -> dict[s
     if calls < 3:
         return None
     work = Bgmv(h if shrink else r, r if shrink else h, indices, adapters, calls)
-    ours = time_graph(floors, work.run, work.calls, replays=5)
-    rivals = {"index_select + bmm": time_graph(floors, work.gather_bmm(), work.calls, replays=5)}
+    ours = time_graph(floors, work.run, work.calls, replays=REPLAYS)
+    rivals = {"index_select + bmm": time_graph(floors, work.gather_bmm(), work.calls, replays=REPLAYS)}
     if adapters == 1:
-        rivals["matmul"] = time_graph(floors, work.matmul(), work.calls, replays=5)
+        rivals["matmul"] = time_graph(floors, work.matmul(), work.calls, replays=REPLAYS)
     return {
         "group": "grid",
         "work": f"BGMV {'shrink' if shrink else 'expand'} h={h} r={r} rows={rows} {point['popularity']}",
@@ -54,58 +65,49 @@ def measure(floors: FloorLibrary, point: dict[str, Any], shrink: bool) -> dict[s
     }
 
 
+def segments(
+    floors: FloorLibrary, width: int, rank: int, count: int, length: int, shrink: bool
+) -> dict[str, Any] | None:
+    """The segmented operations: torch's ways are a bmm over equal segments and _grouped_mm."""
+    calls = min(CALLS, MAX_WEIGHTS // (count * width * rank * 2))
+    if calls < 3:
+        return None
+    d_in, d_out = (width, rank) if shrink else (rank, width)
+    work = Sgmv(d_in, d_out, count, length, shrink, calls)
+    ours = time_graph(floors, work.run, work.calls, replays=REPLAYS)
+    rivals = {"bmm": time_graph(floors, work.bmm(), work.calls, replays=REPLAYS)}
+    if width % 8 == 0 and rank % 8 == 0:
+        rivals["_grouped_mm, add_"] = time_graph(floors, work.grouped_mm(), work.calls, replays=REPLAYS)
+    return {
+        "group": "grid",
+        "work": f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}",
+        "unit": "us",
+        "h": width,
+        "r": rank,
+        "rows": count * length,
+        "popularity": f"{count} segments",
+        "ours": ours,
+        "floor": None,
+        "goal": min(rivals.values()) * (1.0 if rank <= 128 else 1 / 0.85),
+        "rivals": rivals,
+    }
+
+
 def rows(floors: FloorLibrary, seconds: float) -> list[dict[str, Any]]:
     start, found = time.monotonic(), []
-    for point in points():
+    works = points()
+    for number, work in enumerate(works):
         if time.monotonic() - start > seconds:
-            print(f"stopped after {seconds:.0f} s")
+            print(f"stopped after {seconds:.0f} s, {number} of {len(works)} points")
             break
-        for shrink in (True, False):
-            try:
-                row = measure(floors, point, shrink)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                continue
-            if row is not None:
-                found.append(row)
-    found += list(segments(floors, start, seconds))
+        try:
+            row = work(floors)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        if row is not None:
+            found.append(row)
     return found
-
-
-def segment_points() -> Iterator[tuple[int, int, int, int]]:
-    """Width, rank, number of segments, their length: every width and rank with one after the other, like points()."""
-    for turn in range(len(SEGMENTS)):
-        for w, width in enumerate(WIDTHS):
-            for r, rank in enumerate(RANKS):
-                if rank < width:
-                    yield width, rank, *SEGMENTS[(turn + 3 * w + 7 * r) % len(SEGMENTS)]
-
-
-def segments(floors: FloorLibrary, start: float, seconds: float) -> Iterator[dict[str, Any]]:
-    """The segmented operations: torch's ways are a bmm over equal segments and _grouped_mm."""
-    for width, rank, count, length in segment_points():
-        if time.monotonic() - start > 1.5 * seconds:
-            print(f"stopped after {1.5 * seconds:.0f} s")
-            return
-        for shrink in (True, False):
-            calls = min(CALLS, MAX_WEIGHTS // (count * width * rank * 2))
-            if calls < 3:
-                continue
-            d_in, d_out = (width, rank) if shrink else (rank, width)
-            work = Sgmv(d_in, d_out, count, length, shrink, calls)
-            ours = time_graph(floors, work.run, work.calls, replays=5)
-            rivals = {"bmm": time_graph(floors, work.bmm(), work.calls, replays=5)}
-            if width % 8 == 0 and rank % 8 == 0:
-                rivals["_grouped_mm, add_"] = time_graph(floors, work.grouped_mm(), work.calls, replays=5)
-            yield {
-                "group": "grid",
-                "work": f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}",
-                "unit": "us", "h": width, "r": rank, "rows": count * length,
-                "popularity": f"{count} segments",
-                "ours": ours, "floor": None,
-                "goal": min(rivals.values()) * (1.0 if rank <= 128 else 1 / 0.85),
-                "rivals": rivals,
-            }  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:

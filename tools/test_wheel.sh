@@ -4,33 +4,47 @@
 #   tools/test_wheel.sh WHEEL [PYTHON [REQUIREMENT...]]
 #       in a fresh virtual environment of PYTHON (default python3); REQUIREMENTs say which versions to test with, e.g.
 #       'apache-tvm-ffi==0.1.0' 'torch==2.13.0'
+#   tools/test_wheel.sh --selftest WHEEL [PYTHON [REQUIREMENT...]]
+#       instead of the tests what a user would run first: punica_kernels.info and punica_kernels.selftest, in an
+#       environment that has the wheel and what it asks for, and nothing more
 #   tools/test_wheel.sh --offline WHEEL [PYTHON]
 #       without installing anything: the wheel is unzipped onto the path of a PYTHON that has torch, apache-tvm-ffi and
 #       pytest already
 set -euo pipefail
 
-offline=0
-if [ "${1:-}" = --offline ]; then
-  offline=1
-  shift
-fi
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+mode=tests
+case "${1:-}" in --offline | --selftest) mode=${1#--}; shift ;; esac
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 wheel=$(realpath "$1")
 python=${2:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-if [ $offline -eq 1 ]; then
+if [ $mode = offline ]; then
   "$python" -m zipfile -e "$wheel" "$work/wheel"
   export PYTHONPATH="$work/wheel${PYTHONPATH:+:$PYTHONPATH}"
 else
   "$python" -m venv "$work/venv"
   python="$work/venv/bin/python"
-  "$python" -m pip install -q --disable-pip-version-check "$wheel" "${@:3}" numpy pytest hypothesis
+  # The versions that the project is tested with, unless REQUIREMENTs name others.
+  constraints=()
+  if [ $# -lt 3 ]; then constraints=(-c "$root/requirements-dev.txt" -c "$root/requirements-build.in"); fi
+  more=(numpy pytest hypothesis)
+  if [ $mode = selftest ]; then more=(); fi
+  "$python" -m pip install -q --disable-pip-version-check "${constraints[@]}" "$wheel" "${@:3}" "${more[@]}"
 fi
 
 export PYTHONDONTWRITEBYTECODE=1
+if [ $mode = selftest ]; then
+  unset PYTHONPATH
+  cd "$work"
+  "$python" -m pip list --disable-pip-version-check --format freeze | tr '\n' ' '
+  echo
+  "$python" -m punica_kernels.info
+  "$python" -m punica_kernels.selftest
+  exit
+fi
 cd "$root"
 WORK="$work" "$python" - <<'PYTHON'
 import os, platform, sys

@@ -18,6 +18,9 @@ enum class Isa : uint8_t {
 
 const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512", "avx512_bf16", "neon"
 
+// The names of those that this build has and this CPU runs, from the slowest to the fastest: "baseline, avx2".
+std::string supported_isas();
+
 // The best one that this CPU runs, or the one that the environment variable PUNICA_ISA names (read at the first call).
 // An error if it names none, or one that this CPU or build does not have.
 Status active_isa(Isa* isa);

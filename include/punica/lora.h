@@ -27,7 +27,8 @@ enum class SgmvWeights : uint8_t {
 };
 
 // For segment i, rows [s_start[i], s_end[i]): y += x @ W_i, W_i at address w_ptr[i], layer layer_idx of it. Segments
-// may be empty, need not cover all rows, and do not overlap.
+// may be empty (start and end equal, wherever they lie: -1, -1 pads a table), need not cover all rows, and do not
+// overlap.
 struct SgmvParams {
   SgmvWeights weights = SgmvWeights::kOutIn;
   TensorView y;        // T [rows, d_out], accumulated into; rows may be strided

@@ -11,7 +11,8 @@ from ._library import function, let_calls_wait
 
 _set_checks = function("set_checks")
 _set_early_reads = function("set_early_reads")
-_active_isa, _last_isa, _has_cuda = function("active_isa"), function("last_isa"), function("has_cuda")
+_active_isa, _last_isa, _supported_isas = function("active_isa"), function("last_isa"), function("supported_isas")
+_has_cuda = function("has_cuda")
 _active_cuda_arch, _last_cuda_arch = function("active_cuda_arch"), function("last_cuda_arch")
 
 
@@ -73,6 +74,11 @@ def active_isa() -> str:
         RuntimeError: PUNICA_ISA names none, or one that this CPU or build does not have.
     """
     return str(_active_isa())
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this build has and this CPU runs, from the slowest to the fastest."""
+    return tuple(str(_supported_isas()).split(", "))
 
 
 def last_isa() -> str | None:

@@ -156,8 +156,9 @@ def generate(args: argparse.Namespace) -> int:
     show = show_panes if console.is_terminal else show_lines
     show(engine, console)
     if args.interactive:
+        engine.clear()
         interact(engine, args)
-    if engine.requests:
+    if engine.statistics.requests:
         console.print(summary(engine, load_seconds), highlight=False, soft_wrap=True)
     return 0
 
@@ -213,9 +214,12 @@ def answer(engine: Engine, prompt: Prompt, args: argparse.Namespace) -> None:
 
     tokens = encode(engine.tokenizer, prompt.text, args)
     engine.add(tokens, prompt.adapter, sampling_params(SamplingParams, args, prompt))
-    for _, text in engine.run():
-        print(text, end="", flush=True)
-    print(flush=True)
+    try:
+        for _, text in engine.run():
+            print(text, end="", flush=True)
+    finally:
+        engine.clear()  # neither kept, nor, if it has failed, tried again with the next prompt
+        print(flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- input
@@ -346,7 +350,7 @@ def show_panes(engine: Engine, console: Any) -> None:
 def summary(engine: Engine, load_seconds: float) -> str:
     s = engine.statistics
     return (
-        f"{len(engine.requests)} requests, {s.prompt_tokens} prompt tokens, {s.generated_tokens} generated in "
+        f"{s.requests} requests, {s.prompt_tokens} prompt tokens, {s.generated_tokens} generated in "
         f"{s.seconds:.2f} s: {s.generated_tokens / s.seconds:.1f} tokens/s "
         f"(loaded in {load_seconds:.1f} s, prefill {s.prefill_seconds:.2f} s, decode {s.decode_seconds:.2f} s); "
         f"{lora_time(engine)}"

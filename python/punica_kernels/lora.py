@@ -91,8 +91,8 @@ def sgmv_shrink(
         y: T [rows, d_out], updated in place. Rows may be strided, here and in `x`.
         x: T [rows, d_in].
         w_ptr: int64 [S], for each segment the address of weights T [L, d_out, d_in] (a row for each output).
-        s_start, s_end: int32 [S]. Segments may be empty, may leave rows out (those stay as they are), may share an
-            address, and must not overlap.
+        s_start, s_end: int32 [S]. Segments may be empty (start and end equal, wherever: -1, -1 pads a table), may leave
+            rows out (those stay as they are), may share an address, and must not overlap.
         tmp: uint8 workspace of any size, or None.
         layer_idx: which of the L layers.
 
@@ -128,8 +128,8 @@ def sgmv_cutlass(
         y: T [rows, d_out], updated in place. Rows may be strided, here and in `x`.
         x: T [rows, d_in].
         w_ptr: int64 [S], for each segment the address of weights T [L, d_in, d_out] (a row for each input).
-        s_start, s_end: int32 [S]. Segments may be empty, may leave rows out (those stay as they are), may share an
-            address, and must not overlap.
+        s_start, s_end: int32 [S]. Segments may be empty (start and end equal, wherever: -1, -1 pads a table), may leave
+            rows out (those stay as they are), may share an address, and must not overlap.
         tmp: uint8 workspace of `sgmv_cutlass_tmp_size(S)` bytes or more, or None.
         layer_idx: which of the L layers.
 

@@ -56,11 +56,8 @@ struct Choice {
 
 Choice choose() {
   Choice choice;
-  std::string supported;
   for (const Isa isa : kAll) {
-    if (!is_supported(isa)) continue;
-    choice.isa = isa;  // kAll goes from the slowest to the fastest
-    supported += (supported.empty() ? "" : ", ") + std::string(isa_name(isa));
+    if (is_supported(isa)) choice.isa = isa;  // kAll goes from the slowest to the fastest
   }
   const char* forced = std::getenv("PUNICA_ISA");
   if (forced == nullptr || *forced == '\0') return choice;
@@ -71,7 +68,7 @@ Choice choose() {
     }
   }
   choice.error =
-      "the environment variable PUNICA_ISA must be one of " + supported + " on this CPU, got '" + forced + "'";
+      "the environment variable PUNICA_ISA must be one of " + supported_isas() + " on this CPU, got '" + forced + "'";
   return choice;
 }
 
@@ -91,6 +88,14 @@ const char* isa_name(Isa isa) {
       return "neon";
   }
   return "unknown";
+}
+
+std::string supported_isas() {
+  std::string names;
+  for (const Isa isa : kAll) {
+    if (is_supported(isa)) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  return names;
 }
 
 Status active_isa(const char* op, Isa* isa) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -27,6 +28,14 @@ struct Job {
   }
 };
 
+// As condition.wait(lock, done), whose symbol is newer than all others that the library needs of libstdc++ (GCC 12):
+// with it the wheel would not load where that is older, as on RHEL 9. Timed waits are in the header.
+template <class Done>
+void wait(std::condition_variable& condition, std::unique_lock<std::mutex>& lock, Done done) {
+  while (!condition.wait_for(lock, std::chrono::hours(1), done)) {
+  }
+}
+
 // Threads that sleep until a job comes. One job at a time; a second caller does its own work alone.
 class Pool {
  public:
@@ -45,7 +54,7 @@ class Pool {
     wake_.notify_all();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return running_ == 0; });
+    wait(done_, lock, [&] { return running_ == 0; });
     job_ = nullptr;
     return true;
   }
@@ -68,7 +77,7 @@ class Pool {
   void loop(int index, uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen; });
+      wait(wake_, lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (index >= wanted_) continue;
       Job* job = job_;

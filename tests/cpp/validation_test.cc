@@ -173,6 +173,15 @@ void check_sgmv(SgmvWeights order, const std::string& op) {
   append(breaks, broken_tensor<P>("s_start", [](P& q) -> TensorView& { return q.s_start; }));
   append(breaks, broken_tensor<P>("s_end", [](P& q) -> TensorView& { return q.s_end; }));
   expect_all_refused<P>(op, p, sgmv, breaks, {y});
+
+  // An empty segment may lie anywhere, and have no weights: callers fill tables of a fixed size up with -1, -1.
+  const Tensor padded_start = Tensor::int32({-1, 4});
+  const Tensor padded_end = Tensor::int32({-1, 9});
+  const Tensor padded_ptr = Tensor::int64({0, w.address()});
+  p.s_start = padded_start.view();
+  p.s_end = padded_end.view();
+  p.w_ptr = padded_ptr.view();
+  EXPECT_TRUE(succeeded(sgmv(p, {})));
 }
 
 TEST(Validation, SgmvShrink) { check_sgmv(SgmvWeights::kOutIn, "sgmv_shrink"); }

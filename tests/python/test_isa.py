@@ -54,6 +54,10 @@ def test_forced(isa, supported):
     assert any(isa in ran for ran in report["ran"].values())
 
 
+def test_supported_isas_are_those_of_the_message(supported):
+    assert list(pk.supported_isas()) == supported
+
+
 def test_default_is_the_best(supported):
     if "PUNICA_ISA" not in os.environ:
         assert pk.active_isa() == supported[-1]

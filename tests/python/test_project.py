@@ -35,6 +35,7 @@ def test_the_core_knows_neither_torch_nor_python_nor_tvm():
 
 def test_the_public_headers_include_nothing_but_themselves_and_the_standard_library():
     for path in sources("include"):
+        assert path.parent.name == "punica"
         for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE):
             assert name.startswith("punica/") or re.fullmatch(r"[a-z_]+", name), f"{path} includes {name}"
 
@@ -43,6 +44,16 @@ def test_the_core_neither_prints_nor_throws_nor_ends_the_process():
     for path in sources("include", "src"):
         found = PRINTS.search(without_comments(path.read_text()))
         assert not found, f"{path}: {found.group()}"
+
+
+def test_the_header_for_torch_includes_torch_and_the_core_alone():
+    """No Python, no CUDA, no tvm-ffi: it compiles with any build of torch."""
+    path = ROOT / "bindings/torch/punica_kernels/torch.h"
+    names = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+    foreign = [name for name in names if not re.fullmatch(r"(torch|ATen|c10)/(?!.*cuda).*|punica/\w+\.h|[a-z_]+", name)]
+    assert names
+    assert not foreign
+    assert "torch/extension.h" not in names
 
 
 def test_one_name_per_family_at_every_layer():

@@ -41,6 +41,7 @@ class Request:
 
 @dataclass
 class Statistics:
+    requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -90,7 +91,7 @@ class Engine:
     ) -> Request:
         """Queue a request; EngineError if it could never be served. max_tokens is cut at the end of the context."""
         params = params or SamplingParams()
-        index, context = len(self.requests), self.model.config.max_positions
+        index, context = self.statistics.requests, self.model.config.max_positions
         if not prompt_tokens:
             raise EngineError(f"request {index}: the prompt is empty")
         if len(prompt_tokens) >= context:
@@ -103,6 +104,7 @@ class Engine:
         )
         if (need := self.cache.pages_for(self._most_tokens(request))) > self.cache.num_pages:
             raise EngineError(f"request {index}: needs {need} pages, the pool has {self.cache.num_pages}")
+        self.statistics.requests += 1
         self.requests.append(request)
         self.waiting.append(request)
         return request
@@ -127,6 +129,14 @@ class Engine:
         """Serve everything that is queued; yields (request, new text), an empty text too when a request has ended."""
         while self.waiting or self.running:
             yield from self.step()
+
+    def clear(self) -> None:
+        """Forgets all requests. Those that are not done are dropped, as after a step that has failed."""
+        for request in self.requests:
+            self.cache.release(request.pages)
+            request.pages = []
+        self.requests, self.running, self._decode_lora = [], [], None
+        self.waiting.clear()
 
     def step(self) -> list[tuple[Request, str]]:
         """One forward pass: the prompts that can join now, if any, else one token of every running request."""

@@ -162,7 +162,7 @@ int64_t workspace_bytes(const BatchPrefillParams& params) {
   const int64_t by_warpgroups = prefill_workspace_bytes(params), by_warps = prefill_mma_workspace_bytes(params);
   Arch arch;
   if (!active_arch("batch_prefill", params.q.device.index, &arch).ok()) return std::max(by_warpgroups, by_warps);
-  return arch == Arch::kSm90 ? by_warpgroups : by_warps;
+  return serves_prefill(arch, params) ? by_warpgroups : by_warps;
 }
 
 int64_t workspace_bytes(const BatchDecodeParams& params) {
@@ -176,7 +176,7 @@ Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
   return on_device("batch_prefill", params.q.device, context, [&](const Launcher& launcher) {
     if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args);
-    if (serves_prefill_mma(launcher.arch, params)) {
+    if (serves_prefill_mma(params)) {
       return launch_prefill_mma(
           launcher, params, args,
           params.rope_theta ? &rope_table(*params.rope_theta, params.rope_scale, args.head_dim) : nullptr);

@@ -8,9 +8,10 @@
 // the tables of the sequence after and the page addresses of the split after the next are loaded long before their use.
 //
 // The same bits everywhere: the warps' sums are added in a fixed order at the end of a split, splits are folded from
-// left to right to groups of eight, and groups to the whole. A block that has the beginning of a group or of a query
-// folds in registers what it has of it (most queries of a large batch begin and end in one block). What other blocks
-// have goes to the workspace, and merge_decode_kernel folds it in the same order by the same function.
+// left to right to groups, and groups to the whole. A block that has the beginning of a group or of a query folds in
+// registers what it has of it (most queries of a large batch begin and end in one block). What other blocks have goes
+// to the workspace. The last of a query's blocks to end folds it in the same order by the same function
+// (decode_arrive.cuh), or, where queries are very few, merge_decode_kernel does.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 
 #include "src/cuda/attention/args.cuh"
 #include "src/cuda/attention/decode.h"
+#include "src/cuda/attention/decode_arrive.cuh"
 #include "src/cuda/attention/decode_tile.cuh"
 #include "src/cuda/attention/decode_walk.cuh"
 #include "src/cuda/attention/softmax.cuh"
@@ -28,7 +30,7 @@ namespace punica::cuda {
 // Starts the copies of those tokens of a tile that have a bit in `rows`; zeros for tokens without an address.
 template <int kDim>
 __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int tile, int64_t value_bytes,
-                                               uint32_t rows, const void* anywhere) {
+                                               uint32_t rows, const void* anywhere, uint64_t policy) {
   constexpr int kChunks = kDim / 8, kValues = kTileTokens * kDim * 2;
   const int lane = threadIdx.x % 32;
   // Most tiles are one stretch of a page.
@@ -41,8 +43,8 @@ __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int
     for (int i = 0; i < kChunks / 2; ++i) {
       const int index = lane + 32 * i;
       const uint32_t at = to + tile_offset<kDim>(index / kChunks, index % kChunks);
-      copy_chunk(at, key + 512 * i);
-      copy_chunk(at + kValues, value + 512 * i);
+      copy_chunk(at, key + 512 * i, policy);
+      copy_chunk(at + kValues, value + 512 * i, policy);
     }
     return;
   }
@@ -55,8 +57,8 @@ __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int
     const unsigned char* from =
         valid ? reinterpret_cast<const unsigned char*>(key) + 16 * chunk : static_cast<const unsigned char*>(anywhere);
     const uint32_t at = to + tile_offset<kDim>(row, chunk);
-    copy_chunk(at, from, valid);
-    copy_chunk(at + kValues, valid ? from + value_bytes : from, valid);
+    copy_chunk(at, from, valid, policy);
+    copy_chunk(at + kValues, valid ? from + value_bytes : from, valid, policy);
   }
 }
 
@@ -142,24 +144,26 @@ struct DecodeTotal {
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
 __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kThreads,
                                   DecodeShape<kArch, kDim, kColumns, kRope>::kBlocks)
-    decode_kernel(const __grid_constant__ AttentionArgs args, DecodePiece* pieces, bool early_reads,
-                  const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
+    decode_kernel(const __grid_constant__ AttentionArgs args, const DecodeMerge merge, int group_bits, bool early_reads, const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   if constexpr (kCompiled<kArch>) {
     using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
     using Warp = DecodeWarp<T, kDim, kColumns, kRope>;
     using Total = DecodeTotal<Shape, kDim>;
     using Addresses = DecodeAddresses<Shape>;
     constexpr int kStages = Shape::kStages, kTiles = Shape::kTiles;
+    static_assert(sizeof(MergeShared<kDim, Shape::kThreads>) <= Shape::kWarps * Shape::kRingBytes + Shape::kSumBytes);
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * Shape::kRingBytes);
     float2* const states = reinterpret_cast<float2*>(all_sums + Shape::kSumBytes / 4);
-    float4* const angles = reinterpret_cast<float4*>(states + Shape::kStateBytes / 8);
+    DecodePiece* const notes = reinterpret_cast<DecodePiece*>(states + Shape::kStateBytes / 8);
+    float4* const angles = reinterpret_cast<float4*>(notes + Shape::kNoteBytes / 32);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const uint32_t ring = shared_address(dynamic_shared) + warp * Shape::kRingBytes;
     float* const warp_sums = all_sums + warp * Shape::kHeads * Shape::kSumRow;
     float4* const query_angles = reinterpret_cast<float4*>(warp_sums);
 
     launch_dependents<kArch>();
+    const float inverse_blocks = approximate_inverse(gridDim.x);
     // The tables are on their way into the second-level cache while this waits.
     if (kArch == Arch::kSm90 && !early_reads) {
       const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
@@ -182,11 +186,28 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     }
     if (!early_reads) grid_dependency_wait<kArch>();
 
-    DecodeWalk walk = find_share<Shape::kThreads>(args, reinterpret_cast<int32_t*>(states));
+    DecodeWalk walk = find_share<Shape::kThreads>(args, group_bits, inverse_blocks, reinterpret_cast<int32_t*>(states));
     DecodeSplit split = walk.at, after, ahead;
+    Warp work;
+    const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 4 == 0) && args.q_stride % 2 == 0;
+    const auto load_queries = [&](const DecodeSplit& of) {
+      const int kv_head = DecodeWalk::kv_head(args, of.part), head_tile = of.part - kv_head * args.head_tiles;
+      const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
+      work.load_queries(
+          static_cast<const T*>(args.q) + static_cast<int64_t>(of.sequence) * args.q_stride + first_head * kDim,
+          min(args.group_size - head_tile * Shape::kHeads, Shape::kHeads), aligned_queries);
+    };
+    // What the first tiles need besides copies is asked for before these: it would wait behind those of all blocks.
     Addresses here, next, later;
     here.fetch(args, split);
+    walk.look_ahead();
+    walk.advance();
+    after = walk.at;
+    next.fetch(args, after);
+    if (!early_reads && split.valid) load_queries(split);
     here.template finish<kDim>(args, split.part);
+    // Tiles of heads read the same keys.
+    const uint64_t policy = args.head_tiles == 1 ? read_once_policy() : read_again_policy();
     // Early reads: all but the newest token may be read now.
     const int newest = split.kv_len - 1 - split.base;  // from the split's base
     const auto newest_row = [&](int tile) {
@@ -199,41 +220,44 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       const uint32_t at = ring + i * 2 * Shape::kTileBytes;
       const int row = newest_row(i);
       copy_tile_rows<kDim>(at, here.of_tile(i), i, args.value_bytes, row < 0 ? 0xffff : 0xffff ^ 1u << row,
-                           args.kv_ptrs);
+                           args.kv_ptrs, policy);
       waits = waits || row >= 0;
       copy_commit();
     }
-    walk.look_ahead();
-    walk.advance();
-    after = walk.at;
-    next.fetch(args, after);
     if (early_reads) {
       grid_dependency_wait<kArch>();
+      if (split.valid) load_queries(split);
       if (waits) {
 #pragma unroll 1
         for (int i = 0; i < kStages; ++i) {
           const int row = newest_row(i);
           if (row < 0) continue;
           copy_tile_rows<kDim>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i, args.value_bytes, 1u << row,
-                               args.kv_ptrs);
+                               args.kv_ptrs, policy);
         }
         copy_commit();
         copy_wait<0>();
       }
     }
 
-    const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 4 == 0) && args.q_stride % 2 == 0;
     const bool aligned_outputs = (reinterpret_cast<uint64_t>(args.o) % 8 == 0) && args.o_stride % 4 == 0;
-    Warp work;
+    // Where nothing is left to merge, the block counts itself at once: the answer takes a while.
+    uint32_t ended = 0;
+    if (merge.counters >= 0 && walk.whole_queries) ended = count_block(merge.counters);
     Total total, group;
     total.clear();
     group.clear();
     int stage = 0;
     bool has_start = false, has_group = false;  // of the query, of the group
-    bool fresh = true;
+    bool queries_here = true;
     DecodePiece piece = {};
     const int parts = args.num_kv_heads * args.head_tiles;
-    const bool by_query = pieces != nullptr && args.num_sequences * parts <= gridDim.x;
+    const bool by_query = merge.pieces != nullptr && args.num_sequences * parts <= gridDim.x;
+    if (thread == 0) {
+      notes[0] = split.valid && split.index > 0
+                     ? DecodePiece{split.count, split.sequence, split.part, split.slot, walk.each, walk.more}
+                     : DecodePiece{};
+    }
     __syncthreads();  // the tables of angles are here, and `states` are free
     while (split.valid) {
       next.template finish<kDim>(args, after.part);
@@ -241,16 +265,12 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       ahead = walk.at;
       later.fetch(args, ahead);
 
-      const int kv_head = split.part / args.head_tiles, head_tile = split.part - kv_head * args.head_tiles;
+      const int kv_head = DecodeWalk::kv_head(args, split.part), head_tile = split.part - kv_head * args.head_tiles;
       const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
       const int heads_left = args.group_size - head_tile * Shape::kHeads;
       const int num_heads = heads_left < Shape::kHeads ? heads_left : Shape::kHeads;
-      if (fresh || split.index == 0) {
-        work.load_queries(
-            static_cast<const T*>(args.q) + static_cast<int64_t>(split.sequence) * args.q_stride + first_head * kDim,
-            num_heads, aligned_queries);
-        fresh = false;
-      }
+      if (split.index == 0 && !queries_here) load_queries(split);
+      queries_here = false;
       work.clear();
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -280,14 +300,14 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         int64_t address = here.of_tile(of);
         if (!same) address = next.of_tile(of);
         if (its_first < its_end && its_first + kTileTokens > its_begin) {
-          copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs);
+          copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs, policy);
         }
         copy_commit();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
       // The sums of the warps, in their order, go to the group of the split or to the workspace.
-      const int group_index = split.index % kGroupSplits;
+      const int group_index = split.in_group;
       if (split.index == 0) {
         has_start = true;
         total.clear();
@@ -371,7 +391,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       }
 
       const bool query_ends = split.index == split.count - 1;
-      const bool group_ends = query_ends || group_index == kGroupSplits - 1;
+      const bool group_ends = query_ends || group_index == split.group - 1;
       if (has_start && group_ends) {
         total.fold_in(group);
       } else if (has_group && (group_ends || !after.valid)) {
@@ -381,11 +401,10 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         if (query_ends) {
           total.template store_output<T>(args, split, first_head, num_heads, aligned_outputs);
         } else {
-          const int groups = (split.index + 1) / kGroupSplits;
-          if (groups > 0) total.store_partial(args, split.slot, first_head, num_heads);
-          piece = {split.count, split.sequence, split.part, split.slot, groups, walk.each, walk.more};
+          if (split.index + 1 >= split.group) total.store_partial(args, split.slot, first_head, num_heads);
+          piece = {split.count, split.sequence, split.part, split.slot, walk.each, walk.more};
         }
-        if (by_query && thread == 0) pieces[split.sequence * parts + split.part] = piece;
+        if (by_query && thread == 0) merge.pieces[split.sequence * parts + split.part] = piece;
       }
       if (query_ends) has_start = false;
       if (group_ends) has_group = false;
@@ -395,7 +414,16 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       next = later;
     }
     copy_wait<0>();
-    if (pieces != nullptr && !by_query && thread == 0) pieces[blockIdx.x] = piece;
+    if (merge.pieces != nullptr && !by_query && thread == 0) merge.pieces[blockIdx.x] = piece;
+    if (merge.counters >= 0) {
+      if (!walk.whole_queries) {
+        if (thread == 0) notes[1] = piece;
+        ended = arrive_and_merge<T, kDim, Shape::kThreads>(args, notes, merge.counters, group_bits, Shape::kHeads,
+                                                           aligned_outputs, reinterpret_cast<int32_t*>(states),
+                                                           *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));
+      }
+      reset_counters(merge.counters, ended);
+    }
   }
 }
 

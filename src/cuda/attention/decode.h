@@ -12,20 +12,34 @@ namespace punica::cuda {
 // Blocks of decode_kernel at most: each has a DecodePiece in the workspace.
 inline constexpr int64_t kMaxDecodeWorkers = 1024;
 
-// Splits of a query are folded in groups of so many, counted from its first one, and groups to the whole.
-inline constexpr int kGroupSplits = 8;
+// Splits of a query are folded in groups, counted from its first one, and groups to the whole. A query has so many
+// groups at most, as a power of two: enough for a query alone to fill the device, a group a block, and no more than one
+// block can fold quickly. `parts`: KV heads and tiles of heads of a sequence.
+constexpr int decode_group_bits(int64_t parts) { return parts <= 8 ? 5 : (parts <= 16 ? 4 : 3); }
 
-// A query that begins in a block of decode_kernel and ends in another one: left to merge. Of the splits of a group, the
-// ones that the block of the group's first split has are in the workspace as one, in the place of that first split;
-// others one by one. But the whole groups that the block of the query's first split has are one, in its place.
+// What decode_kernel leaves in the workspace of a query that begins in one block and ends in another one. Of the splits
+// of a group, the ones that the block of the group's first split has are there as one, in the place of that first
+// split; others one by one. But the whole groups that the block of the query's first split has are one, in its place.
 struct alignas(16) DecodePiece {
   int32_t count;  // splits of the query; 0: nothing is left
   int32_t sequence, part, first_slot;
-  int32_t groups;  // whole groups in the block where the query begins
   // Shares of the blocks, in splits of all queries counted over the whole batch: `each`, the first `more` blocks one
   // more.
   int32_t each, more;
 };
+
+// Where a launch of decode_kernel merges.
+struct DecodeMerge {
+  DecodePiece* pieces;  // of each block (or query), for merge_decode_kernel; null: nothing is left, or merged inside
+  int32_t counters;     // set of counters of this workspace, for the last block of a query to merge it; -1: none
+};
+
+// Sets of counters, and counters of a set.
+inline constexpr int kDecodeCounterSets = 512, kDecodeCounters = 384;
+
+// The set of a workspace: the same for all calls with it, which do not overlap in time, and of no other workspace. -1
+// where all sets are taken.
+int decode_counters(const void* workspace);
 
 // Whether decode_kernel serves such calls: a function of the data type and static sizes alone, so that all rows of all
 // batches of a model take the same path. Tables with room for 2^31 tokens are not served.

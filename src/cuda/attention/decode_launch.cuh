@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "src/cuda/attention/decode.cuh"
@@ -10,48 +11,59 @@
 
 namespace punica::cuda {
 
+inline constexpr int64_t kMergeInside = 4;  // queries and KV heads, from which on the last block of each merges it
+
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
 Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
   using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
-  // What there may be to do at most, as far as the host knows.
+  // What there may be to do at most, as far as the host knows: all sequences but one may end in a split of their own.
   const double tokens = static_cast<double>(args.num_page_ptrs) * static_cast<double>(args.page_size);
-  const double splits = (static_cast<double>(args.num_sequences) + tokens / kSplitTokens) * args.num_kv_heads *
-                        static_cast<double>(args.head_tiles);
+  const int64_t parts = args.num_kv_heads * static_cast<int64_t>(args.head_tiles);
+  const double splits =
+      std::floor((static_cast<double>(args.num_sequences) * (kSplitTokens - 1) + tokens) / kSplitTokens) *
+      static_cast<double>(parts);
   const int64_t most = std::min<int64_t>(Shape::kBlocks * launcher.num_multiprocessors(), kMaxDecodeWorkers);
+  const int group_bits = decode_group_bits(parts);
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(
       splits < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(splits)) : most);
   shape.block.x = Shape::kThreads;
   shape.shared_bytes = Shape::kSharedBytes;
-  // Behind the other partial results.
-  DecodePiece* pieces = nullptr;
+  DecodeMerge left = {nullptr, -1};
   if (args.num_slots > 0) {
-    const uintptr_t end = reinterpret_cast<uintptr_t>(args.partial_states + args.num_slots * args.num_heads());
-    pieces =
-        reinterpret_cast<DecodePiece*>((end + alignof(DecodePiece) - 1) / alignof(DecodePiece) * alignof(DecodePiece));
+    // A block merges a whole query: where there are few of them, a second launch has more blocks for each.
+    if (args.num_sequences * parts >= kMergeInside && shape.grid.x < kDecodeCounters) {
+      left.counters = decode_counters(args.partial_sums);
+    }
+    if (left.counters < 0) {
+      // Behind the other partial results.
+      const uintptr_t end = reinterpret_cast<uintptr_t>(args.partial_states + args.num_slots * args.num_heads());
+      left.pieces = reinterpret_cast<DecodePiece*>((end + alignof(DecodePiece) - 1) / alignof(DecodePiece) *
+                                                   alignof(DecodePiece));
+    }
   }
   if constexpr (kRope) {
     PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, true>>(
-        shape, args, pieces, launcher.early_reads, *rope)));
+        shape, args, left, group_bits, launcher.early_reads, *rope)));
   } else {
     PUNICA_RETURN_IF_ERROR((launcher.launch<decode_kernel<kArch, T, kDim, kColumns, false>>(
-        shape, args, pieces, launcher.early_reads, NoRope{})));
+        shape, args, left, group_bits, launcher.early_reads, NoRope{})));
   }
-  if (pieces == nullptr) return {};
-  const int64_t queries = args.num_sequences * args.num_kv_heads * args.head_tiles;
+  if (left.pieces == nullptr) return {};
+  const int64_t queries = args.num_sequences * parts;
   LaunchShape merge;
   merge.grid.y = static_cast<unsigned>(std::min(args.group_size, Shape::kHeads));
-  const DecodePiece* const left = pieces;
+  const DecodePiece* const pieces = left.pieces;
   const int tile_heads = Shape::kHeads;
   merge.grid.x = static_cast<unsigned>(std::min<int64_t>(queries, shape.grid.x));
   if (static_cast<int64_t>(merge.grid.x) * merge.grid.y <= launcher.num_multiprocessors()) {
     merge.block.x = 512;
     merge.shared_bytes = merge_decode_shared(kDim, 512);
-    return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, left, tile_heads);
+    return launcher.launch<merge_decode_kernel<kArch, T, kDim, 512>>(merge, args, pieces, group_bits, tile_heads);
   }
   merge.block.x = 128;
   merge.shared_bytes = merge_decode_shared(kDim, 128);
-  return launcher.launch<merge_decode_kernel<kArch, T, kDim, 128>>(merge, args, left, tile_heads);
+  return launcher.launch<merge_decode_kernel<kArch, T, kDim, 128>>(merge, args, pieces, group_bits, tile_heads);
 }
 
 template <Arch kArch, class T, int kDim>

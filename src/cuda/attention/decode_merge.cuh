@@ -1,6 +1,7 @@
-// The second half of the fast decode: queries that several blocks of decode_kernel had parts of. Block (x, y) takes the
-// one that began in block x of that kernel and did not end there, and of its heads every gridDim.y-th from y. Each warp
-// folds the splits of a group, all of whose loads are under way at once, then the block folds the groups.
+// The second half of the fast decode where the last block of a query does not merge it (decode_arrive.cuh): queries
+// that several blocks of decode_kernel had parts of. Block (x, y) takes the one that began in block x of that kernel
+// and did not end there, and of its heads every gridDim.y-th from y. Each warp folds the splits of a group, all of
+// whose loads are under way at once, then the block folds the groups.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ inline constexpr int merge_decode_shared(int dim, int threads) { return threads 
 // Many threads for few queries, of which each may have many groups; few where there are many pieces.
 template <Arch kArch, class T, int kDim, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == 128 && kDim <= 128 ? 8 : 1)
-    merge_decode_kernel(const __grid_constant__ AttentionArgs args, const DecodePiece* pieces, int tile_heads) {
+    merge_decode_kernel(const __grid_constant__ AttentionArgs args, const DecodePiece* pieces, int group_bits,
+                        int tile_heads) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kWarps = kThreads / 32, kVectors = (kDim + 127) / 128;
     constexpr int kDims = (kDim + kThreads - 1) / kThreads;  // of a thread
@@ -44,12 +46,15 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kDim <= 128 ? 8 :
       return index < longer ? index / (piece.each + 1) : piece.more + (index - longer) / piece.each;
     };
     const int64_t stride = args.num_heads();  // from split to split
-    const int num_groups = (piece.count + kGroupSplits - 1) / kGroupSplits;
+    const int group = (piece.count + (1 << group_bits) - 1) >> group_bits;
+    const int num_groups = (piece.count + group - 1) / group;
+    const int second = owner(first_index) + 1;
+    const int whole_groups = (piece.each * second + min(second, piece.more) - first_index) / group;
 
     for (int h = blockIdx.y; h < num_heads; h += gridDim.y) {
       const int64_t first = piece.first_slot * stride + first_head + h;
       float maximum = minus_infinity(), weight = 0.0f, sum[kDims] = {};  // of dims `thread`, + kThreads ..
-      if (piece.groups > 0) {
+      if (whole_groups > 0) {
         const float2 state = args.partial_states[first];
         maximum = state.x;
         weight = state.y;
@@ -59,9 +64,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kDim <= 128 ? 8 :
           if (d < kDim) sum[c] = args.partial_sums[first * kDim + d];
         }
       }
-      for (int base = piece.groups; base < num_groups; base += kWarps) {
+      for (int base = whole_groups; base < num_groups; base += kWarps) {
         if (base + warp < num_groups) {
-          const int begin = (base + warp) * kGroupSplits, end = min(begin + kGroupSplits, piece.count);
+          const int begin = (base + warp) * group, end = min(begin + group, piece.count);
           // Splits of the group that its first block has are one.
           const int next = owner(first_index + begin) + 1;
           const int skipped = min(piece.each * next + min(next, piece.more) - first_index, end) - begin - 1;

@@ -38,6 +38,28 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool v
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+// The same of what is read once: it is the first to leave the second-level cache, which is better kept for tables,
+// queries and partial results.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t read_again_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t both) {
   if constexpr (std::is_same_v<T, __half>) {
@@ -106,25 +128,27 @@ struct DecodeWarp {
 
   // Heads 0 .. num_heads - 1 from `from`; zeros in the columns of others.
   __device__ __forceinline__ void load_queries(const T* from, int num_heads, bool aligned) {
+    if (aligned) {
+      load_queries(from, num_heads, [](const T* at) { return *reinterpret_cast<const uint32_t*>(at); });
+    } else {
+      load_queries(from, num_heads, [](const T* at) {
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
+        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+      });
+    }
+  }
+  template <class LoadPair>
+  __device__ __forceinline__ void load_queries(const T* from, int num_heads, LoadPair load_pair) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const int head = 8 * n + g;
+      const T* const row = from + head * kDim + 2 * t;
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const T* at = from + head * kDim + 8 * k + half * (kDim / 2) + 2 * t;
-          uint32_t both = 0;
-          if (head < num_heads) {
-            if (aligned) {
-              both = *reinterpret_cast<const uint32_t*>(at);
-            } else {
-              const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
-              both = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
-            }
-          }
-          query[k][n][half] = both;
+          query[k][n][half] = head < num_heads ? load_pair(row + 8 * k + half * (kDim / 2)) : 0;
         }
       }
     }

@@ -19,7 +19,7 @@ struct DecodeShape {
   static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : 2;  // a multiprocessor, to aim at
 
   static constexpr int kTileBytes = kTileTokens * kDim * 2;  // of keys; values follow
-  static constexpr int kStateBytes = kWarps * kHeads * 8;
+  static constexpr int kStateBytes = kWarps * kHeads * 8, kNoteBytes = 64;
   static constexpr int kAngleBytes = kRope ? kTileTokens * ((kDim / 4 + 7) / 8 * 8) * 16 : 0;
   // Of the sm_80 path, what devices of any 8.x or later have.
   static constexpr int kShared = kArch == Arch::kSm80 ? 99 << 10 : ((228 << 10) / kBlocks - (1 << 10));
@@ -29,7 +29,7 @@ struct DecodeShape {
   // 128 KiB under way on a multiprocessor: more made decode slower, by 1% at 192 KiB.
   static constexpr int kAim = ((128 << 10) / kBlocks + kWarps * kTileBytes) / (kWarps * 2 * kTileBytes);
   static constexpr int stages(int dims) {
-    const int room = (kShared - sum_bytes(dims) - kStateBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
+    const int room = (kShared - sum_bytes(dims) - kStateBytes - kNoteBytes - kAngleBytes) / (kWarps * 2 * kTileBytes);
     const int aim = kAim < 2 ? 2 : (kAim > 4 ? 4 : kAim);
     return room < aim ? room : aim;
   }
@@ -37,7 +37,7 @@ struct DecodeShape {
   static constexpr int kSumRow = kSumDims + 4, kSumBytes = sum_bytes(kSumDims);
   static constexpr int kStages = stages(kSumDims);
   static constexpr int kRingBytes = kStages * 2 * kTileBytes;  // of a warp
-  static constexpr int kSharedBytes = kWarps * kRingBytes + kSumBytes + kStateBytes + kAngleBytes;
+  static constexpr int kSharedBytes = kWarps * kRingBytes + kSumBytes + kStateBytes + kNoteBytes + kAngleBytes;
   static_assert(kStages >= 2 && kStages <= kTiles);
   static_assert(kHeads * kSumRow * 4 >= kDim / 2 * 8);  // a warp's part also holds the angles of its queries
 };
@@ -51,9 +51,10 @@ struct DecodePages {
 // A split of the walk, the same in all threads.
 struct DecodeSplit {
   int32_t sequence, kv_len, first_page;
-  int32_t slot;          // of the query's first split in the workspace
-  int32_t index, count;  // this split of the query's
-  int32_t base;          // position of the split's first token
+  int32_t slot;             // of the query's first split in the workspace
+  int32_t index, count;     // this split of the query's
+  int32_t group, in_group;  // splits of a group, this one of its group
+  int32_t base;             // position of the split's first token
   int32_t part;
   int32_t begin, end;  // tokens that the query sees, from `base`; none where the walk has ended
   bool valid;
@@ -64,7 +65,9 @@ struct DecodeWalk {
   const AttentionArgs& args;
   int32_t each, more;  // shares of the blocks (DecodePiece)
   int32_t left;        // splits that this block has still to take
-  bool whole;          // no room for partial results: queries are taken whole, by the block where they begin
+  int32_t group_bits;
+  bool whole;  // no room for partial results: queries are taken whole, by the block where they begin
+  bool whole_queries;  // shares are whole queries
   DecodeSplit at;
   DecodePages next_pages;  // of the sequence after
 
@@ -82,14 +85,15 @@ struct DecodeWalk {
     const int32_t position = kv_len - 1;
     return args.window_left < 0 || args.window_left >= position ? 0 : position - static_cast<int32_t>(args.window_left);
   }
+  // Of a part.
+  __device__ __forceinline__ static int32_t kv_head(const AttentionArgs& args, int32_t part) {
+    return args.head_tiles == 1 ? part : part / args.head_tiles;
+  }
   __device__ __forceinline__ static int32_t num_splits(const AttentionArgs& args, int32_t kv_len) {
     if (kv_len == 0) return 1;
     constexpr uint32_t kTokens = kSplitTokens;
     return static_cast<int32_t>(static_cast<uint32_t>(kv_len - 1) / kTokens -
                                 static_cast<uint32_t>(first_key(args, kv_len)) / kTokens + 1);
-  }
-  __device__ __forceinline__ static int32_t begin_of(int32_t each, int32_t more, int32_t worker) {
-    return each * worker + min(worker, more);
   }
 
   __device__ __forceinline__ DecodePages pages(int32_t sequence) const {
@@ -109,12 +113,14 @@ struct DecodeWalk {
     at.kv_len = pages.kv_len;
     at.first_page = pages.first_page;
     at.count = num_splits(args, pages.kv_len);
+    at.group = (at.count + (1 << group_bits) - 1) >> group_bits;
   }
   __device__ __forceinline__ void advance() {
     if (!at.valid) return;
     --left;
+    if (++at.in_group == at.group) at.in_group = 0;
     if (++at.index == at.count) {
-      at.index = 0;
+      at.index = at.in_group = 0;
       if (++at.part == args.num_kv_heads * args.head_tiles) {
         at.part = 0;
         at.slot += at.count;
@@ -127,66 +133,143 @@ struct DecodeWalk {
   }
 };
 
+// a / b, where inverse is approximately 1 / b: a third of the time that a division takes, most of which others wait for.
+__device__ __forceinline__ uint32_t quotient(uint32_t a, uint32_t b, float inverse) {
+  if (a >= 1u << 22) return a / b;
+  const uint32_t guess = __float2uint_rz(__fmul_rn(__uint2float_rn(a), inverse));  // off by one at most
+  const int32_t rest = static_cast<int32_t>(a - guess * b);
+  return rest < 0 ? guess - 1 : (rest >= static_cast<int32_t>(b) ? guess + 1 : guess);
+}
+__device__ __forceinline__ float approximate_inverse(uint32_t b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__uint2float_rn(b)));
+  return inverse;
+}
+
+// How many splits this block takes, and from which one on, counted over the whole batch.
+struct DecodeShare {
+  int32_t each, more, first, count;
+  bool whole_queries;  // no query is in two blocks
+};
+
+__device__ __forceinline__ DecodeShare share_of_block(uint32_t all, uint32_t longest, bool alike, int32_t group_bits,
+                                                      float inverse_blocks) {
+  uint32_t each = quotient(all, gridDim.x, inverse_blocks), more = all - each * gridDim.x;
+  bool whole_queries = false;
+  if (alike) {
+    // All queries have as many splits. Shares of whole queries, or else of whole groups, leave less to merge, where
+    // that leaves few blocks without work.
+    const uint32_t most = quotient(all + all / 16, gridDim.x, inverse_blocks);
+    const uint32_t least = each + (more > 0 ? 1 : 0), group = (longest + (1 << group_bits) - 1) >> group_bits;
+    const auto rounded = [&](uint32_t unit) {
+      const float inverse = approximate_inverse(unit);
+      return unit == 1 ? least : quotient(least + unit - 1, unit, inverse) * unit;
+    };
+    const uint32_t queries = longest <= most ? rounded(longest) : most + 1;
+    const uint32_t groups = group <= most ? rounded(group) : most + 1;
+    whole_queries = queries <= most;
+    if (whole_queries || groups <= most) {
+      each = whole_queries ? queries : groups;
+      more = 0;
+    }
+  }
+  const uint32_t worker = blockIdx.x, first = min(each * worker + min(worker, more), all);
+  const uint32_t count = min(all - first, each + (worker < more ? 1u : 0u));
+  return {static_cast<int32_t>(each), static_cast<int32_t>(more), static_cast<int32_t>(first),
+          static_cast<int32_t>(count), whole_queries};
+}
+
 // The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
-// kThreads / 32 + 4 values.
+// kThreads / 16 + 4 values. inverse_blocks: of gridDim.x.
 template <int kThreads>
-__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int32_t* scratch) {
+__device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int group_bits, float inverse_blocks,
+                                                 int32_t* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
-  // Every thread counts the splits of some consecutive sequences: one trip to memory.
-  const int32_t many = (num_sequences + kThreads - 1) / kThreads;
-  const int32_t begin = min(many * thread, num_sequences), end = min(begin + many, num_sequences);
-  int32_t splits = 0;
+  // Every thread counts the splits of some consecutive sequences: one trip to memory. A warp suffices for 32, so then
+  // each of them does it by itself.
+  const bool alone = num_sequences <= 32;
+  const int32_t many = alone ? 1 : (num_sequences + kThreads - 1) / kThreads;
+  const int32_t begin = min(many * (alone ? lane : thread), num_sequences), end = min(begin + many, num_sequences);
+  int32_t splits = 0, longest = 0;
   DecodePages found = {0, 0};
-#pragma unroll 2
+#pragma unroll 1
   for (int32_t i = begin; i < end; ++i) {
     found = DecodeWalk::pages(args, i);
-    splits += DecodeWalk::num_splits(args, found.kv_len);
+    const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
+    splits += here;
+    longest = max(longest, here);
   }
+  longest = __reduce_max_sync(0xffffffffu, longest);
   int32_t before = splits;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
     if (lane >= distance) before += other;
   }
-  if (lane == 31) scratch[warp] = before;
-  __syncthreads();
+  int32_t total = __shfl_sync(0xffffffffu, before, 31);
   before -= splits;
-  int32_t total = 0;
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
-  }
-  const uint32_t all = static_cast<uint32_t>(total) * static_cast<uint32_t>(parts);
-  const int32_t each = static_cast<int32_t>(all / gridDim.x), more = static_cast<int32_t>(all - each * gridDim.x);
-  const int32_t worker = static_cast<int32_t>(blockIdx.x), first = DecodeWalk::begin_of(each, more, worker);
-  DecodeWalk walk = {args, each, more, each + (worker < more ? 1 : 0), total > args.num_slots, {}, {0, 0}};
-  if (walk.left > 0 && first >= before * parts && first < (before + splits) * parts) {
-    int32_t slot = before, i = begin;
-    if (many > 1) {
-#pragma unroll 1
-      for (;; ++i) {
-        found = DecodeWalk::pages(args, i);
-        const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
-        if (first < (slot + here) * parts) break;
-        slot += here;
-      }
+  constexpr int kWarps = kThreads / 32;
+  int32_t* const place = scratch + 2 * kWarps;
+  if (!alone) {
+    if (lane == 31) {
+      scratch[warp] = total;
+      scratch[kWarps + warp] = longest;
     }
-    scratch[kThreads / 32] = i;
-    scratch[kThreads / 32 + 1] = slot;
-    scratch[kThreads / 32 + 2] = found.first_page;
-    scratch[kThreads / 32 + 3] = found.kv_len;
+    __syncthreads();
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+      longest = max(longest, scratch[kWarps + w]);
+    }
   }
-  __syncthreads();
-  walk.at.valid = walk.left > 0;
-  if (!walk.at.valid) return walk;
-  walk.at.sequence = scratch[kThreads / 32];
-  walk.at.slot = scratch[kThreads / 32 + 1];
-  walk.take({scratch[kThreads / 32 + 2], scratch[kThreads / 32 + 3]});
-  const int32_t local = first - walk.at.slot * parts;
-  walk.at.part = static_cast<int32_t>(static_cast<uint32_t>(local) / static_cast<uint32_t>(walk.at.count));
-  walk.at.index = local - walk.at.part * walk.at.count;
+  const bool alike = static_cast<uint32_t>(total) == static_cast<uint32_t>(longest) * num_sequences;
+  const DecodeShare share = share_of_block(static_cast<uint32_t>(total) * static_cast<uint32_t>(parts), longest, alike,
+                                           group_bits, inverse_blocks);
+  const int32_t first = share.first;
+  DecodeWalk walk = {args,       share.each,
+                     share.more, share.count,
+                     group_bits, total > args.num_slots,
+                     share.whole_queries, {},
+                     {0, 0}};
+  const bool here = walk.left > 0 && first >= before * parts && first < (before + splits) * parts;
+  if (alone) {
+    const uint32_t owner = __ffs(__ballot_sync(0xffffffffu, here)) - 1;
+    walk.at.valid = walk.left > 0;
+    if (!walk.at.valid) return walk;
+    walk.at.sequence = owner;
+    walk.at.slot = __shfl_sync(0xffffffffu, before, owner);
+    walk.take({__shfl_sync(0xffffffffu, found.first_page, owner), __shfl_sync(0xffffffffu, found.kv_len, owner)});
+  } else {
+    if (here) {
+      int32_t slot = before, i = begin;
+      if (many > 1) {
+#pragma unroll 1
+        for (;; ++i) {
+          found = DecodeWalk::pages(args, i);
+          const int32_t its = DecodeWalk::num_splits(args, found.kv_len);
+          if (first < (slot + its) * parts) break;
+          slot += its;
+        }
+      }
+      place[0] = i;
+      place[1] = slot;
+      place[2] = found.first_page;
+      place[3] = found.kv_len;
+    }
+    __syncthreads();
+    walk.at.valid = walk.left > 0;
+    if (!walk.at.valid) return walk;
+    walk.at.sequence = place[0];
+    walk.at.slot = place[1];
+    walk.take({place[2], place[3]});
+  }
+  const uint32_t local = first - walk.at.slot * parts, count = walk.at.count, group = walk.at.group;
+  walk.at.part = static_cast<int32_t>(quotient(local, count, approximate_inverse(count)));
+  walk.at.index = local - walk.at.part * count;
+  walk.at.in_group = group == 1 ? 0 : walk.at.index % group;
   if (walk.whole && walk.at.index > 0) {
     // The block before takes this query to its end.
     walk.left -= walk.at.count - walk.at.index - 1;
@@ -211,22 +294,28 @@ struct DecodeAddresses {
   }
   __device__ __forceinline__ void fetch(const AttentionArgs& args, const DecodeSplit& split) {
     const uint32_t page_size = static_cast<uint32_t>(args.page_size);
-    const bool shifts = (page_size & (page_size - 1)) == 0;
-    const int shift = 31 - __clz(page_size);
+    if ((page_size & (page_size - 1)) == 0) {
+      const int shift = 31 - __clz(page_size);
+      fetch(args, split, [&](uint32_t position) { return position >> shift; });
+    } else {
+      fetch(args, split, [&](uint32_t position) { return position / page_size; });
+    }
+  }
+  template <class PageOf>
+  __device__ __forceinline__ void fetch(const AttentionArgs& args, const DecodeSplit& split, PageOf page_of) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       page[k] = 0;
       slot[k] = 0;
       if (token(k) < split.begin || token(k) >= split.end) continue;
-      const uint32_t position = split.base + token(k);
-      const uint32_t number = shifts ? position >> shift : position / page_size;
-      slot[k] = position - number * page_size;
+      const uint32_t position = split.base + token(k), number = page_of(position);
+      slot[k] = position - number * static_cast<uint32_t>(args.page_size);
       page[k] = args.kv_ptrs[split.first_page + number];
     }
   }
   template <int kDim>
   __device__ __forceinline__ void finish(const AttentionArgs& args, int32_t part) {
-    const int64_t offset = args.key_bytes + part / args.head_tiles * args.head_bytes;
+    const int64_t offset = args.key_bytes + DecodeWalk::kv_head(args, part) * args.head_bytes;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if (page[k] != 0) page[k] += offset + static_cast<int64_t>(slot[k]) * (kDim * 2);

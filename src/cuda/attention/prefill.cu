@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "src/cuda/attention/counter.cuh"
 #include "src/cuda/attention/prefill.h"
 #include "src/cuda/attention/prefill_tensor.cuh"
 
@@ -55,6 +56,8 @@ cudaError_t tensor_map(int head_dim, int box_rows, CUtensorMap* map) {
 
 // With at least so many items splits stay together: every multiprocessor has work. No bit depends on it.
 constexpr int64_t kFewItems = 132;
+// From so many items on blocks count them up in the workspace: items differ, and shares fixed ahead would too.
+constexpr int64_t kCountedItems = 2 * kFewItems;
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
 constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
@@ -62,8 +65,9 @@ constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 constexpr double kLimit = 0x1p31 - 2 * kPrefillKeys;
 
 // Tiles of rows, at most: each sequence may have one that is not full.
-int64_t max_tiles(int64_t rows, int64_t group_size, int64_t num_sequences) {
-  return (rows * group_size + kPrefillRows - 1) / kPrefillRows + num_sequences;
+int64_t max_tiles(int64_t head_dim, int64_t rows, int64_t group_size, int64_t num_sequences) {
+  const int64_t tile_rows = head_dim == 64 ? kPrefillRows<64> : kPrefillRows<128>;
+  return (rows * group_size + tile_rows - 1) / tile_rows + num_sequences;
 }
 
 bool serves_shape(const BatchPrefillParams& params) {
@@ -71,7 +75,8 @@ bool serves_shape(const BatchPrefillParams& params) {
   const int64_t group_size = params.q.shape[1] / params.kv.num_kv_heads;
   // Rows of an item, and up to a group before them, times the group's size: below 2^32 (Output::split_row).
   if (group_size > 32768 || static_cast<double>(rows) * static_cast<double>(group_size) > kLimit ||
-      static_cast<double>(max_tiles(rows, group_size, 1)) * static_cast<double>(params.kv.num_kv_heads) > kLimit ||
+      static_cast<double>(max_tiles(head_dim, rows, group_size, 1)) * static_cast<double>(params.kv.num_kv_heads) >
+          kLimit ||
       static_cast<double>(page_size) > kLimit ||
       static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(page_size) > kLimit) {
     return false;
@@ -85,21 +90,23 @@ int64_t slot_bytes(const BatchPrefillParams& params) {
          (params.q.shape[2] * static_cast<int64_t>(sizeof(float)) + static_cast<int64_t>(sizeof(float2)));
 }
 
+int64_t max_items(const BatchPrefillParams& params) {
+  const int64_t group_size = params.q.shape[1] / params.kv.num_kv_heads;
+  return max_tiles(params.q.shape[2], params.q.shape[0], group_size, params.kv.num_sequences()) *
+         params.kv.num_kv_heads;
+}
+
 // Pairs of a query and a split, at most; 0 where splits stay together.
 int64_t num_slots(const BatchPrefillParams& params) {
   if (params.q.numel() == 0 || params.kv.num_sequences() == 0 || !serves_shape(params)) return 0;
   const double tokens = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.page_size);
-  const int64_t rows = params.q.shape[0], group_size = params.q.shape[1] / params.kv.num_kv_heads;
-  if (tokens <= kPrefillSplitTokens ||
-      max_tiles(rows, group_size, params.kv.num_sequences()) * params.kv.num_kv_heads >= kFewItems) {
-    return 0;
-  }
-  const double most = static_cast<double>(rows) * (1 + std::floor(tokens / kPrefillSplitTokens));
+  if (tokens <= kPrefillSplitTokens || max_items(params) >= kFewItems) return 0;
+  const double most = static_cast<double>(params.q.shape[0]) * (1 + std::floor(tokens / kPrefillSplitTokens));
   return static_cast<int64_t>(std::min(most, static_cast<double>(kMaxPartialBytes / slot_bytes(params))));
 }
 
 template <class T, int kDim>
-Status launch(const Launcher& launcher, const AttentionArgs& args) {
+Status launch(const Launcher& launcher, const AttentionArgs& args, int64_t items, unsigned* next_item) {
   const int64_t page_size = args.page_size;
   // Rows that lie together in a page and in a tile.
   const int box_rows = static_cast<int>(std::min<int64_t>(page_size & -page_size, kPrefillKeys));
@@ -108,17 +115,16 @@ Status launch(const Launcher& launcher, const AttentionArgs& args) {
     return to_status(launcher.op(), error);
   }
   const int processors = launcher.num_multiprocessors();
-  int64_t items = max_tiles(args.num_rows, args.group_size, args.num_sequences) * args.num_kv_heads;
   if (args.num_slots > 0) items = processors;
   const auto wide = [](const void* tensor, int64_t stride) {
     return reinterpret_cast<uintptr_t>(tensor) % 16 == 0 && stride % 8 == 0;
   };
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(std::min<int64_t>(items, processors));
-  shape.block.x = kPrefillThreads;
+  shape.block.x = kPrefillThreads<kDim>;
   shape.shared_bytes = sizeof(PrefillShared<kDim>);
   PUNICA_RETURN_IF_ERROR((launcher.launch<prefill_kernel<Arch::kSm90, T, kDim>>(
-      shape, args, map, box_rows, wide(args.q, args.q_stride), wide(args.o, args.o_stride))));
+      shape, args, map, box_rows, wide(args.q, args.q_stride), wide(args.o, args.o_stride), next_item)));
   if (args.num_slots == 0) return {};
   constexpr int64_t kHeadsABlock = kPrefillMergeThreads / 32;
   LaunchShape merge;
@@ -133,6 +139,8 @@ Status launch(const Launcher& launcher, const AttentionArgs& args) {
 bool serves_prefill(Arch arch, const BatchPrefillParams& params) { return arch == Arch::kSm90 && serves_shape(params); }
 
 int64_t prefill_workspace_bytes(const BatchPrefillParams& params) {
+  if (params.q.numel() == 0 || params.kv.num_sequences() == 0 || !serves_shape(params)) return 0;
+  if (max_items(params) >= kCountedItems) return static_cast<int64_t>(sizeof(unsigned)) + kAlignment;
   const int64_t slots = num_slots(params);
   return slots == 0 ? 0 : slots * slot_bytes(params) + kAlignment;
 }
@@ -141,17 +149,24 @@ Status launch_prefill(const Launcher& launcher, const BatchPrefillParams& params
   AttentionArgs args = call;
   // Without a workspace splits stay together.
   args.num_slots = params.tmpbuf.has_value() ? num_slots(params) : 0;
-  if (args.num_slots > 0) {
-    const int64_t address = reinterpret_cast<int64_t>(params.tmpbuf.data);
-    args.partial_sums = reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  const int64_t items = max_items(params);
+  const int64_t workspace = (reinterpret_cast<int64_t>(params.tmpbuf.data) + kAlignment - 1) / kAlignment * kAlignment;
+  unsigned* next_item = nullptr;
+  if (params.tmpbuf.has_value() && items >= kCountedItems) {
+    next_item = reinterpret_cast<unsigned*>(workspace);
+    PUNICA_RETURN_IF_ERROR(reset_counter(launcher, next_item));
+  } else if (args.num_slots > 0) {
+    args.partial_sums = reinterpret_cast<float*>(workspace);
     args.partial_states =
         reinterpret_cast<float2*>(args.partial_sums + args.num_slots * args.num_heads() * args.head_dim);
   }
   const bool half = params.q.dtype == DType::kFloat16;
   if (args.head_dim == 64) {
-    return half ? launch<__half, 64>(launcher, args) : launch<__nv_bfloat16, 64>(launcher, args);
+    return half ? launch<__half, 64>(launcher, args, items, next_item)
+                : launch<__nv_bfloat16, 64>(launcher, args, items, next_item);
   }
-  return half ? launch<__half, 128>(launcher, args) : launch<__nv_bfloat16, 128>(launcher, args);
+  return half ? launch<__half, 128>(launcher, args, items, next_item)
+              : launch<__nv_bfloat16, 128>(launcher, args, items, next_item);
 }
 
 }  // namespace punica::cuda

@@ -11,11 +11,17 @@ using namespace hopper;
 
 // Finds items in ascending order of their index; the sequences before are not looked at again. A lane knows one of 32
 // sequences at a time.
+template <int kRows>
 class ItemFinder {
  public:
   __device__ __forceinline__ explicit ItemFinder(const AttentionArgs& args)
-      : args_(args), splits_apart_(prefill_splits_apart(args)) {
+      : args_(args),
+        splits_apart_(args.num_slots > 0 && (args.num_sequences <= 32 || prefill_splits_apart(args))) {
     load();
+    if (args.num_sequences <= 32 && splits_apart_ && __shfl_sync(~0u, slots_end_, 31) > args.num_slots) {
+      splits_apart_ = false;
+      load();
+    }
   }
 
   // By the whole warp; the lane of the item's sequence writes it.
@@ -41,8 +47,8 @@ class ItemFinder {
     const uint32_t local = static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(count * splits * heads)));
     const uint32_t part = local / heads, place = part / splits, split = part - place * splits;
     // Late rows see the most keys: they start first.
-    const uint32_t first_row = (count - 1 - place) * kPrefillRows, query = first_row / group;
-    const int rows = min(static_cast<int>(q_len_ * group - first_row), kPrefillRows);
+    const uint32_t first_row = (count - 1 - place) * kRows, query = first_row / group;
+    const int rows = min(static_cast<int>(q_len_ * group - first_row), kRows);
     const int head = static_cast<int>(first_row - query * group);
     const int first = kv_len_ - q_len_ + static_cast<int>(query);
     const int last = first + (head + rows - 1) / static_cast<int>(group);
@@ -66,7 +72,7 @@ class ItemFinder {
   }
 
   __device__ __forceinline__ uint32_t row_tiles(int q_len) const {
-    return (static_cast<uint32_t>(q_len) * args_.group_size + kPrefillRows - 1) / kPrefillRows;
+    return (static_cast<uint32_t>(q_len) * args_.group_size + kRows - 1) / kRows;
   }
 
   // The next 32 sequences: what each is, and its items and slots with those before it.
@@ -96,22 +102,30 @@ class ItemFinder {
   }
 
   const AttentionArgs& args_;
-  const bool splits_apart_;
+  bool splits_apart_;
   // Items and slots before the 32 sequences, and up to the end of the lane's.
   int64_t before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
   int64_t first_sequence_ = 0;
   int q_len_, kv_len_, first_page_, first_row_, splits_;  // of the lane's sequence
 };
 
-// Ahead of the warps that take the items by up to kItemsAhead.
+// Ahead of the warps that take the items by up to kItemsAhead. Items behind the first are counted up in `next_item` by
+// whoever is free, or, without it, each block has every gridDim.x-th.
 template <int kDim>
-__device__ __forceinline__ void find_items(const AttentionArgs& args, PrefillShared<kDim>& shared) {
-  ItemFinder finder(args);
+__device__ __forceinline__ void find_items(const AttentionArgs& args, unsigned* next_item,
+                                           PrefillShared<kDim>& shared) {
+  ItemFinder<kPrefillRows<kDim>> finder(args);
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
     PrefillItem& item = shared.items[n % kItemsAhead];
     barrier_wait(shared_address(&shared.item_empty[n % kItemsAhead]), (n / kItemsAhead & 1) ^ 1);
-    finder.find(blockIdx.x + static_cast<int64_t>(n) * gridDim.x, &item);
+    int64_t index = blockIdx.x + static_cast<int64_t>(n) * gridDim.x;
+    if (next_item != nullptr && n > 0) {
+      unsigned taken = 0;
+      if (threadIdx.x % 32 == 0) taken = atomicAdd(next_item, 1u);
+      index = int64_t{gridDim.x} + __shfl_sync(~0u, taken, 0);
+    }
+    finder.find(index, &item);
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
     __syncwarp();
     if (item.kv_head < 0) return;

@@ -12,12 +12,18 @@
 
 namespace punica::cuda {
 
-inline constexpr int kPrefillRows = 128, kPrefillKeys = 128, kPrefillStages = 2;
+inline constexpr int kPrefillKeys = 128, kPrefillStages = 2;
 inline constexpr int kPrefillSplitTokens = 2048;
 inline constexpr int kPrefillSplitTiles = kPrefillSplitTokens / kPrefillKeys;
-inline constexpr int kPrefillThreads = 384;  // a warpgroup that finds items and copies, two that multiply
+// Warpgroups that multiply, 64 rows each; another one finds items and copies. With D = 128 registers suffice for two.
+template <int kDim>
+inline constexpr int kPrefillGroups = kDim == 64 ? 3 : 2;
+template <int kDim>
+inline constexpr int kPrefillRows = 64 * kPrefillGroups<kDim>;
+template <int kDim>
+inline constexpr int kPrefillThreads = 128 * (1 + kPrefillGroups<kDim>);
 inline constexpr int kCopyWarps = 3;
-inline constexpr int kItemsAhead = 4;
+inline constexpr int kItemsAhead = 2;  // more would be taken from blocks that are done sooner
 // Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
 inline constexpr int kAddressBits = 31;
 
@@ -37,10 +43,10 @@ struct PrefillItem {
 template <int kDim>
 struct PrefillShared {
   static constexpr int kTileBytes = kPrefillKeys * kDim * 2;
-  alignas(1024) unsigned char queries[kPrefillRows * kDim * 2];
+  alignas(1024) unsigned char queries[kPrefillRows<kDim> * kDim * 2];
   unsigned char keys[kPrefillStages][kTileBytes];
   unsigned char values[kPrefillStages][kTileBytes];
-  float saved[kDim / 2][kPrefillThreads - 128];  // merged splits: what each thread has of them
+  float saved[kDim / 2][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
   uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
   uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];

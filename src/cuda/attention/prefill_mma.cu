@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "src/cuda/attention/counter.cuh"
 #include "src/cuda/attention/prefill_mma.cuh"
 #include "src/cuda/attention/prefill_mma.h"
 #include "src/cuda/attention/prefill_mma_merge.cuh"
@@ -87,15 +88,6 @@ Plan make_plan(const BatchPrefillParams& params) {
   });
 }
 
-template <Arch kArch>
-__global__ void reset_counter_kernel(unsigned* counter) {
-  if constexpr (kCompiled<kArch>) {
-    launch_dependents<kArch>();
-    grid_dependency_wait<kArch>();
-    *counter = 0;
-  }
-}
-
 Status launch_rotate(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,
                      const RopeTable& rope) {
   // Each sequence may have one tile that is not full.
@@ -104,9 +96,12 @@ Status launch_rotate(const Launcher& launcher, DType dtype, const AttentionArgs&
   shape.grid.x =
       static_cast<unsigned>(std::min(tiles, int64_t{launcher.num_multiprocessors()} * kRotateBlocksPerMultiprocessor));
   shape.block.x = kRotateThreads;
-  return dtype == DType::kFloat16
-             ? launcher.launch<rotate_keys_kernel<Arch::kSm80, __half>>(shape, args, call, rope)
-             : launcher.launch<rotate_keys_kernel<Arch::kSm80, __nv_bfloat16>>(shape, args, call, rope);
+  return with_arch(launcher.arch, [&](auto arch) {
+    constexpr Arch kArch = decltype(arch)::value;
+    return dtype == DType::kFloat16
+               ? launcher.launch<rotate_keys_kernel<kArch, __half>>(shape, args, call, rope)
+               : launcher.launch<rotate_keys_kernel<kArch, __nv_bfloat16>>(shape, args, call, rope);
+  });
 }
 
 Status launch_merge(const Launcher& launcher, DType dtype, const AttentionArgs& args) {
@@ -115,8 +110,11 @@ Status launch_merge(const Launcher& launcher, DType dtype, const AttentionArgs& 
   shape.grid.x = static_cast<unsigned>(args.num_rows);
   shape.grid.y = static_cast<unsigned>(std::min<int64_t>((args.num_heads() + kHeadsABlock - 1) / kHeadsABlock, 8));
   shape.block.x = kMmaMergeThreads;
-  return dtype == DType::kFloat16 ? launcher.launch<merge_prefill_mma_kernel<Arch::kSm80, __half>>(shape, args)
-                                  : launcher.launch<merge_prefill_mma_kernel<Arch::kSm80, __nv_bfloat16>>(shape, args);
+  return with_arch(launcher.arch, [&](auto arch) {
+    constexpr Arch kArch = decltype(arch)::value;
+    return dtype == DType::kFloat16 ? launcher.launch<merge_prefill_mma_kernel<kArch, __half>>(shape, args)
+                                    : launcher.launch<merge_prefill_mma_kernel<kArch, __nv_bfloat16>>(shape, args);
+  });
 }
 
 // But for the path and the device. Nothing of the batch decides but room in the table of pages.
@@ -130,8 +128,8 @@ bool serves_shape(const BatchPrefillParams& params) {
 
 }  // namespace
 
-bool serves_prefill_mma(Arch arch, const BatchPrefillParams& params) {
-  if (arch != Arch::kSm80 || !serves_shape(params)) return false;
+bool serves_prefill_mma(const BatchPrefillParams& params) {
+  if (!serves_shape(params)) return false;
   if (params.q.shape[2] <= 192 || params.rope_theta.has_value()) return true;
   // More than the 99 KiB that a block has everywhere.
   int device = 0, shared_bytes = 0;
@@ -181,8 +179,7 @@ Status launch_prefill_mma(const Launcher& launcher, const BatchPrefillParams& pa
   if (mma.rotated != nullptr) {
     PUNICA_RETURN_IF_ERROR(launch_rotate(launcher, params.q.dtype, args, mma, *rope));
   } else if (mma.next_item != nullptr) {
-    LaunchShape shape;
-    PUNICA_RETURN_IF_ERROR(launcher.launch<reset_counter_kernel<Arch::kSm80>>(shape, mma.next_item));
+    PUNICA_RETURN_IF_ERROR(reset_counter(launcher, mma.next_item));
   }
   PUNICA_RETURN_IF_ERROR(with_head_dim(args.head_dim, [&](auto dim) {
     return launch_mma<decltype(dim)::value>(launcher, params.q.dtype, args, mma, rope, blocks);

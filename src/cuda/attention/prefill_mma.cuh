@@ -1,5 +1,5 @@
 // batch_prefill of float16 and bfloat16 by tensor-core products of warps (mma.sync): any even head dim, rotation. The
-// sm_80 path is launched; the body is the same for both.
+// same on both paths; on sm_90 prefill_tensor.cuh goes before it where it serves.
 //
 // A block of four warps takes items: rows, pairs (query, head of the group), of one sequence and one KV head. Tiles of
 // keys and of values take turns in a ring in shared memory that cp.async fills; one barrier a tile both says that it

@@ -8,10 +8,10 @@
 
 namespace punica::cuda {
 
-// The sm_80 path, float16 and bfloat16, a scale that is a number other than 0, tables with room for less than 2^31
+// Both paths: float16 and bfloat16, a scale that is a number other than 0, tables with room for less than 2^31
 // tokens. D above 192 without rotation needs 100 KiB of shared memory a block, which not every device has (the current
 // one is asked).
-bool serves_prefill_mma(Arch arch, const BatchPrefillParams& params);
+bool serves_prefill_mma(const BatchPrefillParams& params);
 
 // Room for partial results of splits, for what blocks merge of them, and for rotated keys.
 int64_t prefill_mma_workspace_bytes(const BatchPrefillParams& params);

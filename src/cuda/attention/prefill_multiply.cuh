@@ -8,7 +8,7 @@
 
 namespace punica::cuda::prefill {
 
-enum NamedBarrier : int { kTurn = 1, kTail = 3, kQueries = 4 };
+enum NamedBarrier : int { kTail = 1, kQueries = 2 };
 
 __device__ __forceinline__ float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
@@ -41,9 +41,6 @@ class Consumer : public Output<T, kDim> {
       : Base(args, wide_o, shared), wide_q_(wide_q) {}
 
   __device__ __forceinline__ void run() {
-    // Nobody waits here: what is left of taking turns at the tensor cores, which was slower. It may go with the next
-    // change that is measured.
-    if (group_ == 1) named_barrier_arrive(kTurn, 256);
     barrier_wait(shared_address(&shared_.item_full[0]), 0);
     load_queries(shared_.items[0]);
     uint32_t number = 0;
@@ -192,9 +189,9 @@ class Consumer : public Output<T, kDim> {
   }
 
   // Values behind the sequence's end, where anything may lie, become zeros. By the groups that have rows.
-  __device__ __forceinline__ void clear_tail(uint32_t stage, int first_row, bool alone) const {
+  __device__ __forceinline__ void clear_tail(uint32_t stage, int first_row, int rows) const {
     constexpr int kRowPieces = 8 * kColumns;
-    const int threads = alone ? 128 : 256;
+    const int threads = (rows + 63) / 64 * 128;
     for (int i = group_ * 128 + thread_; i < (kPrefillKeys - first_row) * kRowPieces; i += threads) {
       const int row = first_row + i / kRowPieces, piece = i % kRowPieces;
       *reinterpret_cast<uint4*>(shared_.values[stage] + piece / 8 * (kPrefillKeys * 128) + row * 128 + piece % 8 * 16) =
@@ -236,15 +233,13 @@ class Consumer : public Output<T, kDim> {
     const int ends[2] = {row_end(item, row), row_end(item, row + 8)};
     const int tiles = item.tiles;
     const int first_tile = item.first_tile;
-    // With few rows the other group has none: it passes tiles on.
-    const bool alone = item.rows <= 64;
     float sums[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     RowPair state = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}}, saved = state;
     bool any_saved = false;
 
-    if (tiles == 0 || (alone && group_ == 1)) {
+    if (tiles == 0 || group_ * 64 >= item.rows) {  // without rows a group only passes tiles on
       load_next_queries(n);
       for (int i = 0; i < tiles; ++i) {
         wait_tile(shared_.key_full, number + i);
@@ -275,8 +270,9 @@ class Consumer : public Output<T, kDim> {
       pack_weights(scores, weights);
       decay[0] = decay[1] = 1.0f;
 
-#pragma unroll 1
-      for (int i = 1; i < tiles; ++i) {
+      // kPlain: every row of the group sees the whole tile, and it is not the item's last.
+      const auto step = [&](int i, auto constant) {
+        constexpr bool kPlain = decltype(constant)::value;
         const uint32_t stage = (number + i) % kPrefillStages, before = (number + i - 1) % kPrefillStages;
         wait_tile(shared_.key_full, number + i);
         pin(scores);
@@ -289,7 +285,7 @@ class Consumer : public Output<T, kDim> {
         products_wait<0>();
         pin(scores);
         release(&shared_.key_empty[stage]);
-        if (i + 1 == tiles) load_next_queries(n);
+        if (!kPlain && i + 1 == tiles) load_next_queries(n);
         pin(sums);
         products_fence();
         const Descriptor v = values(before);
@@ -299,7 +295,7 @@ class Consumer : public Output<T, kDim> {
         RowPair split = state;
         if (fresh) state = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}};
         if (kEarlySteps == 8) products_commit();
-        if (masked(i)) mask((first_tile + i) * kPrefillKeys, ends, scores);
+        if (!kPlain && masked(i)) mask((first_tile + i) * kPrefillKeys, ends, scores);
         find_maximum(scores, state, decay, s);
         // The products of the values are asked for one by one: what is not asked for does not keep the warp waiting.
         products_fence();
@@ -330,12 +326,22 @@ class Consumer : public Output<T, kDim> {
           any_saved = true;
           decay[0] = decay[1] = 1.0f;
         }
+      };
+      // The rare steps have code of their own, so that what is repeated lies together.
+      const int plain_begin = max(full_begin, 1), plain_end = min(full_end, tiles - 1);
+#pragma unroll 1
+      for (int i = 1; i < tiles; ++i) {
+        if (kDim == 64 && i >= plain_begin) {  // with D = 128 that is 1% slower
+#pragma unroll 1
+          for (; i < plain_end; ++i) step(i, std::true_type());
+        }
+        step(i, std::false_type());
       }
 
       const uint32_t last = (number + tiles - 1) % kPrefillStages;
       wait_tile(shared_.value_full, number + tiles - 1);
       const int left = item.kv_len - (first_tile + tiles - 1) * kPrefillKeys;
-      if (left < kPrefillKeys) clear_tail(last, left, alone);
+      if (left < kPrefillKeys) clear_tail(last, left, item.rows);
       shrink(sums, decay);
       pin(sums);
       products_fence();

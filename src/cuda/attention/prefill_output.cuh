@@ -101,59 +101,65 @@ class Output {
     }
   }
 
+  // Rounded, through the warp's part of shared_.saved, which merge has read: an access to memory is whole rows.
   __device__ __forceinline__ void store(const PrefillItem& item, int row, const int (&ends)[2], const RowPair& state,
-                                        float (&sums)[kSums]) const {
+                                        const float (&sums)[kSums]) const {
+    constexpr int kPieces = kDim / 8;  // of 16 bytes, of a row
+    uint32_t words[2][kPieces];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int tile_row = row + 8 * r;
-      const bool valid = tile_row < item.rows;
-      const Row place = split_row(item, valid ? tile_row : 0);
-      const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
-      const int64_t query = int64_t{item.first_query} + place.query;
-      T* const to = static_cast<T*>(args_.o) + query * args_.o_stride + head * kDim;
-      // No key seen: zeros. + 0: tiles of zero weights turn -0 into 0, wherever they are.
-      const bool empty = ends[r] == 0;
-      const float inverse = empty ? 0.0f : __fdiv_rn(1.0f, state.weight[r]);
-      uint32_t words[kDim / 8];
+      const bool empty = ends[r] == 0;  // no key seen: zeros
+      const float inverse = __fdiv_rn(1.0f, state.weight[r]);
 #pragma unroll
-      for (int j = 0; j < kDim / 8; ++j) {
-        const float a = empty ? 0.0f : __fadd_rn(__fmul_rn(sums[4 * j + 2 * r], inverse), 0.0f);
-        const float b = empty ? 0.0f : __fadd_rn(__fmul_rn(sums[4 * j + 2 * r + 1], inverse), 0.0f);
-        words[j] = pack<T>(a, b);
+      for (int j = 0; j < kPieces; ++j) {
+        // + 0: tiles of zero weights turn -0 into 0, wherever they are.
+        const uint32_t word =
+            pack<T>(__fmaf_rn(sums[4 * j + 2 * r], inverse, 0.0f), __fmaf_rn(sums[4 * j + 2 * r + 1], inverse, 0.0f));
+        words[r][j] = empty ? 0 : word;
       }
-      if (wide_o_) {
-        // Four lanes exchange words, so that each stores 16 bytes: of piece 4 i + t.
-#pragma unroll
-        for (int i = 0; i < kDim / 32; ++i) {
-          uint32_t out[4];
-#pragma unroll
-          for (int s = 0; s < 4; ++s) {
-            // The word of piece t ^ s goes to lane t ^ s.
-            const uint32_t a = t_ & 1 ? words[4 * i + (s ^ 1)] : words[4 * i + s];
-            const uint32_t b = t_ & 1 ? words[4 * i + (s ^ 3)] : words[4 * i + (s ^ 2)];
-            out[s] = __shfl_xor_sync(~0u, t_ & 2 ? b : a, s);
-          }
-          // out[s] came from lane t ^ s.
-          uint4 piece;
-          const uint32_t x0 = t_ & 1 ? out[1] : out[0], x1 = t_ & 1 ? out[0] : out[1];
-          const uint32_t x2 = t_ & 1 ? out[3] : out[2], x3 = t_ & 1 ? out[2] : out[3];
-          piece.x = t_ & 2 ? x2 : x0, piece.y = t_ & 2 ? x3 : x1;
-          piece.z = t_ & 2 ? x0 : x2, piece.w = t_ & 2 ? x1 : x3;
-          if (valid) *reinterpret_cast<uint4*>(to + (4 * i + t_) * 8) = piece;
-        }
-      } else if (valid) {
-#pragma unroll
-        for (int j = 0; j < kDim / 8; ++j) {
-          uint16_t* const at = reinterpret_cast<uint16_t*>(to) + 8 * j + 2 * t_;
-          at[0] = static_cast<uint16_t>(words[j]);
-          at[1] = static_cast<uint16_t>(words[j] >> 16);
-        }
-      }
-      if (args_.lse != nullptr && valid && t_ == 0) {
-        args_.lse[query * args_.num_heads() + head] =
+      if (args_.lse != nullptr && t_ == 0 && row + 8 * r < item.rows) {
+        const Row place = split_row(item, row + 8 * r);
+        const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
+        args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =
             empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
       }
     }
+    // Piece p of row r of the warp's 16: 128 bytes of a row lie together, turned so that no banks meet.
+    const uint32_t base = shared_address(&shared_.saved[0][threadIdx.x - 128 - lane_]);
+    const auto place_of = [&](int r, int p) {
+      return base + (r * (kDim / 64) + p / 8) * static_cast<uint32_t>(sizeof(shared_.saved[0])) + (p ^ r) % 8 * 16;
+    };
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kPieces; j += 2) {
+      store_matrices(place_of(lane_ % 8 + lane_ / 8 % 2 * 8, j + lane_ / 16), words[0][j], words[1][j], words[0][j + 1],
+                     words[1][j + 1]);
+    }
+    __syncwarp();
+    // Each of 16 lanes knows where one of the rows goes.
+    const int first_row = group_ * 64 + warp_ * 16, known_row = first_row + lane_ % 16;
+    const Row known = split_row(item, min(known_row, item.rows - 1));
+    const int64_t known_offset = (int64_t{item.first_query} + known.query) * args_.o_stride +
+                                 (item.kv_head * static_cast<int64_t>(args_.group_size) + known.head) * kDim;
+    constexpr int kRowsAtOnce = 32 / kPieces;
+#pragma unroll
+    for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
+      const int r = i * kRowsAtOnce + lane_ / kPieces, p = lane_ % kPieces;
+      const uint4 piece = load_shared_16(place_of(r, p));
+      const int64_t offset = __shfl_sync(~0u, known_offset, r);
+      if (first_row + r >= item.rows) continue;
+      T* const to = static_cast<T*>(args_.o) + offset + p * 8;
+      if (wide_o_) {
+        *reinterpret_cast<uint4*>(to) = piece;
+      } else {
+        const uint32_t halves[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          reinterpret_cast<uint16_t*>(to)[e] = static_cast<uint16_t>(halves[e / 2] >> e % 2 * 16);
+        }
+      }
+    }
+    __syncwarp();
   }
 
   const AttentionArgs& args_;

@@ -1,9 +1,9 @@
 // batch_prefill of float16 and bfloat16 on sm_90 with head dims 64 and 128: tensor copies and warpgroup products.
 //
-// A block stays on its multiprocessor and takes one item after another: 128 rows, pairs (query, head of the group), of
-// one sequence and one KV head. One warp finds the items and has the copy engine bring keys and values in tiles of 128
-// tokens, two tiles of each ahead; two warpgroups take 64 of the rows each. While a warpgroup computes the weights of a
-// tile, its products of the tile before run, and those of the other warpgroup.
+// A block stays on its multiprocessor and takes one item after another: 128 rows (192 with D = 64), pairs (query, head
+// of the group), of one sequence and one KV head. One warp finds the items and has the copy engine bring keys and
+// values in tiles of 128 tokens, two tiles of each ahead; two or three warpgroups take 64 of the rows each. While a
+// warpgroup computes the weights of a tile, its products of the tile before run, and those of the other warpgroups.
 //
 // Pages lie anywhere, so there is one tensor map for all of memory: {elements of a row, rows of a page, address / 16 in
 // two digits}. A box is 64 elements of as many rows as lie together in a page and in a tile.
@@ -20,9 +20,9 @@ namespace punica::cuda {
 
 // Grid: as many blocks as multiprocessors, or items if they are fewer.
 template <Arch kArch, class T, int kDim>
-__global__ void __launch_bounds__(kPrefillThreads, 1)
+__global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
     prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map, int box_rows,
-                   bool wide_q, bool wide_o) {
+                   bool wide_q, bool wide_o, unsigned* next_item) {
   static_assert(kArch == Arch::kSm90);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char prefill_shared[];
@@ -33,27 +33,35 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     for (int i = 0; i < kPrefillStages; ++i) {
       hopper::barrier_init(shared_address(&shared.key_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.key_empty[i]), 8);
-      hopper::barrier_init(shared_address(&shared.value_empty[i]), 8);
+      hopper::barrier_init(shared_address(&shared.key_empty[i]), 4 * kPrefillGroups<kDim>);
+      hopper::barrier_init(shared_address(&shared.value_empty[i]), 4 * kPrefillGroups<kDim>);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
       hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 8 + copy_warps);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 4 * kPrefillGroups<kDim> + copy_warps);
     }
     hopper::barrier_init_fence();
   }
   __syncthreads();
+  // The tables are on their way into the second-level cache while this waits.
+  const int64_t line = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (line * (kLineBytes / 8) < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * (kLineBytes / 8));
+  if (line * (kLineBytes / 4) < args.num_sequences) {
+    prefetch_line(args.kv_indptr + line * (kLineBytes / 4));
+    prefetch_line(args.qo_indptr + line * (kLineBytes / 4));
+    prefetch_line(args.last_page_offset + line * (kLineBytes / 4));
+  }
   grid_dependency_wait<kArch>();
-  // Together what the block was launched with: 168 a thread.
+  // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<40>();
+    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
       prefill::copy_items<kDim>(args, &map, box_rows, shared);
     } else {
-      prefill::find_items<kDim>(args, shared);
+      prefill::find_items<kDim>(args, next_item, shared);
     }
   } else {
-    hopper::raise_registers<232>();
+    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
     prefill::Consumer<T, kDim>(args, wide_q, wide_o, shared).run();
   }
 #endif
@@ -67,53 +75,75 @@ template <Arch kArch, class T, int kDim>
 __global__ void __launch_bounds__(kPrefillMergeThreads)
     prefill_merge_kernel(const __grid_constant__ AttentionArgs args) {
   if constexpr (kCompiled<kArch>) {
-    constexpr int kColumns = kDim / 32;
-    __shared__ int sequence_of_row;
-    __shared__ unsigned long long slots_before;
+    constexpr int kColumns = kDim / 32, kBatch = 16;  // partial results whose loads are under way at once
     launch_dependents<kArch>();
-    grid_dependency_wait<kArch>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane < args.num_sequences) {
+      prefetch_line(args.kv_indptr + lane);
+      prefetch_line(args.qo_indptr + lane);
+      prefetch_line(args.last_page_offset + lane);
+    }
+    grid_dependency_wait<kArch>();
     const int64_t row = blockIdx.x;
-    if (!prefill_splits_apart(args)) return;
-    if (threadIdx.x == 0) sequence_of_row = -1, slots_before = 0;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < args.num_sequences; i += kPrefillMergeThreads) {
-      const int64_t begin = args.row_begin(i);
-      if (row >= begin && row < begin + args.num_queries(i)) atomicMax(&sequence_of_row, static_cast<int>(i));
+    // Every warp by itself: the sequence of the row, the last one that claims it, and the slots before that.
+    int64_t sequence = -1, row_begin = 0, queries = 0, kv_len = 0, slots_before = 0, slots = 0;
+#pragma unroll 1
+    for (int64_t base = 0; base < args.num_sequences; base += 32) {
+      const int64_t i = base + lane;
+      int64_t begin = 0, count = 0, length = 0, its = 0;
+      if (i < args.num_sequences) {
+        begin = args.row_begin(i);
+        count = args.num_queries(i);
+        length = args.pages(i).kv_len;
+        its = count * prefill_splits(length);
+      }
+      int64_t end = its;
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int64_t other = __shfl_up_sync(~0u, end, distance);
+        if (lane >= distance) end += other;
+      }
+      const uint32_t claims = __ballot_sync(~0u, row >= begin && row < begin + count);
+      if (claims != 0) {
+        const int owner = 31 - __clz(claims);
+        sequence = base + owner;
+        row_begin = __shfl_sync(~0u, begin, owner);
+        queries = __shfl_sync(~0u, count, owner);
+        kv_len = __shfl_sync(~0u, length, owner);
+        slots_before = slots + __shfl_sync(~0u, end - its, owner);
+      }
+      slots += __shfl_sync(~0u, end, 31);
     }
-    __syncthreads();
-    const int64_t sequence = sequence_of_row;
-    if (sequence < 0) return;
-    const SequencePages pages = args.pages(sequence);
-    const int64_t splits = prefill_splits(pages.kv_len);
+    if (slots > args.num_slots || sequence < 0) return;
+    const int64_t splits = prefill_splits(kv_len);
     if (splits == 1) return;
-    unsigned long long slots = 0;
-    for (int64_t i = threadIdx.x; i < sequence; i += kPrefillMergeThreads) {
-      slots += args.num_queries(i) * prefill_splits(args.pages(i).kv_len);
-    }
-    atomicAdd(&slots_before, slots);
-    __syncthreads();
-    const int64_t query = row - args.row_begin(sequence);
-    const int64_t position = pages.kv_len - args.num_queries(sequence) + query;
-    const int64_t first_slot = static_cast<int64_t>(slots_before) + query * splits;
+    const int64_t query = row - row_begin;
+    const int64_t position = kv_len - queries + query;
+    const int64_t first_slot = slots_before + query * splits;
     constexpr int kWarps = kPrefillMergeThreads / 32;
     for (int64_t head = int64_t{blockIdx.y} * kWarps + warp; head < args.num_heads();
          head += int64_t{gridDim.y} * kWarps) {
       RowState<kColumns> total;
       total.clear();
-      if (position >= 0) {
-#pragma unroll 4
-        for (int64_t split = args.first_key(position) / kPrefillSplitTokens; split <= position / kPrefillSplitTokens;
-             ++split) {
-          const int64_t index = (first_slot + split) * args.num_heads() + head;
+      const int64_t begin = position < 0 ? 0 : args.first_key(position) / kPrefillSplitTokens;
+      const int64_t end = position < 0 ? 0 : position / kPrefillSplitTokens + 1;
+#pragma unroll 1
+      for (int64_t from = begin; from < end; from += kBatch) {
+        RowState<kColumns> parts[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (from + i >= end) continue;
+          const int64_t index = (first_slot + from + i) * args.num_heads() + head;
           const float2 state = args.partial_states[index];
           const auto part_sums = load<float, kColumns>(args.partial_sums + index * kDim + lane * kColumns);
-          RowState<kColumns> part;
-          part.maximum = state.x;
-          part.weight = state.y;
+          parts[i].maximum = state.x;
+          parts[i].weight = state.y;
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) part.sums[c] = part_sums.values[c];
-          total.merge(part);
+          for (int c = 0; c < kColumns; ++c) parts[i].sums[c] = part_sums.values[c];
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (from + i < end) total.merge(parts[i]);
         }
       }
       const float inverse = position < 0 ? 0.0f : __fdiv_rn(1.0f, total.weight);

@@ -99,6 +99,24 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// ---- Accesses of shared memory --------------------------------------------------------------------------------------
+
+// Four matrices of 8 x 8 16-bit elements, packed as products leave them; lanes give the addresses of rows (stmatrix).
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 // ---- Products of a warpgroup ----------------------------------------------------------------------------------------
 //
 // Operands in shared memory lie in rows of 128 bytes, eight of which, at a multiple of 1024 bytes, are an atom: piece i

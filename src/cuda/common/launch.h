@@ -102,6 +102,13 @@ class Launcher {
   cudaStream_t stream_;
 };
 
+// Calls body(std::integral_constant<Arch, arch>()).
+template <class Body>
+auto with_arch(Arch arch, Body body) {
+  if (arch == Arch::kSm90) return body(std::integral_constant<Arch, Arch::kSm90>());
+  return body(std::integral_constant<Arch, Arch::kSm80>());
+}
+
 // Calls body(launcher) with the device current.
 template <class Body>
 Status on_device(const char* op, Device device, const Context& context, Body body) {

@@ -10,9 +10,9 @@
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
-#include "src/cuda/lora/bgmv_bulk_short.cuh"
+#include "src/cuda/lora/bgmv_bulk_deep.cuh"
 #include "src/cuda/lora/bgmv_dense.cuh"
-#include "src/cuda/lora/bgmv_diagonal.cuh"
+#include "src/cuda/lora/bgmv_diagonal_deep.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
@@ -24,8 +24,9 @@ using namespace bgmv;
 
 // The longest h_in whose weights a warp takes alone. Beyond, splitting K is what keeps enough loads in flight.
 constexpr int kShortMax = 32 * kShortSteps;
-constexpr int64_t kMaxRows = 1 << 20;  // rows of a launch, a multiple of kScanRows
-constexpr int64_t kMaxTiles = 65535;   // grid.y
+constexpr int64_t kMaxRows = 1 << 20;           // of a launch whose rows are along x, a multiple of kScanRows
+constexpr int64_t kMaxRowsY = 511 * kScanRows;  // where they are along y, which has 65535 blocks at most
+constexpr int64_t kMaxTiles = 65535;
 constexpr int64_t kMaxWidth = int64_t{1} << 30;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -33,12 +34,12 @@ int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Calls launch(args, rows, tiles) for parts of the batch and of `tiles` that fit in a grid: one, in all but absurd
 // sizes.
 template <class Launch>
-Status for_parts(BgmvArgs args, int64_t tiles, Launch launch) {
+Status for_parts(BgmvArgs args, int64_t tiles, int64_t max_rows, Launch launch) {
   const int64_t batch = args.batch;
-  for (int64_t row = 0; row < batch; row += kMaxRows) {
+  for (int64_t row = 0; row < batch; row += max_rows) {
     for (int64_t tile = 0; tile < tiles; tile += kMaxTiles) {
       args.first_row = row;
-      args.batch = std::min(batch, row + kMaxRows);
+      args.batch = std::min(batch, row + max_rows);
       args.first_tile = static_cast<int>(tile);
       PUNICA_RETURN_IF_ERROR(launch(args, static_cast<unsigned>(args.batch - row),
                                     static_cast<unsigned>(std::min(tiles - tile, kMaxTiles))));
@@ -65,15 +66,36 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   args.resident = std::min(args.steps, kChunk);
   if (args.resident < args.steps) args.group_rows = 1;  // kRing
   return for_parts(
-      args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits),
+      args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits), kMaxRowsY,
       [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
         LaunchShape shape;
-        shape.grid = dim3(row_blocks(part, rows), tile_count);
+        shape.grid = dim3(tile_count, row_blocks(part, rows));
         shape.block = dim3(32 * kWarps);
         shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
         return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(shape,
                                                                                                             part);
       });
+}
+
+// Whether blocks of bgmv_diagonal_deep_kernel fill the multiprocessors, and where the next kernel reads nothing early
+// and the adapters are so few that most rows share theirs, bgmv_diagonal_kernel is faster.
+bool prefer_deep(const BgmvArgs& args) {
+  const int64_t blocks = args.batch * div_up(args.h_out, kDeepOutputs);
+  if (args.one_adapter) return false;
+  return args.early_reads ? blocks >= 256 : blocks >= 128 && args.batch <= 2 * args.num_adapters;
+}
+
+template <class T>
+Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
+  args.resident = args.steps;
+  return for_parts(args, div_up(args.h_out, kDeepOutputs), kMaxRowsY,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(tile_count, row_blocks(part, rows));
+                     shape.block = dim3(32 * kDiagonalWarps);
+                     shape.shared_bytes = deep_shared_bytes(part.group_rows);
+                     return launcher.launch<bgmv_diagonal_deep_kernel<Arch::kSm90, T>>(shape, part);
+                   });
 }
 
 // Whether bgmv_dense_kernel takes less time than bgmv_diagonal_kernel, by measured times in us. The one takes it for
@@ -93,7 +115,7 @@ template <class T>
 Status launch_dense(const Launcher& launcher, BgmvArgs args) {
   using Tile = DenseTile<kDenseOut, kDenseRow>;
   args.group_rows = Tile::kRows;
-  return for_parts(args, div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits),
+  return for_parts(args, div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits), kMaxRows,
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tile_count);
@@ -122,6 +144,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   }
   if (prefer_dense(args)) return launch_dense<T>(launcher, args);
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
       return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
@@ -136,7 +159,7 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   }
 }
 
-template <class T, int kSteps, int kRounds>
+template <class T, int kSteps, int kRounds, bool kDeep = false>
 Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
   args.group_rows = kMaxGroupRows;
   // Groups of eight cost least, except that in a chain, where the weights are there early, what one row after the other
@@ -147,13 +170,19 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
          args.batch / args.group_rows * tiles < (fewer ? 2 * kFewBlocks : kFewBlocks)) {
     args.group_rows /= 2;
   }
-  return for_parts(args, div_up(args.h_out, kRounds * kBlockRoundRows),
-                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+  return for_parts(args, div_up(args.h_out, kDeep ? 2 * kRounds * kDeepTileRounds : kRounds * kBlockRoundRows),
+                   kMaxRows, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
                      LaunchShape shape;
                      shape.grid = dim3(row_blocks(part, rows), tiles);
-                     shape.block = dim3(kBulkThreads);
-                     shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
-                     return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                     if constexpr (kDeep) {
+                       shape.block = dim3(32 * kDeepWarps);
+                       shape.shared_bytes = std::max(bulk_deep_shared_bytes(part.h_in, kRounds), deep_shared_bytes(1));
+                       return launcher.launch<bgmv_bulk_deep_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                     } else {
+                       shape.block = dim3(kBulkThreads);
+                       shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
+                       return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+                     }
                    });
 }
 
@@ -169,6 +198,14 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
   // Alone, twice as many blocks if all run at once: their loads start earlier.
   if (kSteps == 0 && !args.early_reads && rounds == 4 && args.batch * div_up(args.h_out, 2 * kBlockRoundRows) <= 1056) {
     rounds = 2;
+  }
+  // Blocks with two tiles of twice as many outputs: for chains, where there are enough of them.
+  const bool deep =
+      args.early_reads && !args.one_adapter && args.batch * div_up(args.h_out, rounds * kBlockRoundRows) >= 1024;
+  if constexpr (kSteps == 0) {
+    if (deep && rounds == 4) return launch_bulk_short<T, 0, 4, true>(launcher, args);
+  } else if constexpr (kSteps == 2) {
+    if (deep && rounds == 1) return launch_bulk_short<T, 2, 1, true>(launcher, args);
   }
   if constexpr (kBulkRounds<kSteps> >= 4) {
     if (rounds == 4) return launch_bulk_short<T, kSteps, 4>(launcher, args);
@@ -193,13 +230,14 @@ template <class T>
 Status launch_long(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kLongThreads / 32;
   args.steps = static_cast<int>(div_up(div_up(args.h_in, kLongStep), kWarps));
-  return for_parts(args, div_up(args.h_out, kLongRows), [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
-    LaunchShape shape;
-    shape.grid = dim3(rows, tiles);
-    shape.block = dim3(kLongThreads);
-    shape.shared_bytes = long_shared_bytes(kLongThreads);
-    return launcher.launch<bgmv_long_kernel<Arch::kSm80, T>>(shape, part);
-  });
+  return for_parts(args, div_up(args.h_out, kLongRows), kMaxRows,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+                     LaunchShape shape;
+                     shape.grid = dim3(rows, tiles);
+                     shape.block = dim3(kLongThreads);
+                     shape.shared_bytes = long_shared_bytes(kLongThreads);
+                     return launcher.launch<bgmv_long_kernel<Arch::kSm80, T>>(shape, part);
+                   });
 }
 
 template <class T, int kCount>
@@ -210,7 +248,7 @@ Status launch_short(const Launcher& launcher, const BgmvArgs& args) {
   const int64_t blocks = div_up(args.h_out, kShortWarps * kShortRows);
   const int64_t rounds = std::clamp((args.batch * blocks + kWave / 2) / kWave, int64_t{1}, kMaxRounds);
   const int64_t grid_y = std::min(div_up(blocks, rounds), kMaxTiles);
-  return for_parts(args, grid_y, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+  return for_parts(args, grid_y, kMaxRows, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
     LaunchShape shape;
     shape.grid = dim3(rows, tiles);
     shape.block = dim3(32 * kShortWarps);
@@ -234,7 +272,7 @@ Status launch_float32(const Launcher& launcher, BgmvArgs args) {
   while (args.team < 32 && 4 * args.team < args.h_in) args.team *= 2;
   if (args.h_in > 32 * 4 * kFloatBatch) args.team = kFloatThreads;
   const int64_t tiles = div_up(args.h_out, kFloatRows * (kFloatThreads / args.team));
-  return for_parts(args, tiles, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+  return for_parts(args, tiles, kMaxRows, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
     LaunchShape shape;
     shape.grid = dim3(rows, tile_count);
     shape.block = dim3(kFloatThreads);

@@ -18,26 +18,29 @@ inline constexpr int kMaxGroupRows = 64;  // of the kernels that take more than 
 struct BulkGroup {
   int64_t weights;              // address of the adapter
   int count;                    // 0: the block has nothing to do
+  int part;                     // of the outputs, see find_group_in(): 0, or 1 for the block of the group's second row
   int64_t rows[kMaxGroupRows];  // of the columns below count
 };
 
-// Block x of a launch looks at the row b of the batch. Where there is one adapter the blocks of a run are numbered by
-// groups instead, so that no block is started in vain: `before` rows of the run are those of earlier blocks.
+// Block `x` of those along the rows of a launch looks at the row b of the batch. Where there is one adapter the blocks
+// of a run are numbered by groups instead, so that no block is started in vain: `before` rows of the run are those of
+// earlier blocks.
 struct BlockRow {
   int64_t b;  // if all rows of the run have the adapter
   int before;
 
-  __device__ __forceinline__ explicit BlockRow(const BgmvArgs& args) : b(args.first_row + blockIdx.x), before(0) {
+  __device__ __forceinline__ BlockRow(const BgmvArgs& args, unsigned x) : b(args.first_row + x), before(0) {
     if (args.one_adapter) {
       const unsigned groups = kScanRows / args.group_rows;
-      before = static_cast<int>(blockIdx.x % groups) * args.group_rows;
-      b = args.first_row + static_cast<int64_t>(blockIdx.x / groups) * kScanRows + before;
+      before = static_cast<int>(x % groups) * args.group_rows;
+      b = args.first_row + static_cast<int64_t>(x / groups) * kScanRows + before;
     }
   }
 };
 
-// The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp.
-template <int kWords>
+// The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp. kParts: 2 where the
+// block of the group's second row takes a part of the work too.
+template <int kWords, int kParts>
 __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockRow& block, int64_t run, int n,
                                               BulkGroup* group) {
   const int lane = threadIdx.x % 32;
@@ -88,14 +91,19 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
       }
       before = __shfl_sync(0xffffffffu, of_word, me % 32);
     }
-    if ((before & (args.group_rows - 1)) == 0 && before < total) {
+    const int part = before & (args.group_rows - 1);
+    if (part < kParts && before < total) {
+      before -= part;
       count = min(total - before, args.group_rows);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int column = columns[i] - before;
         if (mine[i] == index && column >= 0 && column < count) group->rows[column] = run + 32 * i + lane;
       }
-      if (lane == 0) group->weights = weights;
+      if (lane == 0) {
+        group->weights = weights;
+        group->part = part;
+      }
     }
   }
   if (lane == 0) group->count = count;
@@ -103,15 +111,16 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
 }
 
 // By the whole of one warp; groups have up to args.group_rows rows, a power of two. On return the warp sees `group`.
+template <int kParts>
 __device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group) {
   const int64_t run = block.b & ~int64_t{kScanRows - 1};
   const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
   if (n <= 32) {
-    find_group_in<1>(args, block, run, n, group);
+    find_group_in<1, kParts>(args, block, run, n, group);
   } else if (n <= 64) {
-    find_group_in<2>(args, block, run, n, group);
+    find_group_in<2, kParts>(args, block, run, n, group);
   } else {
-    find_group_in<4>(args, block, run, n, group);
+    find_group_in<4, kParts>(args, block, run, n, group);
   }
 }
 
@@ -158,6 +167,13 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
 __device__ __forceinline__ void barrier_init_fence() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Between what threads of the block do in shared memory and a copy engine's writes to the same place.
+__device__ __forceinline__ void proxy_fence() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

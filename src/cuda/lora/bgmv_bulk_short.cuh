@@ -11,7 +11,7 @@
 namespace punica::cuda::bgmv {
 
 inline constexpr int kRoundRows = 32;                            // outputs of a warp at a time
-inline constexpr int kBlockRoundRows = kRoundRows * kBulkWarps;  // of a block
+inline constexpr int kBlockRoundRows = kRoundRows * kBulkWarps;  // of a block of kBulkWarps warps
 // Lanes (g, t) store to 2t * kSumPitch + g and read 16 bytes at g * kSumPitch + 8t: no conflicts.
 inline constexpr int kSumPitch = kRoundRows + 4;
 
@@ -22,16 +22,17 @@ inline constexpr int kBulkRounds = kSteps == 0   ? 4
                                    : kSteps <= 2 ? 2
                                                  : 1;
 
+template <int kWarps>
 struct BulkShortShared {
   uint64_t full;
   BulkGroup group;
-  alignas(16) float sums[kBulkWarps][kGroupRows * kSumPitch];
+  alignas(16) float sums[kWarps][kGroupRows * kSumPitch];
 };
 
 // With room for what is read beyond the last row, and not used.
 inline constexpr int kImagePadding = 16 + 256 + 16;
 constexpr size_t bulk_short_shared_bytes(int h_in, int rounds) {
-  return sizeof(BulkShortShared) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
+  return sizeof(BulkShortShared<kBulkWarps>) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
 }
 
 // Adds the products of two rows of W, whose pieces lie at `upper` and `lower`, to two chains. `swap`: read the steps of
@@ -74,9 +75,9 @@ __device__ __forceinline__ void image_products(float (&sum)[2][4], const unsigne
 }
 
 // Eight rows of the group at most, from `first_column` on.
-template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
 __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                int first_column, BulkShortShared& shared) {
+                                                int first_column, BulkShortShared<kWarps>& shared, int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   // A tile of 16 outputs has two chains of products, or its two tiles do.
@@ -100,10 +101,10 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   Words<4> before[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int row = (r * kBulkWarps + warp) * kRoundRows;
+    const int row = (r * kWarps + warp) * kRoundRows;
     before[r] = load_if(args.wide_y && row < y_count, y + row);
   }
-  barrier_wait<false>(&shared.full, 0);
+  barrier_wait<false>(&shared.full, parity);
 
   const bool swap = kSteps > 0 && h_in % 64 == 0 && g % 2 != 0;
   float* const sums = shared.sums[warp];
@@ -137,7 +138,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   if (args.wide_y) {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int row = (r * kBulkWarps + warp) * kRoundRows;
+      const int row = (r * kWarps + warp) * kRoundRows;
       if (row >= rows) break;
       multiply(row);
       if (row < y_count) {
@@ -162,7 +163,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
     }
   } else {
 #pragma unroll 1
-    for (int row = warp * kRoundRows; row < rows; row += kBlockRoundRows) {
+    for (int row = warp * kRoundRows; row < rows; row += kRoundRows * kWarps) {
       multiply(row);
       // A lane an output, neighbouring lanes neighbouring ones.
       if (row + lane < rows) {
@@ -181,9 +182,9 @@ inline constexpr int kFewRows = 2;
 // One or two rows. A lane ends with kRounds outputs of each: neighbouring ones if everything is aligned. What comes
 // after the wait is what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few
 // instructions as possible.
-template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors>
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
 __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                    BulkShortShared& shared) {
+                                                    BulkShortShared<kWarps>& shared, int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   constexpr int kPitch = kRoundRows * kRounds + 4;
@@ -225,7 +226,7 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
   const Outputs before0 = load_y(y0);
   Outputs before1 = {};
   if (second) before1 = load_y(y1);
-  barrier_wait<false>(&shared.full, 0);
+  barrier_wait<false>(&shared.full, parity);
 #pragma unroll
   for (int j = 0; j < 2 * kRounds; ++j) {
     float sum[4];
@@ -272,17 +273,68 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
 }
 
 // A function of its own: what it needs takes no registers of the common way.
-template <Arch kArch, class T, int kSteps, int kRounds>
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
 __device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                       BulkShortShared& shared) {
+                                                       BulkShortShared<kWarps>& shared, int parity = 0) {
   if (shared.group.count <= kFewRows) {
-    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, shared);
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, shared, parity);
     return;
   }
   if (args.early_reads) grid_dependency_wait<kArch>();
 #pragma unroll 1
   for (int column = 0; column < shared.group.count; column += kGroupRows) {
-    bgmv_bulk_short<kArch, T, kSteps, kRounds, false>(args, shift, m_first, rows, column, shared);
+    bgmv_bulk_short<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, column, shared, parity);
+  }
+}
+
+// What a block does with its outputs once its group is known.
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
+__device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_first, int rows,
+                                                BulkShortShared<kWarps>& shared, int parity) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 0) {
+    const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
+    unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+    const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
+    if (lane == 0) {
+      barrier_expect(&shared.full, run.whole);
+      run.copy_whole(image, &shared.full);
+    }
+    if (run.head + run.tail > 0) {
+      if (lane < 8) run.copy_edges(image, lane);
+    }
+  }
+  const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
+  const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
+  if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
+  const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
+  const int count = shared.group.count;
+  if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, shared, parity);
+  } else if (vectors && count > kFewRows) {
+    if (args.early_reads) grid_dependency_wait<kArch>();
+#pragma unroll 1
+    for (int column = 0; column < count; column += kGroupRows) {
+      bgmv_bulk_short<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, column, shared, parity);
+    }
+  } else {
+    bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds, kWarps>(args, shift, m_first, rows, shared, parity);
+  }
+}
+
+// What the blocks do before they know their rows: brings lines of y and x, one a lane, into the second-level cache, by
+// one warp.
+template <class T>
+__device__ __forceinline__ void bulk_short_prefetch(const BgmvArgs& args, const BlockRow& block, int64_t m_first,
+                                                    int rows) {
+  const int lane = threadIdx.x % 32;
+  const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
+  for (int i = 0; i < guesses; ++i) {
+    if (64 * lane < rows) {
+      prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
+    } else if (31 - lane <= (args.h_in - 1) / 64) {
+      prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
+    }
   }
 }
 
@@ -296,25 +348,15 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
-    BulkShortShared& shared = *reinterpret_cast<BulkShortShared*>(bulk_shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const BlockRow block(args);
+    auto& shared = *reinterpret_cast<BulkShortShared<kBulkWarps>*>(bulk_shared);
+    const int warp = threadIdx.x / 32;
+    const BlockRow block(args, blockIdx.x);
     constexpr int block_rows = kRounds * kBlockRoundRows;
     const int64_t m_first = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
     const int rows = static_cast<int>(min(args.h_out - m_first, static_cast<int64_t>(block_rows)));
-    if (warp == kBulkWarps - 1) {
-      // A line of y or x a lane.
-      const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
-      for (int i = 0; i < guesses; ++i) {
-        if (64 * lane < rows) {
-          prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
-        } else if (31 - lane <= (args.h_in - 1) / 64) {
-          prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
-        }
-      }
-    }
+    if (warp == kBulkWarps - 1) bulk_short_prefetch<T>(args, block, m_first, rows);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     // By another warp, for the fence takes as long as a load.
     if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
@@ -325,35 +367,8 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
       if (args.early_reads) grid_dependency_wait<kArch>();
       return;
     }
-    if (warp == 0) {
-      const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-      unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-      const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
-      if (lane == 0) {
-        barrier_expect(&shared.full, run.whole);
-        run.copy_whole(image, &shared.full);
-      }
-      if (run.head + run.tail > 0) {
-        if (lane < 8) run.copy_edges(image, lane);
-      }
-    }
     if (!args.early_reads) launch_dependents<kArch>();
-    const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
-    const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
-    if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
-    const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
-    const int count = shared.group.count;
-    if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
-      bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, shared);
-    } else if (vectors && count > kFewRows) {
-      if (args.early_reads) grid_dependency_wait<kArch>();
-#pragma unroll 1
-      for (int column = 0; column < count; column += kGroupRows) {
-        bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, shift, m_first, rows, column, shared);
-      }
-    } else {
-      bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, shift, m_first, rows, shared);
-    }
+    bulk_short_tile<kArch, T, kSteps, kRounds, kBulkWarps>(args, m_first, rows, shared, 0);
   }
 }
 

@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
     DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(bulk_shared);
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int k_warps = 1 << args.k_warp_bits, h_in = args.h_in;
-    const BlockRow block(args);
+    const BlockRow block(args, blockIdx.x);
     const int m_block =
         (args.first_tile + static_cast<int>(blockIdx.y)) * (Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     if (!args.early_reads) launch_dependents<kArch>();
     __syncthreads();
     const int count = shared.group.count;

@@ -413,7 +413,32 @@ __device__ __forceinline__ bool diagonal_aligned(const BgmvArgs& args, const Dia
   return args.vectors && (shared.group.weights + 2 * args.layer_offset) % 16 == 0;
 }
 
-// Grid: (rows, blocks that share the outputs).
+// What the blocks do before they know their rows: brings lines of x and y into the second-level cache, by one warp. The
+// blocks of a row share the lines of its x. Grids are (blocks that share the outputs, rows): those of a row, whose
+// weights lie next to each other, run at the same time.
+template <class T>
+__device__ __forceinline__ void diagonal_prefetch(const BgmvArgs& args, const BlockRow& block, int outputs) {
+  const int lane = threadIdx.x % 32;
+  const int rows = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
+  for (int row = 0; row < rows; ++row) {
+    const T* const x = static_cast<const T*>(args.x) + (block.b + row) * args.x_stride;
+    for (int k = 64 * (lane * gridDim.x + blockIdx.x); k < args.h_in; k += 64 * 32 * gridDim.x) prefetch_line(x + k);
+    const int m = (args.first_tile + static_cast<int>(blockIdx.x)) * outputs;
+    if (lane == 31 && m < args.h_out) {
+      prefetch_line(static_cast<const T*>(args.y) + (block.b + row) * args.y_stride + m);
+    }
+  }
+}
+
+// The block's first output. Not from blockIdx.x: the compiler would keep what it knows from before the block found its
+// rows in local memory, and every block wait for that.
+__device__ __forceinline__ int diagonal_first_output(const BgmvArgs& args, int outputs) {
+  int tile;
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(tile));
+  return (args.first_tile + tile) * outputs;
+}
+
+// Grid: (blocks that share the outputs, rows).
 template <Arch kArch, class T, int kRanks, int kWarps, int kChunk, bool kWhole, bool kRing>
 __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
@@ -421,31 +446,15 @@ __global__ void __launch_bounds__(32 * kWarps, 4) bgmv_diagonal_kernel(const __g
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(bulk_shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const BlockRow block(args);
-    constexpr int kBlockOutputs = kRanks * kWarps;
-    if (warp == kWarps - 1) {
-      // The blocks of a row share the lines of its x.
-      const int rows = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
-      for (int row = 0; row < rows; ++row) {
-        const T* const x = static_cast<const T*>(args.x) + (block.b + row) * args.x_stride;
-        for (int k = 64 * (lane * gridDim.y + blockIdx.y); k < args.h_in; k += 64 * 32 * gridDim.y) {
-          prefetch_line(x + k);
-        }
-        const int m = (args.first_tile + static_cast<int>(blockIdx.y)) * (kBlockOutputs >> args.k_warp_bits);
-        if (lane == 31 && m < args.h_out) {
-          prefetch_line(static_cast<const T*>(args.y) + (block.b + row) * args.y_stride + m);
-        }
-      }
-    }
+    const int warp = threadIdx.x / 32;
+    const BlockRow block(args, blockIdx.y);
+    const int outputs = kRanks * kWarps >> args.k_warp_bits;
+    if (warp == kWarps - 1) diagonal_prefetch<T>(args, block, outputs);
     if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp(args, block, &shared.group);
+    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     __syncthreads();
     if (!args.early_reads) launch_dependents<kArch>();
-    // Not blockIdx.y: the compiler would keep what it knows from above in local memory, and every block wait for that.
-    int tile;
-    asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(tile));
-    const int m_block = (args.first_tile + tile) * (kBlockOutputs >> args.k_warp_bits);
+    const int m_block = diagonal_first_output(args, kRanks * kWarps >> args.k_warp_bits);
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
     } else if (diagonal_aligned(args, shared)) {

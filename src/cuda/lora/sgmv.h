@@ -51,10 +51,13 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 // The same bits for d_in up to 4096 and rows of x at multiples of 16 bytes: where segments are long, and where they are
 // short.
-bool is_sgmv_rows(DType dtype, const SgmvArgs& args);
-Status launch_sgmv_rows(const Launcher& launcher, const SgmvArgs& args);
+bool is_sgmv_rows(const SgmvArgs& args);
+Status launch_sgmv_rows(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 bool is_sgmv_short(const SgmvArgs& args);
 Status launch_sgmv_short(const Launcher& launcher, DType dtype, const SgmvArgs& args);
+// The same bits for few rows at multiples of 16 bytes.
+bool is_sgmv_split(const SgmvArgs& args);
+Status launch_sgmv_split(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 // The same with d_out above 16 and at most 512, W in either layout.
 Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args);

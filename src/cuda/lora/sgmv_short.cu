@@ -192,11 +192,9 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_short(const SgmvArgs args, c
       }
       __syncwarp();
       if (lane == 0) hopper::barrier_arrive(shared_address(empty + buffer));
-      float4 sum = part[0];
+      float4 sum = add(part[0], part[1]);
 #pragma unroll
-      for (int k = 1; k < kWarps; ++k) {
-        sum.x += part[k].x, sum.y += part[k].y, sum.z += part[k].z, sum.w += part[k].w;
-      }
+      for (int k = 2; k < kWarps; k += 2) sum = add(sum, add(part[k], part[k + 1]));
       if (!mine) {
         const uint32_t to = shared_address(&received[number % kReceived][j % (kAddThreads / kCluster)]);
         hopper::store_async(hopper::remote_address(to, rank ^ 1), sum,
@@ -349,7 +347,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 }  // namespace
 
 bool is_sgmv_short(const SgmvArgs& args) {
-  return args.d_in <= kCluster * kSteps * kStep && args.d_in % 8 == 0 && args.x_aligned && short_segments(args);
+  return args.d_in <= kCluster * kSteps * kStep && args.d_in % 8 == 0 && args.x_aligned;
 }
 
 Status launch_sgmv_short(const Launcher& launcher, DType dtype, const SgmvArgs& args) {

@@ -23,23 +23,23 @@ struct ShrinkPlan {
 };
 
 // Levels of the tree of parts within a block, as registers allow.
-constexpr int shrink_levels(int columns) { return columns == 32 ? 3 : columns == 64 ? 2 : 1; }
+constexpr int shrink_levels(int columns) { return columns == 32 ? 3 : 2; }
 
 // Steps of x that are asked for before it is known where the tile is.
 inline constexpr int kGuessedSteps = 2;
 
-// kN: columns of a tile, 32 to 128. kRows: 16, 64 or 128. kBlocks: of a multiprocessor.
+// kN: columns of a tile, 32 or 64. kRows: 16 or 64. kBlocks: of a multiprocessor.
 // kRaw: rows of x or W that do not start at multiples of 16 bytes.
 template <bool kInOut, int kN, int kRows, int kBlocks, bool kRaw>
 struct Shrink {
-  static constexpr int kConsumers = kRows == 128 ? 256 : 128;  // 64 rows a warpgroup
+  static constexpr int kConsumers = 128;
   // Whether a warpgroup of its own fills the ring, so that products start while the first round of it is on its way: a
   // multiprocessor takes only so many requests, and the thread that makes one more waits.
-  static constexpr bool kSplit = kRows <= 64 && kBlocks == 1 && !kRaw;
+  static constexpr bool kSplit = kBlocks == 1 && !kRaw;
   static constexpr int kThreads = kConsumers + (kSplit ? 128 : 0);
   static constexpr int kFillThreads = kSplit ? 128 : kThreads;
   // A step in units of 64 elements, 128 bytes: the widest swizzle of wgmma.
-  static constexpr int kAtoms = kN == 128 ? 1 : 2;
+  static constexpr int kAtoms = 2;
   static constexpr int kStep = kAtoms * 64;
   static constexpr int kXBytes = kRows * 128, kWBytes = kN * 128;  // of an atom
   static constexpr int kAtomBytes = kXBytes + kWBytes;

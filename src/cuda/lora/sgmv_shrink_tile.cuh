@@ -102,8 +102,6 @@ __device__ __forceinline__ void fill_vectors(uint32_t to, uint32_t to_step, cons
   }
 }
 
-__device__ __forceinline__ float4 add(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
-
 // The balanced tree over kCount parts, `stride` apart.
 template <int kCount>
 __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {

@@ -253,12 +253,10 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_stream(const SgmvArgs args) 
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (id < kRows * kCols / 4) {
-    float4 sum = reinterpret_cast<const float4*>(parts)[id];
+    const auto part = [&](int k) { return reinterpret_cast<const float4*>(parts)[k * (kRows * kCols / 4) + id]; };
+    float4 sum = add(part(0), part(1));
 #pragma unroll
-    for (int k = 1; k < kWarps; ++k) {
-      const float4 part = reinterpret_cast<const float4*>(parts)[k * (kRows * kCols / 4) + id];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
+    for (int k = 2; k < kWarps; k += 2) sum = add(sum, add(part(k), part(k + 1)));
     const uint32_t owner = id / (kElements / 4);
     hopper::store_async(
         hopper::remote_address(shared_address(received) + (rank * (kElements / 4) + id % (kElements / 4)) * 16, owner),
@@ -292,7 +290,9 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 
 template <class T>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  return short_segments(args) ? launch<T, 1>(launcher, args) : launch<T, 4>(launcher, args);
+  // Few tiles of 64 rows leave most of the device idle.
+  const bool few = max_tiles(args, 16) * kCluster <= 160;
+  return few || short_segments(args) ? launch<T, 1>(launcher, args) : launch<T, 4>(launcher, args);
 }
 
 }  // namespace

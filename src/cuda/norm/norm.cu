@@ -73,6 +73,14 @@ Status run(const RmsNormParams& params, const Launcher& launcher) {
       return vector ? launcher.launch<norm::rms_norm_in_two_passes<kArch, T, true>>(shape, args)
                     : launcher.launch<norm::rms_norm_in_two_passes<kArch, T, false>>(shape, args);
     }
+    if constexpr (kThreads >= kMinBlock && kThreads < 1024) {  // 1024 threads have no registers for it
+      if (args.rows <= norm::kFewRows && args.epsilon >= std::numeric_limits<float>::min()) {
+        const LaunchShape shape = {.grid = grid_of(args.rows), .block = kThreads};
+        return args.residual == nullptr
+                   ? launcher.launch<norm::rms_norm_few_rows<kArch, T, kThreads, kChunks, false>>(shape, args)
+                   : launcher.launch<norm::rms_norm_few_rows<kArch, T, kThreads, kChunks, true>>(shape, args);
+      }
+    }
     constexpr int kRowsPerBlock = kThreads < kMinBlock ? kMinBlock / kThreads : 1;
     const LaunchShape shape = {.grid = grid_of((args.rows + kRowsPerBlock - 1) / kRowsPerBlock),
                                .block = kThreads * kRowsPerBlock};

@@ -32,6 +32,7 @@ enum class Weight { kWithRow, kAfterRow, kAfterSum };
 
 // So few blocks that one row's chain of load, sum and store is all there is to wait for.
 inline constexpr unsigned kFewBlocks = 16;
+inline constexpr int64_t kFewRows = 16;  // of a block each, in rms_norm_few_rows
 
 // 16 bytes of a row: kSize elements as they lie in memory.
 template <class T>
@@ -324,6 +325,100 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
       if (gridDim.x <= kFewBlocks) return do_rows(std::integral_constant<Weight, Weight::kAfterRow>{});
     }
     do_rows(When{});
+  }
+}
+
+// row_sum() with the last addition of a warp's sum left to the readers: the same sum, a step of the warp's tree
+// earlier.
+struct alignas(16) PairedPartial {
+  float terms[64];  // two of each warp
+
+  // Of warps `warp` (even) and the next one.
+  __device__ __forceinline__ float sum_of_two(int warp) const {
+    const float4 p = *reinterpret_cast<const float4*>(&terms[2 * warp]);
+    return (p.x + p.y) + (p.z + p.w);
+  }
+};
+
+// Over 4, 8 or 16 warps.
+__device__ __forceinline__ float paired_row_sum(float value, int num_warps, PairedPartial& partial) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+#pragma unroll
+  for (int other = 16; other > 1; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+  if (lane < 2) partial.terms[2 * warp + lane] = value;
+  __syncthreads();
+  if (num_warps > 8) {
+    const float2 p = *reinterpret_cast<const float2*>(&partial.terms[2 * lane]);
+    return warp_sum(lane < num_warps ? p.x + p.y : 0.0f);
+  }
+  const float sum = partial.sum_of_two(0) + partial.sum_of_two(2);
+  return num_warps == 4 ? sum : sum + (partial.sum_of_two(4) + partial.sum_of_two(6));
+}
+
+// scale_of() without what rsqrtf does for denormal numbers.
+__device__ __forceinline__ float normal_scale_of(float sum, const Args& args) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(fmaf(sum, args.inverse_columns, args.epsilon)));
+  return root;
+}
+
+// At most kFewRows rows, one a block, and an epsilon that is no denormal number. The same arithmetic, bit for bit; what
+// is after the wait is as little code as can be, for that is all there is to wait for in a chain of such calls. The
+// weight is asked for as soon as the row is there, so that it does not stand in the row's way.
+template <Arch kArch, class T, int kThreads, int kChunks, bool kResidual>
+__global__ void __launch_bounds__(kThreads) rms_norm_few_rows(const __grid_constant__ Args args) {
+  if constexpr (kCompiled<kArch>) {
+    constexpr int kSize = Chunk<T>::kSize;
+    __shared__ PairedPartial partial;
+
+    launch_dependents<kArch>();
+    const int thread = static_cast<int>(threadIdx.x);
+    const int num_chunks = static_cast<int>(args.columns / kSize);
+    const auto has = [&](int i) { return thread + i * kThreads < num_chunks; };
+    const int64_t row = blockIdx.x;
+    const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
+    T* const residual = static_cast<T*>(args.residual) + (kResidual ? row * args.residual_stride + thread * kSize : 0);
+    const T* const weight_of_thread = static_cast<const T*>(args.weight) + thread * kSize;
+    T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
+    if (thread % (kLineBytes / 16) == 0) {
+      // One line of the output: its address is then translated when the stores come.
+      if (thread == 0) prefetch_line(output);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (!has(i)) break;
+        prefetch_line(input + i * kThreads * kSize);
+        if constexpr (kResidual) prefetch_line(residual + i * kThreads * kSize);
+        prefetch_line(weight_of_thread + i * kThreads * kSize);
+      }
+    }
+    grid_dependency_wait<kArch>();
+    Chunk<T> x[kChunks], old[kResidual ? kChunks : 1], weight[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      x[i] = load_chunk<Access::kOnce>(input + i * kThreads * kSize, has(i));
+      if constexpr (kResidual) old[i] = load_chunk<Access::kOnce>(residual + i * kThreads * kSize, has(i));
+    }
+    Squares squares;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if constexpr (kResidual) {
+        x[i] = add(x[i], old[i]);
+        store_chunk<Access::kOnce>(residual + i * kThreads * kSize, x[i], has(i));
+      }
+      squares.add(x[i]);
+    }
+    const float squared = squares.total();
+    // Always wanted, but the compiler must think that it depends on the row.
+    const bool wanted = !(squared < 0.0f);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
+    }
+    const float scale = normal_scale_of(paired_row_sum(squared, kThreads / 32, partial), args);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      store_chunk<Access::kOnce>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+    }
   }
 }
 

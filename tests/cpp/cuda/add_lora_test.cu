@@ -637,6 +637,42 @@ void run_all() {
     c.ranks.resize(1);
     run_case<T>(c, random);
   }
+  // Ranks that are whole pieces of 16 bytes but no whole tiles, in slots of 64; more than one piece of K a leaf with an
+  // adapter a row, on both sides of what chooses how many blocks share a tile.
+  for (const int rank : {8, 16, 24, 40, 48, 56}) {
+    Case c = {};
+    c.rows = 11;
+    c.h_in = g_small ? 136 : 1032;
+    c.offsets = {0, 200, 264};
+    c.ranks = {rank, 16, rank};
+    c.padded = 64;
+    c.max_rank = 64;
+    c.early_reads = rank % 16 == 0;
+    run_case<T>(c, random);
+  }
+  for (const int64_t distinct : {32, 33, 127, 128, 150}) {
+    if (g_small) break;
+    Case c = {};
+    c.rows = distinct;
+    c.h_in = distinct == 33 ? 8200 : 4608;
+    c.offsets = {0, 64};
+    c.ranks.assign(distinct, distinct == 127 ? 32 : 16);
+    c.pattern = 1;
+    run_case<T>(c, random);
+  }
+  if (!g_small) {
+    for (const int64_t many : {600, 1500, 4100}) {
+      Case c = {};
+      c.rows = many;
+      c.h_in = 512;
+      c.offsets = {0, 640};
+      for (const int count : {1, 5, 200, 900}) {
+        c.ranks.assign(count, count == 5 ? 64 : 16);
+        c.pattern = count == 200 ? 3 : 0;
+        run_case<T>(c, random);
+      }
+    }
+  }
   for (const int v : {1, 2}) {
     for (const int64_t h_in : {512, 4096}) {
       if (g_small && h_in > 512) continue;

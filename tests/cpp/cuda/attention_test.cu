@@ -346,6 +346,49 @@ void test_fast_decode(bool small) {
   }
 }
 
+// Queries that many blocks of the fast decode have parts of: equal shares and unequal ones, groups of one split and of
+// more, several queries to merge for a block, and the same workspace again and again, as the counters in it are.
+void test_decode_merges(bool small) {
+  std::vector<int64_t> lengths = {9000, 300, 5000, 1, 0, 257, 20000, 2048};
+  if (small) lengths = {1300, 1};
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    test_decode({t, 8, 4, 128, 16}, {small ? 600 : 4096});
+    if (small) continue;
+    test_decode({t, 8, 4, 128, 16}, {4097});
+    test_decode({t, 8, 1, 128, 16}, {32768});
+    test_decode({t, 8, 3, 128, 16, std::nullopt, 1.0, 3000}, {9000, 100, 5000});
+    test_decode({t, 8, 2, 128, 1}, lengths);
+    test_decode({t, 5, 9, 64, 16}, lengths);
+    test_decode({t, 4, 17, 96, 32}, {5000, 700, 3});
+    test_decode({t, 17, 1, 64, 16, 1e4}, {6000, 3000, 1, 9000});
+    test_decode({t, 4, 2, 256, 16}, {9000, 4000});
+    test_decode({t, 1, 8, 128, 16}, {20000, 300});
+    test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(33, 2048));  // 8 splits a block of a device with 132
+    test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(35, 1500));
+    test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(9, 1024));
+  }
+  if (!in_part()) return;
+  const Case c = {DType::kBFloat16, 8, 4, 128, 16};
+  const std::vector<int64_t> some = {small ? 600 : 7000, 300, small ? 300 : 2000};
+  Cache cache(c, some);
+  cache.randomize();
+  const Tables tables(cache);
+  Rows q(c.dtype, 3, 32, c.dim), first(c.dtype, 3, 32, c.dim);
+  q.randomize();
+  auto p = make_params<BatchDecodeParams>(c, tables, first, q, nullptr);
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 0, true);
+  p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_decode(p, {}), "decode again");
+  for (int turn = 0; turn < (small ? 2 : 50); ++turn) {
+    Rows again(c.dtype, 3, 32, c.dim);
+    p.o = again.view();
+    Context context;
+    context.early_reads = turn % 2 != 0;
+    run(cuda::batch_decode(p, context), "decode again");
+    for (int64_t i = 0; i < 3; ++i) EXPECT(again.same(i, first, i), "decode again");
+  }
+}
+
 // The fast prefill: groups, page sizes, contexts beyond a split, windows, caps, few rows, many sequences.
 void test_fast_prefill(bool small) {
   for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
@@ -400,6 +443,7 @@ int main(int argc, char** argv) {
   const bool mma_alone = argument == "mma" || argument == "small-mma";
   if (!fast_alone && !mma_alone) test_fast_prefill(small);
   if (prefill_alone) return report();
+  if (!mma_alone) test_decode_merges(small);
   if (!mma_alone) test_fast_decode(small);
   if (!fast_alone) test_prefill_mma(small);
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};

@@ -433,6 +433,19 @@ void run_all() {
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
   run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
   run_case<T>({256, 64, 4096, 8, 0, 0, 0, false, false, false}, random);
+  // So many blocks that each takes more: rows of an adapter of their own beside rows that share one; outputs that are
+  // no whole number of blocks; unaligned weights.
+  for (const bool early : {false, true}) {
+    run_case<T>({260, 4096, 16, 200, 0, 0, 0, early, false, early}, random);
+    run_case<T>({70, 4096, 61, 64, 8, 3, 0, !early, false, early}, random);
+    run_case<T>({90, 4096, 52, 80, 0, 0, 3, false, false, early}, random);
+    run_case<T>({270, 16, 4096, 230, 8, 8, 0, early, false, early}, random);
+    run_case<T>({300, 12, 2600, 250, 0, 0, 0, false, false, early}, random);
+    run_case<T>({70, 64, 4096, 60, 0, 0, 0, !early, false, early}, random);
+    run_case<T>({140, 40, 2344, 130, 0, 8, 0, early, false, early}, random);
+    run_case<T>({70, 64, 4090, 60, 0, 1, 1, false, false, early}, random);
+    run_case<T>({20, 14336, 33, 18, 0, 0, 0, false, false, early}, random);
+  }
   if (sizeof(T) == 2 && kDType<T> == DType::kBFloat16) {
     run_case<T>({2, 136, 65535 * 16 + 40, 1, 0, 0, 0, false, false, false}, random);
   }

@@ -146,13 +146,13 @@ TensorView vector_view(const Rows<T>& rows) {
 constexpr float kEpsilon = 1e-5f;
 
 void run(const TensorView& output, const TensorView& input, const TensorView& weight, const TensorView& residual,
-         const std::string& what, bool early_reads = false) {
+         const std::string& what, bool early_reads = false, float epsilon = kEpsilon) {
   punica::RmsNormParams params;
   params.output = output;
   params.input = input;
   params.weight = weight;
   params.residual = residual;
-  params.epsilon = kEpsilon;
+  params.epsilon = epsilon;
   punica::Context context;
   context.early_reads = early_reads;
   const punica::Status status = punica::cuda::rms_norm(params, context);
@@ -330,6 +330,20 @@ void check_special(int64_t columns) {
   expect(right, what);
 }
 
+// Without epsilon, rows whose mean square is a denormal number.
+template <class T>
+void check_tiny(int64_t rows, int64_t columns) {
+  const std::string what =
+      std::string(Type<T>::kName) + " tiny values, " + std::to_string(rows) + " x " + std::to_string(columns);
+  const float value = 6e-20f;
+  std::vector<T> x(rows * columns, rounded<T>(value)), weight(columns, rounded<T>(1.0f));
+  const Rows<T> w(weight, 1, columns, columns, 0), in(x, rows, columns, columns, 0), out(rows, columns, columns, 0);
+  run(out.view(), in.view(), vector_view(w), {}, what, false, 0.0f);
+  bool right = true;
+  for (const T ours : out.read(what)) right = right && std::abs(static_cast<float>(ours) - 1) < 1e-5f;
+  expect(right, what);
+}
+
 // For compute-sanitizer: rows that end at and behind every limit between kernels, in few layouts, and calls of so many
 // bytes that the kernels of those run, of few rows: all rows of the input are one.
 template <class T>
@@ -339,6 +353,8 @@ void check_small() {
                                 257 * kChunk, 512 * kChunk, 513 * kChunk, 1024 * kChunk, 1025 * kChunk, 2048 * kChunk,
                                 2049 * kChunk, 4096 * kChunk, 4097 * kChunk, 4097 * kChunk + 1}) {
     if (!in_part()) continue;
+    // One of the kernels for few rows and, where there are those, one for many.
+    if (columns > 64 * kChunk) Case<T>(18, columns).check_reference();
     Case<T> c(columns > 64 * kChunk ? 2 : 5, columns);
     c.check_reference();
     if (!std::is_same_v<T, __half>) {  // the same code as bfloat16 but for conversions
@@ -354,9 +370,10 @@ template <class T>
 void check_type(bool small) {
   if (small) return check_small<T>();
   for (const int64_t columns : {1, 2, 3, 7, 64, 576, 1024, 3424, 4096, 4099, 8192, 16384, 29568, 100003}) {
-    for (const int64_t rows : {1, 2, 3, 5, 300}) {
+    for (const int64_t rows : {1, 2, 3, 5, 16, 17, 300}) {
       if (rows == 300 && columns > 8192) continue;
       if (rows == 2 && columns > 100) continue;
+      if ((rows == 16 || rows == 17) && columns % 1024 != 0) continue;
       if (!in_part()) continue;
       Case<T> c(rows, columns);
       c.check_reference();
@@ -373,6 +390,10 @@ void check_type(bool small) {
       }
     }
     check_special<T>(columns);
+    if constexpr (!std::is_same_v<T, __half>) {
+      check_tiny<T>(1, columns);
+      check_tiny<T>(40, columns);
+    }
   }
 }
 

@@ -201,6 +201,29 @@ def test_interactive_after_prompts(capsys, files, monkeypatch):
     assert (code, out) == (0, "")
 
 
+def test_interactive_after_a_failure(capsys, files, monkeypatch):
+    """What has failed is gone: it is not tried again with the next prompt, and its pages are free."""
+    from punica_kernels.engine import Engine, EngineError
+
+    step, seen = Engine.step, []
+
+    def failing_step(engine):
+        seen.append((len(engine.requests), len(engine.cache.free)))
+        if len(seen) == 1:
+            engine._admit()
+            raise EngineError("no luck")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", failing_step)
+    code, out, _ = interactive(capsys, monkeypatch, files, ["bad luck", "hello", "hello"])
+    assert code == 0
+    *texts, last = out.strip().split("\n")
+    assert "error: no luck" in out and texts[-1] == texts[-2] != ""
+    assert last.startswith("3 requests, ")
+    assert {requests for requests, _ in seen} == {1}
+    assert seen[0][1] == seen[1][1]  # all pages are free again
+
+
 def test_panes(files):
     from punica_kernels.engine import SamplingParams, load_engine
     from rich.console import Console

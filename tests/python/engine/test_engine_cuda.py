@@ -1,8 +1,11 @@
 """What the engine does on CUDA alone: decoding under CUDA graphs. The other tests of the engine run there too."""
 
+import json
+
 import punica_kernels as pk
 import pytest
 import torch
+from punica_kernels import cli
 from punica_kernels.engine import SamplingParams, load_engine
 
 from .test_engine import NAMES, served, tokens  # noqa: F401  (served is a fixture)
@@ -58,3 +61,21 @@ def test_graphs_follow_new_adapters(served):  # noqa: F811
     for _ in loaded.run():
         pass
     assert with_new == request.tokens
+
+
+def test_command_line_generates_the_texts_of_the_cpu(served, capsys):  # noqa: F811
+    """float32, under CUDA graphs. (benchmarks/compare_devices.py reports on bfloat16 and on larger models.)"""
+    folder, adapters = served
+    words = ["generate", "--model", folder, "--dtype", "float32", "--max-tokens", "16", "--json"]
+    for name, path in adapters.items():
+        words += ["--adapter", f"{name}={path}"]
+    for i, name in enumerate((*NAMES, *NAMES)):
+        words += ["--prompt", f"{'' if name is None else f'@{name} '}{'what is it? '[: 3 + i]}"]
+    reports = {}
+    for device in ("cpu", "cuda"):
+        assert cli.main([*map(str, words), "--device", device]) == 0
+        reports[device] = json.loads(capsys.readouterr().out)["requests"]
+    assert len(reports["cpu"]) == 10
+    assert len({tuple(request["tokens"]) for request in reports["cpu"]}) > 5
+    for cpu, cuda in zip(reports["cpu"], reports["cuda"], strict=True):
+        assert (cpu["adapter"], cpu["tokens"], cpu["text"]) == (cuda["adapter"], cuda["tokens"], cuda["text"])

@@ -1,0 +1,180 @@
+"""The calls of vLLM's LoRA layers as torch operations, `torch.ops.punica_kernels_vllm.*`, over `add_lora`.
+
+The address tables of a layer are found when the operation runs, by the addresses of its weights. So compiled code
+holds nothing but tensors, and vLLM's layers stay alike for its compiler. Nothing in here waits for the device. Memory
+is taken from torch's allocator, as vLLM's own operations take it.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dispatch import is_intercepted
+from ..lora import add_lora
+from ..lora_batch import LoraBatch
+from . import tables as _tables
+
+MAX_SLICES = 16  # of one call of add_lora
+
+# order, segment_adapter, segment_start and counts of a LoraBatch, and a bool on the host, [1]: no row has an adapter.
+# Then nothing is launched, and nothing captured: vLLM captures steps without adapters in graphs of their own. It is a
+# tensor so that compiled code asks for it each time.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+
+_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody"
+_SCHEMAS = {
+    "linear": f"Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_BATCH}, int[] widths, float scale",
+    "shrink": f"Tensor(a!) y, Tensor x, Tensor[] a, {_BATCH}, float scale, bool exact",
+    "expand": f"Tensor(a!) y, Tensor x, Tensor[] b, {_BATCH}, int[] widths, int start",
+}
+
+
+def linear(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], batch: Batch, widths: Sequence[int], scale: float
+) -> None:
+    """`y[:, slice s] += scale * B_s A_s x` for every row that has an adapter; widths: columns of each slice."""
+    if is_intercepted():
+        torch.ops.punica_kernels_vllm.linear(y, x, list(a), list(b), *batch, list(widths), scale)
+    else:
+        _linear(y, x, a, b, *batch, widths, scale)
+
+
+def shrink(y: Tensor, x: Tensor, a: Sequence[Tensor], batch: Batch, scale: float, *, exact: bool) -> None:
+    """`y[s] = scale * A_s x`, y: float32 [slices, rows, rank]; zero where a row has no adapter, or a smaller rank.
+
+    y is rounded to x's type, as what goes into B is at the latest; with `exact` (for what will be summed first) it
+    keeps the bits of two such numbers.
+    """
+    if is_intercepted():
+        torch.ops.punica_kernels_vllm.shrink(y, x, list(a), *batch, scale, exact)
+    else:
+        _shrink(y, x, a, *batch, scale, exact)
+
+
+def expand(y: Tensor, x: Tensor, b: Sequence[Tensor], batch: Batch, widths: Sequence[int], start: int) -> None:
+    """`y[:, slice s] += B_s x[s]` for every row that has an adapter; x: [slices, rows, rank], rounded to y's type.
+
+    The slices begin in column `start`.
+    """
+    if is_intercepted():
+        torch.ops.punica_kernels_vllm.expand(y, x, list(b), *batch, list(widths), start)
+    else:
+        _expand(y, x, b, *batch, widths, start)
+
+
+# What runs on real tensors, with the arguments of the schemas.
+
+
+def _linear(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    order: Tensor,
+    segment_adapter: Tensor,
+    segment_start: Tensor,
+    counts: Tensor | None,
+    nobody: Tensor,
+    widths: Sequence[int],
+    scale: float,
+) -> None:
+    tables = _tables.of(a, b)  # in any case, so that the first call makes them
+    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
+    _require_widths(b, widths)
+    if not nobody.item():
+        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), widths, 0, scale)
+
+
+def _shrink(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    order: Tensor,
+    segment_adapter: Tensor,
+    segment_start: Tensor,
+    counts: Tensor | None,
+    nobody: Tensor,
+    scale: float,
+    exact: bool,
+) -> None:
+    tables = _tables.of(a, None)
+    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
+    _require(y.shape == (len(a), len(x), tables.rank), "y", f"shape {(len(a), len(x), tables.rank)}", y)
+    if nobody.item():
+        y.zero_()
+        return
+    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
+    slices, rows, rank = y.shape
+    widths = [rank] * slices
+    high = x.new_zeros(rows, slices * rank)
+    _run(high, x, tables, batch, widths, 0, scale)
+    y.copy_(high.view(rows, slices, rank).transpose(0, 1))
+    if exact and x.dtype != y.dtype:
+        low = high.neg_()  # then A x - high is left
+        _run(low, x, tables, batch, widths, 0, scale)
+        y.add_(low.view(rows, slices, rank).transpose(0, 1))
+
+
+def _expand(
+    y: Tensor,
+    x: Tensor,
+    b: Sequence[Tensor],
+    order: Tensor,
+    segment_adapter: Tensor,
+    segment_start: Tensor,
+    counts: Tensor | None,
+    nobody: Tensor,
+    widths: Sequence[int],
+    start: int,
+) -> None:
+    tables = _tables.of(None, b)
+    _require(x.shape == (len(b), len(y), tables.rank), "x", f"shape {(len(b), len(y), tables.rank)}", x)
+    _require_widths(b, widths)
+    if nobody.item():
+        return
+    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
+    slices, rows, rank = x.shape
+    if slices > 1 or x.dtype != y.dtype:
+        rounded = y.new_empty(rows, slices, rank)
+        rounded.copy_(x.transpose(0, 1))
+        x = rounded
+    _run(y, x.view(rows, slices * rank), tables, batch, widths, start, 1.0)
+
+
+# What add_lora cannot see: it has only the addresses of the weights.
+def _require(ok: bool, name: str, expected: str, got: Tensor) -> None:
+    if not ok:
+        raise RuntimeError(f"punica_kernels.vllm: {name} must have {expected}, got {tuple(got.shape)}")
+
+
+def _require_widths(b: Sequence[Tensor], widths: Sequence[int]) -> None:
+    if len(widths) != len(b) or any(width > w.shape[-2] for width, w in zip(widths, b, strict=True)):
+        sizes = [w.shape[-2] for w in b]
+        raise RuntimeError(f"punica_kernels.vllm: widths must be at most B's, {sizes}, got {list(widths)}")
+
+
+def _run(
+    y: Tensor, x: Tensor, tables: _tables.Tables, batch: LoraBatch, widths: Sequence[int], start: int, scale: float
+) -> None:
+    scales = tables.scales if scale == 1.0 else tables.scales * scale
+    add_lora(
+        y, x, tables.a_ptr, tables.b_ptr, tables.ranks, scales, batch, 0, tuple(accumulate(widths, initial=start)),
+        b_row_stride=tables.b_row_stride, max_rank=tables.rank,
+    )  # fmt: skip
+
+
+_library: Any = torch.library.Library("punica_kernels_vllm", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+for _name, _function in (("linear", _linear), ("shrink", _shrink), ("expand", _expand)):
+    _library.define(f"{_name}({_SCHEMAS[_name]}) -> ()")
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")
+    torch.library.register_fake(f"punica_kernels_vllm::{_name}", _nothing, lib=_library)

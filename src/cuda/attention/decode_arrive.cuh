@@ -1,0 +1,268 @@
+// How the fast decode merges without a second launch: of the blocks that have parts of a query, the last one to end
+// folds all of them.
+//
+// Blocks count themselves at a counter of the query, the one of the block where the query begins. Workspaces are not
+// initialised, so counters lie in memory of the module, which is zero when it is loaded, a set for each workspace
+// (decode_counters()): calls with the same workspace do not overlap in time. The last block of a launch sets all of them
+// to zero again. It knows that it is the last by a counter that every block of a launch counts at exactly once, whatever
+// is in the tables; so a call whose tables changed while it ran leaves nothing wrong behind.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/attention/args.cuh"
+#include "src/cuda/attention/decode.h"
+#include "src/cuda/attention/decode_tile.cuh"
+#include "src/cuda/attention/decode_walk.cuh"
+#include "src/cuda/attention/softmax.cuh"
+#include "src/cuda/common/device.cuh"
+
+namespace punica::cuda {
+
+// The first of a set counts the blocks of the launch.
+static __device__ uint32_t decode_counter_sets[kDecodeCounterSets][kDecodeCounters];
+
+// Counts the block as one that will count itself at no query any more. What it returns is for reset_counters().
+__device__ __forceinline__ uint32_t count_block(int set) {
+  return threadIdx.x == 0 ? atomicAdd(decode_counter_sets[set], 1u) : 0;
+}
+
+__device__ __forceinline__ void reset_counters(int set, uint32_t ended) {
+  if (threadIdx.x >= 32 || __shfl_sync(0xffffffffu, ended, 0) != gridDim.x - 1) return;
+  for (uint32_t i = threadIdx.x; i < gridDim.x + 1; i += 32) decode_counter_sets[set][i] = 0;
+}
+
+// A query that several blocks have parts of.
+struct DecodeParts {
+  int32_t each, more, count, group;
+  int32_t first;                    // its first split among all of the batch
+  int32_t first_owner, last_owner;  // blocks
+
+  __device__ __forceinline__ DecodeParts(const DecodePiece& piece, int32_t parts, int32_t group_bits)
+      : each(piece.each),
+        more(piece.more),
+        count(piece.count),
+        group((piece.count + (1 << group_bits) - 1) >> group_bits),
+        first(piece.first_slot * parts + piece.part * count),
+        first_owner(owner_of(0)),
+        last_owner(owner_of(count - 1)) {}
+
+  // The block of a split, and the split behind its last one; splits are counted from the query's first.
+  __device__ __forceinline__ int32_t owner_of(int32_t split) const {
+    const uint32_t at = first + split, longer = more * (each + 1);
+    return at < longer ? at / (each + 1u) : more + (at - longer) / each;
+  }
+  __device__ __forceinline__ int32_t end_of(int32_t owner) const {
+    return each * (owner + 1) + min(owner + 1, more) - first;
+  }
+};
+
+// What a block has in shared memory to merge a query: 32 parts at a time, one a lane of the warps that compute factors,
+// of as many heads as there are threads for, four dims each.
+template <int kDim, int kThreads>
+struct MergeShared {
+  static constexpr int kHeads = kThreads / (kDim / 4);
+  float4 values[32][kThreads];
+  float4 factors[kHeads][32];  // of the group so far and of the part, of the sums so far and of the group
+  float weights[kHeads][32];
+  float2 maxima[kHeads];  // of the group, of all, behind the last part
+  uint32_t parts[33];     // first splits
+  int32_t count;          // of all parts
+};
+// Of a part in the list. A run: whole groups, folded already.
+inline constexpr uint32_t kBeginsGroup = 1u << 31, kEndsGroup = 1u << 30, kRun = 1u << 29;
+inline constexpr uint32_t kPartSplit = kRun - 1;
+
+// Writes the parts from number `from` on, up to 33. By a warp, a group a lane.
+template <class Shared>
+__device__ __forceinline__ void list_parts(const DecodeParts& query, int from, Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  const int whole_groups = query.end_of(query.first_owner) / query.group;  // of the first block: one part
+  const int begin = (whole_groups + lane) * query.group, end = min(begin + query.group, query.count);
+  // What the group's first block has is one part, later splits are a part each.
+  const bool there = begin < query.count;
+  const int later = there ? min(end, query.end_of(query.owner_of(begin))) : end;
+  const int number = there ? 1 + end - later : 0;
+  int place = number;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, place, distance);
+    if (lane >= distance) place += other;
+  }
+  const int run = whole_groups > 0 ? 1 : 0;
+  if (lane == 31) shared.count = run + place;
+  place += run - number - from;
+  const auto write = [&](int at, uint32_t part) {
+    if (at >= 0 && at < 33) shared.parts[at] = part;
+  };
+  if (run == 1 && lane == 0) write(-from, kBeginsGroup | kEndsGroup | kRun);
+  if (there) write(place, static_cast<uint32_t>(begin) | kBeginsGroup | (number == 1 ? kEndsGroup : 0));
+#pragma unroll 1
+  for (int i = max(1, -place); i < number && place + i < 33; ++i) {
+    write(place + i, static_cast<uint32_t>(later + i - 1) | (i == number - 1 ? kEndsGroup : 0));
+  }
+}
+
+// The factors that Fold has for up to 32 parts of a head, a part a lane.
+template <class Shared>
+__device__ __forceinline__ void find_factors(float2 state, uint32_t part, int head, int count, bool first,
+                                             Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  const bool there = lane < count, begins = (part & kBeginsGroup) != 0, ends = there && (part & kEndsGroup) != 0;
+  const float2 before = first ? make_float2(minus_infinity(), minus_infinity()) : shared.maxima[head];
+  // The maximum of the group up to each part, then of all groups up to it.
+  float group = there ? state.x : minus_infinity();
+  bool bounded = begins;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_up_sync(0xffffffffu, group, distance);
+    const bool other_bounded = __shfl_up_sync(0xffffffffu, bounded, distance);
+    if (lane >= distance && !bounded) {
+      group = fmaxf(other, group);
+      bounded = other_bounded;
+    }
+  }
+  if (!bounded) group = fmaxf(before.x, group);
+  float all = ends ? group : minus_infinity();
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_up_sync(0xffffffffu, all, distance);
+    if (lane >= distance) all = fmaxf(other, all);
+  }
+  all = fmaxf(before.y, all);
+  float group_before = __shfl_up_sync(0xffffffffu, group, 1), all_before = __shfl_up_sync(0xffffffffu, all, 1);
+  if (lane == 0) group_before = before.x, all_before = before.y;
+  const float group_subtracted = finite_or_zero(group), subtracted = finite_or_zero(all);
+  shared.factors[head][lane] = make_float4(
+      exp2_fast(__fsub_rn(group_before, group_subtracted)), exp2_fast(__fsub_rn(state.x, group_subtracted)),
+      exp2_fast(__fsub_rn(all_before, subtracted)), exp2_fast(__fsub_rn(group, subtracted)));
+  shared.weights[head][lane] = state.y;
+  __syncwarp();  // all lanes have read the maxima
+  if (lane == count - 1) shared.maxima[head] = make_float2(group, all);
+}
+
+// Folds all parts of a query: Fold's arithmetic, whose factors are found for all parts at once. Little code, for it is
+// seldom in the multiprocessor's cache of instructions.
+template <class T, int kDim, int kThreads>
+__device__ __forceinline__ void merge_parts(const AttentionArgs& args, const DecodePiece& piece, int group_bits,
+                                            int tile_heads, bool aligned, MergeShared<kDim, kThreads>& shared) {
+  constexpr int kHeads = MergeShared<kDim, kThreads>::kHeads;
+  const DecodeParts query(piece, args.num_kv_heads * args.head_tiles, group_bits);
+  const int kv_head = DecodeWalk::kv_head(args, piece.part), head_tile = piece.part - kv_head * args.head_tiles;
+  const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * tile_heads;
+  const int num_heads = min(args.group_size - head_tile * tile_heads, tile_heads);
+  const int64_t stride = args.num_heads();  // from split to split
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, its_head = threadIdx.x / (kDim / 4);
+  const int dim = threadIdx.x % (kDim / 4) * 4;
+#pragma unroll 1
+  for (int base = 0; base < num_heads; base += kHeads) {
+    const int heads = min(num_heads - base, kHeads);
+    const int64_t first = piece.first_slot * stride + first_head + base;
+    float group_weight = 0.0f, group[4] = {}, weight = 0.0f, sum[4] = {};
+    int all = 1;
+#pragma unroll 1
+    for (int from = 0; from < all; from += 32) {
+      __syncthreads();
+      if (warp == 0) list_parts(query, from, shared);
+      __syncthreads();
+      all = shared.count;
+      const int count = min(all - from, 32);
+      // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
+      if (its_head < heads) {
+        const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          const int64_t split = shared.parts[i] & kPartSplit;
+          copy_chunk(shared_address(&shared.values[i][threadIdx.x]), values + split * stride * kDim);
+        }
+      }
+      copy_commit();
+#pragma unroll 1
+      for (int h = warp; h < heads; h += kThreads / 32) {
+        const uint32_t part = shared.parts[min(lane, count - 1)];
+        const int64_t split = part & kPartSplit;
+        find_factors(__ldcg(args.partial_states + first + h + split * stride), part, h, count, from == 0, shared);
+      }
+      copy_wait<0>();
+      __syncthreads();
+      if (its_head >= heads) continue;
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const uint32_t part = shared.parts[i];
+        const float4 f = shared.factors[its_head][i], v = shared.values[i][threadIdx.x];
+        const float value[4] = {v.x, v.y, v.z, v.w}, its_weight = shared.weights[its_head][i];
+        const bool begins = (part & kBeginsGroup) != 0;
+        const float folded = __fmaf_rn(its_weight, f.y, __fmul_rn(group_weight, f.x));
+        group_weight = begins ? its_weight : folded;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float both = __fmaf_rn(value[c], f.y, __fmul_rn(group[c], f.x));
+          group[c] = begins ? value[c] : both;
+        }
+        if ((part & kEndsGroup) != 0) {
+          const bool run = (part & kRun) != 0;
+          const float all_weights = __fmaf_rn(group_weight, f.w, __fmul_rn(weight, f.z));
+          weight = run ? group_weight : all_weights;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float both = __fmaf_rn(group[c], f.w, __fmul_rn(sum[c], f.z));
+            sum[c] = run ? group[c] : both;
+          }
+        }
+      }
+    }
+    if (its_head >= heads) continue;
+    const int64_t head = first_head + base + its_head;
+    T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + head * kDim + dim;
+    Vec<T, 4> output;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) output.values[i] = from_float<T>(__fdiv_rn(sum[i], weight));
+    if (aligned) {
+      store(to, output);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = output.values[i];
+    }
+    if (args.lse != nullptr && dim == 0) {
+      args.lse[piece.sequence * args.num_heads() + head] = __fadd_rn(shared.maxima[its_head].y, log2f(weight));
+    }
+  }
+}
+
+// All threads call it when the block's parts are stored. notes[0]: the query that began before this block and ends in
+// it or behind it; notes[1]: the one that begins in it and ends behind it; counts of 0 where there is none. `flags` holds
+// 2 values in shared memory. Returns what count_block() does.
+template <class T, int kDim, int kThreads>
+__device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodePiece* notes, int set,
+                                                     int group_bits, int tile_heads, bool aligned, int32_t* flags,
+                                                     MergeShared<kDim, kThreads>& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t before[2] = {}, blocks[2] = {};
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (notes[i].count == 0) continue;
+      const DecodeParts parts(notes[i], args.num_kv_heads * args.head_tiles, group_bits);
+      blocks[i] = parts.last_owner - parts.first_owner + 1;
+      before[i] = atomicAdd(decode_counter_sets[set] + 1 + parts.first_owner, 1u);
+    }
+    bool last = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      flags[i] = blocks[i] != 0 && before[i] == blocks[i] - 1;
+      last = last || flags[i] != 0;
+    }
+    if (last) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  }
+  __syncthreads();
+  // The counts above have come back: none of this launch comes after the zeros.
+  const uint32_t ended = count_block(set);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if (flags[i] != 0) merge_parts<T, kDim, kThreads>(args, notes[i], group_bits, tile_heads, aligned, shared);
+  }
+  return ended;
+}
+
+}  // namespace punica::cuda
