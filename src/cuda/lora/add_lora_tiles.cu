@@ -22,7 +22,8 @@ using namespace tiles;
 constexpr int64_t kManyRows = 2048;
 constexpr int kClusterBits = 1;
 // Of a thread that copies, and of one that computes, where they are not equal: together what the block has.
-constexpr int kCopyRegisters = 104, kComputeRegisters = 200;
+[[maybe_unused]] constexpr int kCopyRegisters = 104;
+[[maybe_unused]] constexpr int kComputeRegisters = 200;
 
 // Grid: clusters, a tile each. Rows of x and y and what slices begin and end with are multiples of 16 bytes.
 // kT: tiles of 16 ranks of a pass, at most. kAnyLength: otherwise h_in is at most kLeaves pieces.
