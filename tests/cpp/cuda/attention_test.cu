@@ -93,8 +93,7 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   const Buffer prefill_tmpbuf(cuda::workspace_bytes(prefill), 1);
   prefill.tmpbuf = workspace(prefill_tmpbuf);
   run(cuda::batch_prefill(prefill, {}), what);
-  const bool general_prefill = c.dtype == DType::kFloat32 || std::strcmp(cuda::last_arch(), "sm_90") == 0;
-  const bool one_kernel = general_prefill && !cuda::decode_serves(c.dtype, c.dim);
+  const bool one_kernel = c.dtype == DType::kFloat32;  // both by the general kernel
   for (int64_t i = 0; i < batch; ++i) {
     const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
     if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
