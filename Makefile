@@ -74,7 +74,7 @@ bench-vllm: .venv-vllm/.wheel ## Measure LoRA in vLLM on the CPU: our wrapper an
 	@$(VLLM_BIN)/python benchmarks/bench_vllm.py
 
 # ---- Tests ---------------------------------------------------------------------------------------------------------
-.PHONY: test test-cpp test-python test-vllm test-cuda-sanitize test-sanitize test-tsan test-aarch64
+.PHONY: test test-cpp test-python test-peft test-vllm test-cuda-sanitize test-sanitize test-tsan test-aarch64
 test: test-cpp test-python ## C++ tests for every instruction set, the C++ example, Python tests
 
 test-cpp: build ## C++ tests and example
@@ -83,6 +83,9 @@ test-cpp: build ## C++ tests and example
 
 test-python: build ## Python tests, against the installed wheel
 	@$(BIN)/python -m pytest tests/python -q
+
+test-peft: build ## PEFT's own tests of mixed batches, with every model accelerated
+	@tools/test_peft.sh $(BIN)/python
 
 test-vllm: .venv-vllm/.wheel ## vLLM serving with the plugin: against its own LoRA, two workers, the OpenAI client
 	@$(VLLM_BIN)/python -m pytest tests/vllm -q -o pythonpath="tests/vllm tests/python"

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cuda_add_lora
 import cuda_attention
 import cuda_grid
 import cuda_report
@@ -36,6 +37,7 @@ from works import overhead
 GROUPS = {
     "BGMV": cuda_works.bgmv_rows,
     "SGMV": cuda_works.sgmv_rows,
+    "add_lora": cuda_add_lora.rows,
     "RMS norm": cuda_works.norm_rows,
     "Decode attention": cuda_attention.decode_rows,
     "Prefill attention": cuda_attention.prefill_rows,

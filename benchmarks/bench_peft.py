@@ -29,6 +29,7 @@ from typing import Any
 import peft
 import punica_kernels as pk
 import punica_kernels.peft
+import results_form
 import torch
 import transformers
 from harness import device_name
@@ -255,8 +256,8 @@ def main() -> int:
         "rows": rows,
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"peft_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.output / f"peft_{args.device}.md").write_text(markdown(result))
+    results_form.write(args.output / f"peft_{args.device}.json", result)
     return 0
 
 

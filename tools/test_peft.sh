@@ -7,7 +7,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${1:-$root/.venv/bin/python}
+python=$(realpath -s "${1:-$root/.venv/bin/python}")  # not where the link leads: that is no virtual environment
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

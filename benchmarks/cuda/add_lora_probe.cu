@@ -3,7 +3,7 @@
 // are no programmatic dependents (their own time, measured without the calls, is taken off); `two`, alone, the same by
 // shrink and expand (dispatch_bgmv up to 256 rows, sgmv_shrink otherwise), where all ranks are equal and there is one
 // slice; `floor`, 1.5 us and the bytes: weights of each adapter and x once at 4.5 TB/s, y read and written at 4.13.
-// Usage: add_lora_probe [part of a work's name]
+// Usage: add_lora_probe [beginning of a work's name]...
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -52,6 +52,7 @@ struct Work {
   int adapters;
   bool in_turn;  // rows take adapters in turn; otherwise neighbours share one
   std::vector<int> ranks;
+  int slot = 0;  // the rank that slots of weights have room for, as vLLM's have; 0: the adapter's own
 };
 
 void probe(const Work& work) {
@@ -59,8 +60,12 @@ void probe(const Work& work) {
   const int64_t width = std::accumulate(work.widths.begin(), work.widths.end(), int64_t{0});
   const int max_rank = *std::max_element(work.ranks.begin(), work.ranks.end());
   const auto rank_of = [&](int a) { return work.ranks[a % work.ranks.size()]; };
-  int64_t weight_bytes = 0;
-  for (int a = 0; a < n; ++a) weight_bytes += 2 * rank_of(a) * (slices * work.h_in + width);
+  const auto slot_of = [&](int a) { return work.slot > 0 ? work.slot : rank_of(a); };
+  int64_t weight_bytes = 0, slot_bytes = 0;
+  for (int a = 0; a < n; ++a) {
+    weight_bytes += 2 * rank_of(a) * (slices * work.h_in + width);
+    slot_bytes += 2 * slot_of(a) * (slices * work.h_in + width);
+  }
   const int64_t set_bytes = weight_bytes + 2 * work.rows * (work.h_in + width);
   const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / set_bytes, 4, 1000);
   const int64_t calls = std::max<int64_t>(sets, 60);
@@ -68,16 +73,16 @@ void probe(const Work& work) {
   std::vector<int64_t> a_ptr(slices * n), b_ptr(slices * n);
   std::vector<int32_t> ranks(n);
   // The sets are the layers of the adapters.
-  uint16_t* const weights = numbers(weight_bytes / 2 * sets);
+  uint16_t* const weights = numbers(slot_bytes / 2 * sets);
   memory.push_back(weights);
   uint16_t* next = weights;
   for (int s = 0; s < slices; ++s) {
     for (int a = 0; a < n; ++a) {
       ranks[a] = rank_of(a);
       a_ptr[s * n + a] = reinterpret_cast<int64_t>(next);
-      next += sets * rank_of(a) * work.h_in;
+      next += sets * slot_of(a) * work.h_in;
       b_ptr[s * n + a] = reinterpret_cast<int64_t>(next);
-      next += sets * rank_of(a) * work.widths[s];
+      next += sets * slot_of(a) * work.widths[s];
     }
   }
   uint16_t* const x = numbers(sets * work.rows * work.h_in);
@@ -124,7 +129,11 @@ void probe(const Work& work) {
     p.batch.segment_start = view(start_device, DType::kInt32, {segments + 1});
     for (int s = 0; s < slices; ++s) p.slice_offsets[s + 1] = p.slice_offsets[s] + work.widths[s];
     p.layer_idx = set;
-    p.max_rank = max_rank;
+    if (work.slot > 0) {
+      p.b_row_stride = work.slot;
+      p.a_layer_stride = work.slot * work.h_in;
+    }
+    p.max_rank = std::max(max_rank, work.slot);
     punica::Context context;
     context.stream = stream;
     context.early_reads = early;
@@ -167,7 +176,8 @@ void probe(const Work& work) {
            }) /
            calls;
   };
-  const double early = chain(true), standard = chain(false);
+  const bool only_alone = std::getenv("PROBE_ALONE") != nullptr;
+  const double early = only_alone ? 0 : chain(true), standard = only_alone ? 0 : chain(false);
   const double empty = time_graph([&](cudaStream_t stream) {
     for (int64_t i = 0; i < calls; ++i) nothing<<<1, 32, 0, stream>>>();
   });
@@ -182,8 +192,9 @@ void probe(const Work& work) {
            calls;
   };
   const double ours = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, false); });
-  const double ours_early = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
-  const bool comparable = slices == 1 && work.ranks.size() == 1 && (work.rows <= 256 || segments == n);
+  const double ours_early = only_alone ? 0 : alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
+  const bool comparable = !only_alone && slices == 1 && work.slot == 0 && work.ranks.size() == 1 &&
+                          (work.rows <= 256 || segments == n);
   const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
   const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
                        4.0 * work.rows * width / 4.13e6;
@@ -223,11 +234,22 @@ int main(int argc, char** argv) {
       {"64x64 r=16", 4096, 4096, {4096}, 64, false, {16}},
       {"1x4096 r=16", 4096, 4096, {4096}, 1, false, {16}},
       {"8x512 r=64", 4096, 4096, {4096}, 8, false, {64}},
+      {"slots of 64, B=64 distinct r=8", 64, 4096, {4096}, 64, true, {8}, 64},
+      {"slots of 64, B=64 distinct r=16", 64, 4096, {4096}, 64, true, {16}, 64},
+      {"slots of 64, B=16 8 adapters r=16", 16, 4096, {4096}, 8, true, {16}, 64},
+      {"8x512 r=32", 4096, 4096, {4096}, 8, false, {32}},
+      {"QKV 8x512 r=16", 4096, 4096, {4096, 1024, 1024}, 8, false, {16}},
+      {"gate_up 8x512 r=16", 4096, 4096, {14336, 14336}, 8, false, {16}},
+      {"down 8x512 r=16", 4096, 14336, {4096}, 8, false, {16}},
+      {"8x1024 r=16", 8192, 4096, {4096}, 8, false, {16}},
+      {"16x1024 r=16", 16384, 4096, {4096}, 16, false, {16}},
+      {"4x512 r=16", 2048, 4096, {4096}, 4, false, {16}},
       {"2x256 r=16", 512, 4096, {4096}, 2, false, {16}},
       {"4x256 r=16", 1024, 4096, {4096}, 4, false, {16}},
   };
   for (const Work& work : works) {
-    if (argc < 2 || std::string(work.name).find(argv[1]) != std::string::npos) probe(work);
+    const auto named = [&](const char* beginning) { return std::string(work.name).starts_with(beginning); };
+    if (argc < 2 || std::any_of(argv + 1, argv + argc, named)) probe(work);
   }
   return 0;
 }

@@ -6,6 +6,16 @@
 #include "src/cuda/lora/add_lora.cuh"
 
 namespace punica::cuda {
+namespace {
+
+// log2 of the blocks that share a tile of add_lora_ring.cuh. Nothing that depends on it changes bits.
+int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
+  if (launcher.arch == Arch::kSm80) return 0;
+  const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
+  return teams <= 32 ? 3 : teams < 128 || args.max_rank > 16 ? 2 : 1;
+}
+
+}  // namespace
 
 Status add_lora(const AddLoraParams& p, const Context& context) {
   constexpr int64_t kMaxWidth = int64_t{1} << 30;
@@ -48,7 +58,17 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   args.h_in = static_cast<int>(p.x.shape[1]);
   args.max_rank = static_cast<int>(p.max_rank);
   args.num_slices = p.num_slices();
+  args.leaf_pieces = (args.h_in + 4095) / 4096;
+  args.a_of_rank = p.a_layer_stride ? 0 : args.layer_idx * args.h_in;
+  args.a_offset = p.a_layer_stride ? args.layer_idx * *p.a_layer_stride : 0;
+  args.b_of_size = p.b_layer_stride ? 0 : args.layer_idx;
+  args.b_offset = p.b_layer_stride ? args.layer_idx * *p.b_layer_stride : 0;
   for (int s = 0; s <= args.num_slices; ++s) args.slice_begin[s] = static_cast<int>(p.slice_offsets[s]);
+  args.x_row_bytes = static_cast<int>(std::min<int64_t>(args.x_stride * item, INT32_MAX));
+  args.y_row_bytes = static_cast<int>(std::min<int64_t>(args.y_stride * item, INT32_MAX));
+  args.width = static_cast<int>(p.y.shape[1]);
+  args.rows_32 = static_cast<int>(args.rows);
+  args.num_adapters_32 = static_cast<int>(std::min<int64_t>(args.num_adapters, INT32_MAX));
   args.early_reads = context.early_reads;
   args.x_vectors = rows_aligned(p.x);
   args.y_vectors = rows_aligned(p.y);
@@ -58,8 +78,10 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   }
   return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
-    return fused_lora::is_tiles(launcher, args) ? fused_lora::launch_tiles(launcher, p.y.dtype, args)
-                                                : fused_lora::launch_ring(launcher, p.y.dtype, args);
+    if (fused_lora::is_tiles(launcher, args)) return fused_lora::launch_tiles(launcher, p.y.dtype, args);
+    args.team_bits = team_bits(launcher, args);
+    return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
+                                        : fused_lora::launch_ring_bfloat16(launcher, args);
   });
 }
 

@@ -32,7 +32,14 @@ struct Args {
   int64_t rows;
   int64_t layer_idx, a_layer_stride, b_layer_stride, b_row_stride;  // strides: -1 where they follow from the rank
   int capacity, max_segments;
+  // The same as above, and in the plain way (add_lora_plain.cuh) alone, where they are small enough for that.
+  int x_row_bytes, y_row_bytes, rows_32, num_adapters_32, width;
+  int team_bits;  // log2 of the blocks that share a tile in add_lora_ring.cuh
   int h_in, max_rank, num_slices;
+  int leaf_pieces;  // pieces of the first leaf of K, the longest one: see add_lora_ring.cuh
+  // Elements before the layer: of A for each rank and in any case, of B for each of the slice's width x row stride, and
+  // in any case.
+  int64_t a_of_rank, a_offset, b_of_size, b_offset;
   int slice_begin[kMaxLoraSlices + 1];
   bool early_reads;
   bool x_vectors, y_vectors;  // rows start at multiples of 16 bytes
@@ -46,7 +53,8 @@ inline int64_t max_tiles(const Args& args, int tile_rows) {
 
 // The kernels. float16 and bfloat16: in general; for many rows of an adapter, where everything is aligned (the same
 // bits). float32.
-Status launch_ring(const Launcher& launcher, DType dtype, const Args& args);
+Status launch_ring_float16(const Launcher& launcher, const Args& args);
+Status launch_ring_bfloat16(const Launcher& launcher, const Args& args);
 bool is_tiles(const Launcher& launcher, const Args& args);
 Status launch_tiles(const Launcher& launcher, DType dtype, const Args& args);
 Status launch_float32(const Launcher& launcher, const Args& args);
@@ -94,7 +102,8 @@ template <int kRows>
 __device__ __forceinline__ void cut_segment(const Args& args, Segment* s) {
   s->start = max(s->start, 0);
   s->end = min(s->end, args.capacity);
-  const bool used = s->adapter >= 0 && s->adapter < args.num_adapters && s->end > s->start;
+  const bool used =
+      static_cast<unsigned>(s->adapter) < static_cast<unsigned>(args.num_adapters_32) && s->end > s->start;
   s->tiles = used ? (static_cast<uint32_t>(s->end - s->start) + kRows - 1) / kRows : 0u;
 }
 

@@ -84,7 +84,16 @@ struct Warp {
   }
   __device__ __forceinline__ int first_task() const { return warp - kRingWarps; }
   __device__ __forceinline__ int tasks(int rank) const { return (rank + 15) / 16 << chain_bits(); }
-  __device__ __forceinline__ int k_of(int task, int m) const { return (m * kChains + chain(task)) * kPiece; }
+  // A chain is the pieces of a group (add_lora_ring.cuh). They come leaf by leaf: every fourth of the chain's own.
+  __device__ __forceinline__ int leaf_of(int task, int m) const {
+    const int count = length(task), size = count >> 2, larger = count & 3, of_larger = larger * (size + 1);
+    return m < of_larger ? m / (size + 1) : larger + (m - of_larger) / size;
+  }
+  __device__ __forceinline__ int k_of(int task, int m) const {
+    const int count = length(task), size = count >> 2, larger = count & 3, leaf = leaf_of(task, m);
+    const int before = leaf * size + min(leaf, larger);
+    return ((leaf + 4 * (m - before)) * kChains + chain(task)) * kPiece;
+  }
 };
 
 // What a warp copies next.
@@ -263,7 +272,7 @@ __device__ __forceinline__ void shrink_tiles(const Warp<T>& w, Producer<T, kDept
   if (more) load_x(w.k_of(next_task, next_m), next);
 #pragma unroll 1
   for (; task < end; task += kRingWarps) {
-    float sum[4] = {};
+    float sum[4] = {}, total[4] = {};
     const int length = w.length(task);
 #pragma unroll 1
     for (int m = 0; m < length; ++m) {
@@ -287,11 +296,19 @@ __device__ __forceinline__ void shrink_tiles(const Warp<T>& w, Producer<T, kDept
       __syncwarp();  // all lanes have read
       slot = (slot + 1) % kDepth;
       producer.start();
+      const int leaf = w.leaf_of(task, m);
+      if (m + 1 == length || w.leaf_of(task, m + 1) != leaf) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[i] = leaf == 0 ? sum[i] : total[i] + sum[i];
+          sum[i] = 0;
+        }
+      }
     }
     float* const to =
         w.parts + (w.local_chain(task) * kTileRows + 2 * t) * pitch + (w.tile(task) - first_tile) * 16 + g;
-    to[0] = sum[0], to[8] = sum[2];
-    to[pitch] = sum[1], to[pitch + 8] = sum[3];
+    to[0] = total[0], to[8] = total[2];
+    to[pitch] = total[1], to[pitch + 8] = total[3];
   }
 }
 

@@ -60,8 +60,8 @@ Status sgmv(const SgmvParams& params, const Context& context) {
                       : launch_sgmv_shrink_in_out(launcher, params.y.dtype, args);
       }
       if (out_in) {
-        if (is_sgmv_rows(args)) return launch_sgmv_rows(launcher, params.y.dtype, args);
         if (is_sgmv_split(args)) return launch_sgmv_split(launcher, params.y.dtype, args);
+        if (is_sgmv_rows(args)) return launch_sgmv_rows(launcher, params.y.dtype, args);
         if (is_sgmv_short(args)) return launch_sgmv_short(launcher, params.y.dtype, args);
         return launch_sgmv_stream(launcher, params.y.dtype, args);
       }

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_rows(const SgmvArgs args) {
   __syncthreads();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // waited for before the first remote store
 
-  // Unit u: group u / 4, step u / 2 % 2, the first or the second warp of the pair; copied by the lanes that will read it.
+  // Unit u: group u / 4, step u / 2 % 2, the first or the second warp of the pair; copied by the lanes that will read
+  // it.
   const uint32_t ring = shared_address(memory) + warp * kWarpBytes;
   const int fill_row = lane / 8, fill_chunk = lane % 8;
   const uint32_t fill_to = ring + fill_row * 128 + ((fill_chunk ^ (fill_row & 1) * 4) * 16);
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) sgmv_rows(const SgmvArgs args) {
 }
 
 // With fewer rows tiles of 64 of them are too few for the device.
-constexpr int64_t kFewestRows = 1024;
+constexpr int64_t kFewestRows = 3072;
 
 template <class T>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {

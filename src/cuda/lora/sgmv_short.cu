@@ -347,7 +347,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 }  // namespace
 
 bool is_sgmv_short(const SgmvArgs& args) {
-  return args.d_in <= kCluster * kSteps * kStep && args.d_in % 8 == 0 && args.x_aligned && short_segments(args);
+  return args.d_in <= kCluster * kSteps * kStep && args.d_in % 8 == 0 && args.x_aligned;
 }
 
 Status launch_sgmv_short(const Launcher& launcher, DType dtype, const SgmvArgs& args) {

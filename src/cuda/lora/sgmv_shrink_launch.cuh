@@ -8,7 +8,9 @@
 namespace punica::cuda {
 
 // The parts of d_in: a function of d_in alone, as the sum is.
-inline int shrink_parts(int64_t d_in) { return d_in < 1024 ? 1 : d_in < 2048 ? 2 : d_in < 4096 ? 4 : d_in < 16384 ? 8 : 16; }
+inline int shrink_parts(int64_t d_in) {
+  return d_in < 1024 ? 1 : d_in < 2048 ? 2 : d_in < 4096 ? 4 : d_in < 16384 ? 8 : 16;
+}
 
 inline constexpr int kPortableCluster = 8;
 
@@ -36,8 +38,8 @@ template <class T, bool kInOut, int kN, int kWide, int kWarpgroups, int kLevels>
 Status launch_tall(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan) {
   using S = Tall<kN, kWide, kWarpgroups, kLevels>;
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns) *
-                                     plan.cluster);
+  shape.grid =
+      static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns) * plan.cluster);
   shape.block = S::kThreads;
   shape.shared_bytes = S::kRingBytes;
   shape.cluster = plan.cluster;
@@ -71,6 +73,7 @@ Status launch_shrink(const Launcher& launcher, const SgmvArgs& args) {
     }
   };
   const auto consider_tall = [&](int tile_rows, int tile_wide, int levels) {
+    if (length <= tile_rows - 64 || length <= 32) return;
     const int64_t columns = kN * tile_wide;
     const int64_t items = segments * ((length + tile_rows - 1) / tile_rows) * ((args.d_out + columns - 1) / columns);
     for (int cluster = 1; cluster <= std::min(plan.parts, kPortableCluster); cluster *= 2) {

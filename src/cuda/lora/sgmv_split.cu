@@ -1,7 +1,7 @@
 // sgmv_shrink for float16 and bfloat16 on the sm_90 path where d_out is at most 16, rows of x start at multiples of 16
 // bytes and there are few tiles of 16 rows: what costs time is waiting, so as many multiprocessors as can be wait at
-// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2, 4
-// or 8 blocks of a cluster.
+// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2,
+// 4 or 8 blocks of a cluster.
 //
 // A warp copies x and W of its columns, step by step, into a ring of its own. In the end the sums of pairs of warps go
 // to the first block of the cluster, which adds them up in their order.
@@ -17,12 +17,12 @@ constexpr int kAllWarps = 16;   // that share a half of d_in
 constexpr int kChunk = 32;      // of K: two products
 constexpr int kWarpChunks = 2;  // of a warp in a step
 constexpr int kWarpColumns = kWarpChunks * kChunk;
-constexpr int64_t kStep = kAllWarps * kWarpColumns;
+[[maybe_unused]] constexpr int64_t kStep = kAllWarps * kWarpColumns;
 constexpr int kUnitBytes = 16 * kWarpColumns * 2;  // 16 rows x 128 bytes: what a warp takes of x, or of W, in a step
 constexpr int kPairs = kAllWarps / 2;
 constexpr int kPairBytes = kRows * kCols * 4;
 constexpr int kReceivedBytes = 2 * kPairs * kPairBytes;
-constexpr int64_t kMostBlocks = 160;
+constexpr int64_t kBlocks = 132;  // at once, on an H200
 
 // kShare: blocks that share a half.
 template <int kShare>
@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(Split<kShare>::kThreads, 1) sgmv_split(const S
     const uint32_t at =
         shared_address(memory) + pair * (2 * kStages * 2 * kUnitBytes) + r * 64 + (c ^ (r >> 1 & 1) * 2) * 16;
     const float4 sum = add(load_float4(at), load_float4(at + kStages * 2 * kUnitBytes));
-    const uint32_t to = received + (half * kPairs + rank % kShare * (S::kWarps / 2) + pair) * kPairBytes + item % 64 * 16;
+    const uint32_t to =
+        received + (half * kPairs + rank % kShare * (S::kWarps / 2) + pair) * kPairBytes + item % 64 * 16;
     hopper::store_async(hopper::remote_address(to, 0), sum, hopper::remote_address(received_barrier, 0));
   }
   if (!adds) return;
@@ -253,17 +254,18 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 template <class T>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t blocks = max_tiles(args, kRows) * 2;
-  // In clusters of up to 8, which every GPU runs; as many blocks as there are multiprocessors, or a few more.
-  if (blocks * 4 <= kMostBlocks) return launch<T, 4>(launcher, args);
-  if (blocks * 2 <= kMostBlocks) return launch<T, 2>(launcher, args);
+  // In clusters of up to 8, which every GPU runs.
+  if (blocks * 4 <= kBlocks) return launch<T, 4>(launcher, args);
+  if (blocks * 2 <= kBlocks) return launch<T, 2>(launcher, args);
   return launch<T, 1>(launcher, args);
 }
 
 }  // namespace
 
-// While they are not more than fill the device.
+// Where the tiles do not fill the device, or by a little more, but for many short segments that sgmv_short can take.
 bool is_sgmv_split(const SgmvArgs& args) {
-  return args.x_aligned && args.d_in % 8 == 0 && max_tiles(args, kRows) * 2 <= kMostBlocks;
+  if (short_segments(args) && args.num_segments > 32 && is_sgmv_short(args)) return false;
+  return args.x_aligned && args.d_in % 8 == 0 && max_tiles(args, kRows) * 2 <= kBlocks * 5 / 4;
 }
 
 Status launch_sgmv_split(const Launcher& launcher, DType dtype, const SgmvArgs& args) {

@@ -290,7 +290,9 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 
 template <class T>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  return short_segments(args) ? launch<T, 1>(launcher, args) : launch<T, 4>(launcher, args);
+  // Few tiles of 64 rows leave most of the device idle.
+  const bool few = max_tiles(args, 16) * kCluster <= 160;
+  return few || short_segments(args) ? launch<T, 1>(launcher, args) : launch<T, 4>(launcher, args);
 }
 
 }  // namespace

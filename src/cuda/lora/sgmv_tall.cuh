@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
 
   const int fill_id = id % 128, fill_row = fill_id / 8, fill_chunk = fill_id % 8;
   constexpr int kRowStep = 16;
+  constexpr int kPrefetched = 4;  // lines of a row
   const uint32_t fill_to = fill_row * 128 + ((fill_chunk ^ (fill_row & 7)) * 16);
   const auto fill_x = [&](int64_t first_row, int rows, int step, int slot) {
     const int64_t k = first_k + int64_t{step} * 64 + fill_chunk * 8;
@@ -74,6 +75,16 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   const int64_t guess = int64_t{item / columns_blocks} * kRows;
+  // Before the wait the second-level cache is asked for the first columns of x where the tile is if the segments cover
+  // all rows in order, in the time in which the last blocks of the kernel before end. That is no read: all writes end
+  // up there.
+#pragma unroll
+  for (int i = 0; i < (kRows * kPrefetched + kThreads - 1) / kThreads; ++i) {
+    const int line = id + i * kThreads, row = line / kPrefetched, k = line % kPrefetched * 64;
+    if (row < rows_from(guess) && first_k + k < args.d_in && k < steps * 64) {
+      prefetch_line(static_cast<const T*>(args.x) + (guess + row) * args.x_stride + first_k + k);
+    }
+  }
   if (!args.early_reads) {
     prefetch_tables(args);
     grid_dependency_wait<kArch>();
@@ -81,7 +92,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
   __syncthreads();
 
   SgmvTile<T> tile;
-  const int guessed_steps = !args.early_reads ? min(kGuessedSteps, steps) : 0;
+  const int guessed_steps = !args.early_reads ? min(1, steps) : 0;
   const bool found = find_tile<kRows, kThreads>(args, item / columns_blocks, scratch, &tile, [&] {
 #pragma unroll 1
     for (int i = 0; i < guessed_steps && fills; ++i) fill_x(guess, rows_from(guess), i, i);
@@ -257,7 +268,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
                      to_barrier = hopper::remote_address(received_barrier, owner);
 #pragma unroll
       for (int q = 0; q < kColumns / 16; ++q) {
-        const float(&sum)[kN / 2] = sums[q / (kN / 16)];
+        const float (&sum)[kN / 2] = sums[q / (kN / 16)];
         const int i = q % (kN / 16) * 8 + h * 2;
         const float4 v = {sum[i], sum[i + 1], sum[i + 4], sum[i + 5]};
         if (owner == rank) {
@@ -298,10 +309,17 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kWarpgroups, kLevels>::kThread
     }
   };
   switch (plan.cluster) {
-    case 1: add_up(std::integral_constant<int, 1>{}); break;
-    case 2: add_up(std::integral_constant<int, 2>{}); break;
-    case 4: add_up(std::integral_constant<int, 4>{}); break;
-    default: add_up(std::integral_constant<int, 8>{});
+    case 1:
+      add_up(std::integral_constant<int, 1>{});
+      break;
+    case 2:
+      add_up(std::integral_constant<int, 2>{});
+      break;
+    case 4:
+      add_up(std::integral_constant<int, 4>{});
+      break;
+    default:
+      add_up(std::integral_constant<int, 8>{});
   }
 #endif
 }

@@ -160,6 +160,7 @@ template <class T>
 void run_case(const Case& c, Random& random) {
   if (!in_part()) return;
   const std::string label = g_case = name(kDType<T>, c);
+  announce(label);
   constexpr int64_t kLayers = 2, kLayer = 1;
   const T nan = from<T>(std::numeric_limits<float>::quiet_NaN());
   const int slices = static_cast<int>(c.offsets.size()) - 1, adapters = static_cast<int>(c.ranks.size());
@@ -636,6 +637,29 @@ void run_all() {
     c.ranks.resize(1);
     run_case<T>(c, random);
   }
+  // Ranks that are whole pieces of 16 bytes but no whole tiles, in slots of 64; more than one piece of K a leaf with an
+  // adapter a row, on both sides of what chooses how many blocks share a tile.
+  for (const int rank : {8, 16, 24, 40, 48, 56}) {
+    Case c = {};
+    c.rows = 11;
+    c.h_in = g_small ? 136 : 1032;
+    c.offsets = {0, 200, 264};
+    c.ranks = {rank, 16, rank};
+    c.padded = 64;
+    c.max_rank = 64;
+    c.early_reads = rank % 16 == 0;
+    run_case<T>(c, random);
+  }
+  for (const int64_t distinct : {32, 33, 127, 128, 150}) {
+    if (g_small) break;
+    Case c = {};
+    c.rows = distinct;
+    c.h_in = distinct == 33 ? 8200 : 4608;
+    c.offsets = {0, 64};
+    c.ranks.assign(distinct, distinct == 127 ? 32 : 16);
+    c.pattern = 1;
+    run_case<T>(c, random);
+  }
   if (!g_small) {
     for (const int64_t many : {600, 1500, 4100}) {
       Case c = {};
@@ -666,6 +690,59 @@ void run_all() {
   for (int i = 0; i < (g_small ? 10 : 40); ++i) garbage_case<T>(i);
 }
 
+// Many rows, everything aligned to 16 bytes or not.
+template <class T>
+void run_many() {
+  Random random{13};
+  if (g_small) return;
+  for (const int64_t many : {600, 1500, 4100}) {
+    Case c = {};
+    c.rows = many;
+    c.h_in = 512;
+    c.offsets = {0, 640};
+    for (const int count : {1, 5, 200, 900}) {
+      c.ranks.assign(count, count == 5 ? 64 : 16);
+      c.pattern = count == 200 ? 3 : 0;
+      for (const int pad : {0, 5}) {
+        c.y_pad = pad;
+        run_case<T>(c, random);
+      }
+    }
+  }
+  // Rows of y are aligned from here on: a width of 3 modulo 8.
+  int turn = 0;
+  for (const int64_t h_in : {64, 1032, 4096, 6152}) {
+    for (const std::vector<int>& ranks :
+         {std::vector<int>{16, 16, 16}, {8}, {32, 32}, {64, 64, 64, 64, 64}, {8, 16, 32, 64, 1, 17, 40, 0}}) {
+      Case c = {};
+      c.rows = turn % 2 == 0 ? 2100 : 1100;
+      c.h_in = h_in;
+      c.offsets = turn % 3 == 0 ? std::vector<int64_t>{0, 1024} : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
+                                                                                : std::vector<int64_t>{0, 72, 1000};
+      c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
+      c.ranks = ranks;
+      c.rank_turn = turn % 2;
+      c.pattern = turn % 4;
+      c.padded = turn % 4 == 1 ? 64 : turn % 7 == 6 ? 68 : 0;
+      c.early_reads = turn % 2 == 1;
+      c.null_address = ranks.size() > 2 && turn % 5 == 4;
+      c.spare = turn % 3;
+      run_case<T>(c, random);
+      ++turn;
+    }
+  }
+  for (const int v : {1, 2}) {
+    Case c = {};
+    c.rows = 2100;
+    c.h_in = v == 1 ? 512 : 4096;
+    c.offsets = {0, 64};
+    c.y_pad = 5;
+    c.ranks = {16, 8, 64};
+    c.values = v;
+    run_case<T>(c, random);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -687,6 +764,11 @@ int main(int argc, char**) {
     std::printf("%s: %d checks, %d failures so far\n", what, g_checks - before, g_failures);
     std::fflush(stdout);
   };
+  section("bfloat16, many rows", run_many<__nv_bfloat16>);
+  section("float16, many rows", run_many<__half>);
+#ifdef ONLY_MANY
+  return g_failures == 0 && g_checks > 0 ? 0 : 1;
+#endif
   section("bfloat16", run_all<__nv_bfloat16>);
   section("float16", run_all<__half>);
   section("float32", run_all<float>);

@@ -131,6 +131,15 @@ int main(int argc, char** argv) {
       ++shapes;
     }
   }
+  // Tiles of 64 to 192 rows, with one to eight blocks to a tile.
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const auto [d_in, d_out] :
+         {std::pair{4096, 24}, {4096, 64}, {4096, 128}, {4104, 200}, {16400, 72}, {520, 512}}) {
+      failed += !bfloat16.run(layout, d_in, d_out, {900, 700, 20, 333});
+      failed += !half.run(layout, d_in, d_out, {64, 70, 192, 0, 65, 130});
+      shapes += 2;
+    }
+  }
   // More segments than a warp has lanes, long ones and empty ones.
   std::vector<int> some;
   for (int i = 0; i < 75; ++i) some.push_back(i % 7 == 3 ? 0 : 17 + i * 13 % 90);

@@ -1,0 +1,239 @@
+// Which tile a block of add_lora_ring.cuh serves, found by one warp in as few waits for memory as there can be: what
+// the first adapters have (addresses, ranks, scales) is asked for together with the segments, and the tile's rows while
+// the block asks for weights already.
+#pragma once
+
+#include <climits>
+
+#include "src/cuda/lora/add_lora.cuh"
+
+namespace punica::cuda::fused_lora {
+
+// Up to here one warp looks at all segments.
+inline constexpr int kFindWindow = 256;
+
+// The addresses of a slice's layer, and whether it has anything to do.
+template <class T>
+__device__ __forceinline__ bool finish_slice(const Args& args, int64_t a, int64_t b, Slice* slice) {
+  slice->b_stride = args.b_row_stride >= 0 ? args.b_row_stride : slice->rank;
+  const bool used = a != 0 && b != 0 && slice->rank > 0 && slice->rank <= args.max_rank &&
+                    slice->rank <= slice->b_stride && slice->width > 0;
+  slice->a = reinterpret_cast<const T*>(a) + (slice->rank * args.a_of_rank + args.a_offset);
+  slice->b = reinterpret_cast<const T*>(b) + (slice->b_stride * slice->width * args.b_of_size + args.b_offset);
+  return used;
+}
+
+// Nothing is in the way of the plain way: see add_lora_plain.cuh. Offsets within A and B fit into 32 bits then.
+__device__ __forceinline__ bool is_plain(const Args& args, const Slice& slice) {
+  return ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
+         slice.b_stride % 8 == 0 && slice.rank % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 &&
+         slice.b_stride < 1 << 16 && static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
+}
+
+// Slice `number` of an adapter whose addresses, rank and scale are these, to `work`, by one warp.
+template <class T>
+__device__ __forceinline__ void publish_slice(const Args& args, int number, int64_t a, int64_t b, int rank, float scale,
+                                              Work<kTileRows>* work) {
+  Slice slice = {};
+  slice.rank = rank;
+  slice.scale = scale;
+  slice.begin = args.slice_begin[number];
+  slice.width = args.slice_begin[number + 1] - slice.begin;
+  const bool used = finish_slice<T>(args, a, b, &slice);
+  if (threadIdx.x % 32 == 0) {
+    work->slices[0] = slice;
+    work->plain = is_plain(args, slice);
+    work->num_slices = used;
+  }
+}
+template <class T>
+__device__ __forceinline__ void find_slice(const Args& args, int number, int adapter, Work<kTileRows>* work) {
+  const int64_t at = number * args.num_adapters + adapter;
+  publish_slice<T>(args, number, args.a_ptr[at], args.b_ptr[at], args.ranks[number * args.rank_stride + adapter],
+                   args.scales[number * args.scale_stride + adapter], work);
+}
+
+// What a lane knows of the tile's rows: the one at position `lane`, or -1. Stored by publish_rows().
+__device__ __forceinline__ int load_row(const Args& args, int position, int end) {
+  const int lane = threadIdx.x % 32;
+  return lane < kTileRows && lane < end - position ? args.order[position + lane] : -1;
+}
+
+__device__ __forceinline__ void publish_rows(const Args& args, int row, Work<kTileRows>* work) {
+  const int lane = threadIdx.x % 32;
+  const bool valid = static_cast<unsigned>(row) < static_cast<unsigned>(args.rows_32);
+  const uint32_t votes = __ballot_sync(0xffffffffu, valid);
+  if (valid) work->rows[__popc(votes & ((1u << lane) - 1))] = row;
+  if (lane == 0) work->count = __popc(votes);
+}
+
+// Up to 32 * kEach segments, by one warp. Comes back with load_row().
+template <class T, int kEach>
+__device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
+  const int lane = threadIdx.x % 32;
+  Segment segments[kEach];
+  int64_t a[kEach], b[kEach];
+  int ranks[kEach];
+  float scales[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kTileRows>(args, 32 * i + lane, args.max_segments);
+  constexpr bool kEarly = kEach <= 2;  // more take too many registers
+  if constexpr (kEarly) {
+    const int64_t* const a_ptr = args.a_ptr + number * args.num_adapters;
+    const int64_t* const b_ptr = args.b_ptr + number * args.num_adapters;
+    const int32_t* const rank_of = args.ranks + number * args.rank_stride;
+    const float* const scale_of = args.scales + number * args.scale_stride;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool there = 32 * i + lane < args.num_adapters_32;
+      a[i] = there ? a_ptr[32 * i + lane] : 0;
+      b[i] = there ? b_ptr[32 * i + lane] : 0;
+      ranks[i] = there ? rank_of[32 * i + lane] : 0;
+      scales[i] = there ? scale_of[32 * i + lane] : 0;
+    }
+  }
+  uint32_t before[kEach], total = 0;
+  bool single = true;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    cut_segment<kTileRows>(args, &segments[i]);
+    single = single && segments[i].tiles <= 1;
+  }
+  if (__all_sync(0xffffffffu, single)) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const uint32_t votes = __ballot_sync(0xffffffffu, segments[i].tiles != 0);
+      before[i] = total + __popc(votes & ((1u << lane) - 1));
+      total += __popc(votes);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const uint32_t sum = inclusive_sum(segments[i].tiles, lane);
+      before[i] = total + sum - segments[i].tiles;
+      total += __shfl_sync(0xffffffffu, sum, 31);
+    }
+  }
+  // The lane and window that has the tile; there is one at most.
+  uint32_t owners = 0;
+  int position = 0, end = 0, adapter = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const bool owns = owns_tile(tile, before[i], segments[i].tiles);
+    owners |= __ballot_sync(0xffffffffu, owns);
+    if (owns) {
+      position = segments[i].start + static_cast<int>(tile - before[i]) * kTileRows;
+      end = segments[i].end;
+      adapter = segments[i].adapter;
+    }
+  }
+  if (owners == 0) {
+    if (lane == 0) work->num_slices = 0;
+    return -1;
+  }
+  const int owner = __ffs(owners) - 1;
+  position = __shfl_sync(0xffffffffu, position, owner);
+  end = __shfl_sync(0xffffffffu, end, owner);
+  adapter = __shfl_sync(0xffffffffu, adapter, owner);
+  const int row = load_row(args, position, end);
+  if (kEarly && adapter < 32 * kEach) {
+    // By choices: of an index the compiler would make an array in local memory.
+    int64_t a_of_lane = a[0], b_of_lane = b[0];
+    int rank = ranks[0];
+    float scale = scales[0];
+    if constexpr (kEach > 1) {
+#pragma unroll
+      for (int i = 1; i < kEach; ++i) {
+        const bool here = adapter / 32 == i;
+        a_of_lane = here ? a[i] : a_of_lane;
+        b_of_lane = here ? b[i] : b_of_lane;
+        rank = here ? ranks[i] : rank;
+        scale = here ? scales[i] : scale;
+      }
+    }
+    const int from = adapter % 32;
+    publish_slice<T>(args, number, __shfl_sync(0xffffffffu, a_of_lane, from), __shfl_sync(0xffffffffu, b_of_lane, from),
+                     __shfl_sync(0xffffffffu, rank, from), __shfl_sync(0xffffffffu, scale, from), work);
+  } else {
+    find_slice<T>(args, number, adapter, work);
+  }
+  return row;
+}
+
+// What a lane of a warp that has not found the tile has instead of a row.
+inline constexpr int kNotFound = INT_MIN;
+
+// The same for any number of segments, by the whole block. A function of its own: what it needs takes no registers of
+// the common way.
+template <class T, int kWarps>
+__device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile, int number,
+                                                 TileScratch<kWarps>* scratch, Work<kTileRows>* work) {
+  constexpr int kEach = 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Each warp counts the tiles of a share of the segments; the one whose share has the tile goes over it again.
+  const int share = ((args.max_segments + kWarps - 1) / kWarps + 31) & ~31;
+  const int share_begin = static_cast<int>(min(int64_t{warp} * share, int64_t{args.max_segments}));
+  const int share_end = min(share_begin + share, args.max_segments);
+  uint32_t tiles = 0;
+  for (int i = share_begin; i < share_end; i += 32 * kEach) {
+    Segment segments[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) segments[j] = load_segment<kTileRows>(args, i + 32 * j + lane, share_end);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      cut_segment<kTileRows>(args, &segments[j]);
+      tiles += segments[j].tiles;
+    }
+  }
+  tiles = __shfl_sync(0xffffffffu, inclusive_sum(tiles, lane), 31);
+  if (lane == 0) scratch->share_tiles[warp] = tiles;
+  if (threadIdx.x == 0) work->num_slices = 0;
+  __syncthreads();
+  uint32_t before = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += scratch->share_tiles[i];
+  }
+  if (owns_tile(tile, before, tiles)) {
+    for (int i = share_begin; i < share_end; i += 32) {
+      Segment segment = load_segment<kTileRows>(args, i + lane, share_end);
+      cut_segment<kTileRows>(args, &segment);
+      const uint32_t sum = inclusive_sum(segment.tiles, lane);
+      const uint32_t segment_before = before + sum - segment.tiles;
+      const uint32_t owners = __ballot_sync(0xffffffffu, owns_tile(tile, segment_before, segment.tiles));
+      if (owners != 0) {
+        const int owner = __ffs(owners) - 1;
+        const int position =
+            __shfl_sync(0xffffffffu, segment.start + static_cast<int>(tile - segment_before) * kTileRows, owner);
+        const int end = __shfl_sync(0xffffffffu, segment.end, owner);
+        const int row = load_row(args, position, end);
+        find_slice<T>(args, number, __shfl_sync(0xffffffffu, segment.adapter, owner), work);
+        return row;
+      }
+      before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+  }
+  return kNotFound;
+}
+
+template <class T, int kWarps>
+__device__ __noinline__ int find_tile_by_warp(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
+  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, tile, number, work);
+  return find_tile_in<T, 8>(args, tile, number, work);
+}
+
+// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a
+// barrier of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for
+// publish_rows(), the others with kNotFound. Up to 32 * kEach segments are looked at in line: code that lies elsewhere
+// has to be fetched first.
+template <class T, int kEach, int kWarps>
+__device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
+                                         Work<kTileRows>* work) {
+  if (args.max_segments <= 32 * kEach) [[likely]] {
+    return threadIdx.x < 32 ? find_tile_in<T, kEach>(args, tile, number, work) : kNotFound;
+  }
+  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, tile, number, scratch, work);
+  return threadIdx.x < 32 ? find_tile_by_warp<T, kWarps>(args, tile, number, work) : kNotFound;
+}
+
+}  // namespace punica::cuda::fused_lora
