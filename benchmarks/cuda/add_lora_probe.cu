@@ -193,8 +193,8 @@ void probe(const Work& work) {
   };
   const double ours = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, false); });
   const double ours_early = only_alone ? 0 : alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
-  const bool comparable = !only_alone && slices == 1 && work.slot == 0 && work.ranks.size() == 1 &&
-                          (work.rows <= 256 || segments == n);
+  const bool comparable =
+      !only_alone && slices == 1 && work.slot == 0 && work.ranks.size() == 1 && (work.rows <= 256 || segments == n);
   const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
   const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
                        4.0 * work.rows * width / 4.13e6;

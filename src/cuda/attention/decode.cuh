@@ -144,7 +144,8 @@ struct DecodeTotal {
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
 __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kThreads,
                                   DecodeShape<kArch, kDim, kColumns, kRope>::kBlocks)
-    decode_kernel(const __grid_constant__ AttentionArgs args, const DecodeMerge merge, int group_bits, bool early_reads, const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
+    decode_kernel(const __grid_constant__ AttentionArgs args, const DecodeMerge merge, int group_bits, bool early_reads,
+                  const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   if constexpr (kCompiled<kArch>) {
     using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
     using Warp = DecodeWarp<T, kDim, kColumns, kRope>;
@@ -418,9 +419,9 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     if (merge.counters >= 0) {
       if (!walk.whole_queries) {
         if (thread == 0) notes[1] = piece;
-        ended = arrive_and_merge<T, kDim, Shape::kThreads>(args, notes, merge.counters, group_bits, Shape::kHeads,
-                                                           aligned_outputs, reinterpret_cast<int32_t*>(states),
-                                                           *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));
+        ended = arrive_and_merge<T, kDim, Shape::kThreads>(
+            args, notes, merge.counters, group_bits, Shape::kHeads, aligned_outputs, reinterpret_cast<int32_t*>(states),
+            *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));
       }
       reset_counters(merge.counters, ended);
     }

@@ -3,9 +3,9 @@
 //
 // Blocks count themselves at a counter of the query, the one of the block where the query begins. Workspaces are not
 // initialised, so counters lie in memory of the module, which is zero when it is loaded, a set for each workspace
-// (decode_counters()): calls with the same workspace do not overlap in time. The last block of a launch sets all of them
-// to zero again. It knows that it is the last by a counter that every block of a launch counts at exactly once, whatever
-// is in the tables; so a call whose tables changed while it ran leaves nothing wrong behind.
+// (decode_counters()): calls with the same workspace do not overlap in time. The last block of a launch sets all of
+// them to zero again. It knows that it is the last by a counter that every block of a launch counts at exactly once,
+// whatever is in the tables; so a call whose tables changed while it ran leaves nothing wrong behind.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,8 @@ struct DecodeParts {
   // The block of a split, and the split behind its last one; splits are counted from the query's first.
   __device__ __forceinline__ int32_t owner_of(int32_t split) const {
     const uint32_t at = first + split, longer = more * (each + 1);
-    return at < longer ? at / (each + 1u) : more + (at - longer) / each;
+    const uint32_t begin = at < longer ? 0 : longer, share = each + (at < longer ? 1 : 0);
+    return (at < longer ? 0 : more) + static_cast<int32_t>(quotient(at - begin, share, approximate_inverse(share)));
   }
   __device__ __forceinline__ int32_t end_of(int32_t owner) const {
     return each * (owner + 1) + min(owner + 1, more) - first;
@@ -112,17 +113,19 @@ __device__ __forceinline__ void find_factors(float2 state, uint32_t part, int he
   const float2 before = first ? make_float2(minus_infinity(), minus_infinity()) : shared.maxima[head];
   // The maximum of the group up to each part, then of all groups up to it.
   float group = there ? state.x : minus_infinity();
-  bool bounded = begins;
+  if (!__all_sync(0xffffffffu, begins)) {
+    bool bounded = begins;
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float other = __shfl_up_sync(0xffffffffu, group, distance);
-    const bool other_bounded = __shfl_up_sync(0xffffffffu, bounded, distance);
-    if (lane >= distance && !bounded) {
-      group = fmaxf(other, group);
-      bounded = other_bounded;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, group, distance);
+      const bool other_bounded = __shfl_up_sync(0xffffffffu, bounded, distance);
+      if (lane >= distance && !bounded) {
+        group = fmaxf(other, group);
+        bounded = other_bounded;
+      }
     }
+    if (!bounded) group = fmaxf(before.x, group);
   }
-  if (!bounded) group = fmaxf(before.x, group);
   float all = ends ? group : minus_infinity();
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -133,9 +136,9 @@ __device__ __forceinline__ void find_factors(float2 state, uint32_t part, int he
   float group_before = __shfl_up_sync(0xffffffffu, group, 1), all_before = __shfl_up_sync(0xffffffffu, all, 1);
   if (lane == 0) group_before = before.x, all_before = before.y;
   const float group_subtracted = finite_or_zero(group), subtracted = finite_or_zero(all);
-  shared.factors[head][lane] = make_float4(
-      exp2_fast(__fsub_rn(group_before, group_subtracted)), exp2_fast(__fsub_rn(state.x, group_subtracted)),
-      exp2_fast(__fsub_rn(all_before, subtracted)), exp2_fast(__fsub_rn(group, subtracted)));
+  shared.factors[head][lane] =
+      make_float4(exp2_fast(__fsub_rn(group_before, group_subtracted)), exp2_fast(__fsub_rn(state.x, group_subtracted)),
+                  exp2_fast(__fsub_rn(all_before, subtracted)), exp2_fast(__fsub_rn(group, subtracted)));
   shared.weights[head][lane] = state.y;
   __syncwarp();  // all lanes have read the maxima
   if (lane == count - 1) shared.maxima[head] = make_float2(group, all);
@@ -143,9 +146,11 @@ __device__ __forceinline__ void find_factors(float2 state, uint32_t part, int he
 
 // Folds all parts of a query: Fold's arithmetic, whose factors are found for all parts at once. Little code, for it is
 // seldom in the multiprocessor's cache of instructions.
+// `listed`: the first parts are in the list already.
 template <class T, int kDim, int kThreads>
 __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const DecodePiece& piece, int group_bits,
-                                            int tile_heads, bool aligned, MergeShared<kDim, kThreads>& shared) {
+                                            int tile_heads, bool aligned, bool listed,
+                                            MergeShared<kDim, kThreads>& shared) {
   constexpr int kHeads = MergeShared<kDim, kThreads>::kHeads;
   const DecodeParts query(piece, args.num_kv_heads * args.head_tiles, group_bits);
   const int kv_head = DecodeWalk::kv_head(args, piece.part), head_tile = piece.part - kv_head * args.head_tiles;
@@ -162,11 +167,17 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
     int all = 1;
 #pragma unroll 1
     for (int from = 0; from < all; from += 32) {
-      __syncthreads();
-      if (warp == 0) list_parts(query, from, shared);
-      __syncthreads();
+      if (!listed) {
+        __syncthreads();
+        if (warp == 0) list_parts(query, from, shared);
+        __syncthreads();
+      }
+      listed = false;
       all = shared.count;
       const int count = min(all - from, 32);
+      const uint32_t part = shared.parts[min(lane, count - 1)];
+      const float2* const states = args.partial_states + first + (part & kPartSplit) * stride;  // of its first head
+      float2 state = warp < heads ? __ldcg(states + warp) : make_float2(0.0f, 0.0f);
       // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
       if (its_head < heads) {
         const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
@@ -179,9 +190,8 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       copy_commit();
 #pragma unroll 1
       for (int h = warp; h < heads; h += kThreads / 32) {
-        const uint32_t part = shared.parts[min(lane, count - 1)];
-        const int64_t split = part & kPartSplit;
-        find_factors(__ldcg(args.partial_states + first + h + split * stride), part, h, count, from == 0, shared);
+        if (h != warp) state = __ldcg(states + h);
+        find_factors(state, part, h, count, from == 0, shared);
       }
       copy_wait<0>();
       __syncthreads();
@@ -191,13 +201,14 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
         const uint32_t part = shared.parts[i];
         const float4 f = shared.factors[its_head][i], v = shared.values[i][threadIdx.x];
         const float value[4] = {v.x, v.y, v.z, v.w}, its_weight = shared.weights[its_head][i];
-        const bool begins = (part & kBeginsGroup) != 0;
-        const float folded = __fmaf_rn(its_weight, f.y, __fmul_rn(group_weight, f.x));
-        group_weight = begins ? its_weight : folded;
+        if ((part & kBeginsGroup) != 0) {
+          group_weight = its_weight;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float both = __fmaf_rn(value[c], f.y, __fmul_rn(group[c], f.x));
-          group[c] = begins ? value[c] : both;
+          for (int c = 0; c < 4; ++c) group[c] = value[c];
+        } else {
+          group_weight = __fmaf_rn(its_weight, f.y, __fmul_rn(group_weight, f.x));
+#pragma unroll
+          for (int c = 0; c < 4; ++c) group[c] = __fmaf_rn(value[c], f.y, __fmul_rn(group[c], f.x));
         }
         if ((part & kEndsGroup) != 0) {
           const bool run = (part & kRun) != 0;
@@ -230,8 +241,8 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
 }
 
 // All threads call it when the block's parts are stored. notes[0]: the query that began before this block and ends in
-// it or behind it; notes[1]: the one that begins in it and ends behind it; counts of 0 where there is none. `flags` holds
-// 2 values in shared memory. Returns what count_block() does.
+// it or behind it; notes[1]: the one that begins in it and ends behind it; counts of 0 where there is none. `flags`
+// holds 2 values in shared memory. Returns what count_block() does.
 template <class T, int kDim, int kThreads>
 __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodePiece* notes, int set,
                                                      int group_bits, int tile_heads, bool aligned, int32_t* flags,
@@ -255,12 +266,18 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
     }
     if (last) asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
+  // Meanwhile another warp prepares to merge, in case that this block is the last one.
+  const int prepared = notes[0].count != 0 ? 0 : 1;
+  if (threadIdx.x / 32 == 1 && notes[prepared].count != 0) {
+    list_parts(DecodeParts(notes[prepared], args.num_kv_heads * args.head_tiles, group_bits), 0, shared);
+  }
   __syncthreads();
   // The counts above have come back: none of this launch comes after the zeros.
   const uint32_t ended = count_block(set);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
-    if (flags[i] != 0) merge_parts<T, kDim, kThreads>(args, notes[i], group_bits, tile_heads, aligned, shared);
+    if (flags[i] != 0)
+      merge_parts<T, kDim, kThreads>(args, notes[i], group_bits, tile_heads, aligned, i == prepared, shared);
   }
   return ended;
 }

@@ -66,7 +66,7 @@ struct DecodeWalk {
   int32_t each, more;  // shares of the blocks (DecodePiece)
   int32_t left;        // splits that this block has still to take
   int32_t group_bits;
-  bool whole;  // no room for partial results: queries are taken whole, by the block where they begin
+  bool whole;          // no room for partial results: queries are taken whole, by the block where they begin
   bool whole_queries;  // shares are whole queries
   DecodeSplit at;
   DecodePages next_pages;  // of the sequence after
@@ -133,7 +133,8 @@ struct DecodeWalk {
   }
 };
 
-// a / b, where inverse is approximately 1 / b: a third of the time that a division takes, most of which others wait for.
+// a / b, where inverse is approximately 1 / b: a third of the time that a division takes, most of which others wait
+// for.
 __device__ __forceinline__ uint32_t quotient(uint32_t a, uint32_t b, float inverse) {
   if (a >= 1u << 22) return a / b;
   const uint32_t guess = __float2uint_rz(__fmul_rn(__uint2float_rn(a), inverse));  // off by one at most
@@ -187,10 +188,11 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
   // Every thread counts the splits of some consecutive sequences: one trip to memory. A warp suffices for 32, so then
-  // each of them does it by itself.
-  const bool alone = num_sequences <= 32;
+  // each of them does it by itself, and each lane for the only one.
+  const bool alone = num_sequences <= 32, only = num_sequences == 1;
   const int32_t many = alone ? 1 : (num_sequences + kThreads - 1) / kThreads;
-  const int32_t begin = min(many * (alone ? lane : thread), num_sequences), end = min(begin + many, num_sequences);
+  const int32_t begin = only ? 0 : min(many * (alone ? lane : thread), num_sequences);
+  const int32_t end = min(begin + many, num_sequences);
   int32_t splits = 0, longest = 0;
   DecodePages found = {0, 0};
 #pragma unroll 1
@@ -200,15 +202,18 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
     splits += here;
     longest = max(longest, here);
   }
-  longest = __reduce_max_sync(0xffffffffu, longest);
-  int32_t before = splits;
+  int32_t before = 0, total = splits;
+  if (!only) {
+    longest = __reduce_max_sync(0xffffffffu, longest);
+    before = splits;
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
-    if (lane >= distance) before += other;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int32_t other = __shfl_up_sync(0xffffffffu, before, distance);
+      if (lane >= distance) before += other;
+    }
+    total = __shfl_sync(0xffffffffu, before, 31);
+    before -= splits;
   }
-  int32_t total = __shfl_sync(0xffffffffu, before, 31);
-  before -= splits;
   constexpr int kWarps = kThreads / 32;
   int32_t* const place = scratch + 2 * kWarps;
   if (!alone) {
@@ -229,13 +234,14 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
   const DecodeShare share = share_of_block(static_cast<uint32_t>(total) * static_cast<uint32_t>(parts), longest, alike,
                                            group_bits, inverse_blocks);
   const int32_t first = share.first;
-  DecodeWalk walk = {args,       share.each,
-                     share.more, share.count,
-                     group_bits, total > args.num_slots,
-                     share.whole_queries, {},
-                     {0, 0}};
+  DecodeWalk walk = {args, share.each, share.more, share.count, group_bits, total > args.num_slots, share.whole_queries,
+                     {},   {0, 0}};
   const bool here = walk.left > 0 && first >= before * parts && first < (before + splits) * parts;
-  if (alone) {
+  if (only) {
+    walk.at.valid = walk.left > 0;
+    if (!walk.at.valid) return walk;
+    walk.take(found);
+  } else if (alone) {
     const uint32_t owner = __ffs(__ballot_sync(0xffffffffu, here)) - 1;
     walk.at.valid = walk.left > 0;
     if (!walk.at.valid) return walk;

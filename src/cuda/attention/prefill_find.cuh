@@ -15,13 +15,8 @@ template <int kRows>
 class ItemFinder {
  public:
   __device__ __forceinline__ explicit ItemFinder(const AttentionArgs& args)
-      : args_(args),
-        splits_apart_(args.num_slots > 0 && (args.num_sequences <= 32 || prefill_splits_apart(args))) {
+      : args_(args), splits_apart_(prefill_splits_apart(args)) {
     load();
-    if (args.num_sequences <= 32 && splits_apart_ && __shfl_sync(~0u, slots_end_, 31) > args.num_slots) {
-      splits_apart_ = false;
-      load();
-    }
   }
 
   // By the whole warp; the lane of the item's sequence writes it.
@@ -102,7 +97,7 @@ class ItemFinder {
   }
 
   const AttentionArgs& args_;
-  bool splits_apart_;
+  const bool splits_apart_;
   // Items and slots before the 32 sequences, and up to the end of the lane's.
   int64_t before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
   int64_t first_sequence_ = 0;

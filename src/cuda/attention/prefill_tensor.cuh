@@ -43,14 +43,6 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
     hopper::barrier_init_fence();
   }
   __syncthreads();
-  // The tables are on their way into the second-level cache while this waits.
-  const int64_t line = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (line * (kLineBytes / 8) < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * (kLineBytes / 8));
-  if (line * (kLineBytes / 4) < args.num_sequences) {
-    prefetch_line(args.kv_indptr + line * (kLineBytes / 4));
-    prefetch_line(args.qo_indptr + line * (kLineBytes / 4));
-    prefetch_line(args.last_page_offset + line * (kLineBytes / 4));
-  }
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {

@@ -72,9 +72,9 @@ template <class T, int kEach>
 __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
   const int lane = threadIdx.x % 32;
   Segment segments[kEach];
-  int64_t a[kEach], b[kEach];
-  int ranks[kEach];
-  float scales[kEach];
+  [[maybe_unused]] int64_t a[kEach] = {}, b[kEach] = {};
+  [[maybe_unused]] int ranks[kEach] = {};
+  [[maybe_unused]] float scales[kEach] = {};
 #pragma unroll
   for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kTileRows>(args, 32 * i + lane, args.max_segments);
   constexpr bool kEarly = kEach <= 2;  // more take too many registers

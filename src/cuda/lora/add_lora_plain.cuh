@@ -130,8 +130,11 @@ struct PlainBlock {
   };
   __device__ __forceinline__ int first_k() const {
     const int group0 = team_rank << (4 - kTeamBits);
-    if constexpr (kGroupBits >= 0) return (group0 + (share() << kGroupBits)) * kPiece;
-    return (group0 + (share() >> -kGroupBits)) * kPiece + ((share() << (2 + kGroupBits)) & 3) * (16 * kPiece);
+    if constexpr (kGroupBits >= 0) {
+      return (group0 + (share() << kGroupBits)) * kPiece;
+    } else {
+      return (group0 + (share() >> -kGroupBits)) * kPiece + ((share() << (2 + kGroupBits)) & 3) * (16 * kPiece);
+    }
   }
   // Elements from a step to the next one.
   __device__ __forceinline__ int advance(int& m) const {

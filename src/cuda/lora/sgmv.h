@@ -49,8 +49,8 @@ inline bool short_segments(const SgmvArgs& args) { return args.rows <= 16 * args
 
 // float16 and bfloat16, W [d_out, d_in], sm_90, where d_in is large and d_out at most 16: x is what moves.
 Status launch_sgmv_stream(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// The same bits for d_in up to 4096 and rows of x at multiples of 16 bytes: where segments are long, and where they are
-// short.
+// The same bits for d_in up to 4096 and rows of x at multiples of 16 bytes: where rows are many and segments long, and
+// otherwise.
 bool is_sgmv_rows(const SgmvArgs& args);
 Status launch_sgmv_rows(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 bool is_sgmv_short(const SgmvArgs& args);

@@ -1,6 +1,6 @@
 // sgmv_shrink for float16 and bfloat16 on the sm_90 path where d_out is at most 16, d_in at most 4096, rows of x start
-// at multiples of 16 bytes, and segments are short: W is what moves. The sums are those of sgmv_stream.cu, term by
-// term: a cluster of two has both halves of d_in.
+// at multiples of 16 bytes, and segments are short, so that W is what moves, or rows are too few for sgmv_rows.cu. The
+// sums are those of sgmv_stream.cu, term by term: a cluster of two has both halves of d_in.
 //
 // A block that finds its tile, then waits for its weights and then adds up leaves memory idle most of the time. So
 // blocks stay: one warp goes over the tables and puts the tiles of the block's cluster into a queue in shared memory;

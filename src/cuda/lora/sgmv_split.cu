@@ -1,7 +1,7 @@
 // sgmv_shrink for float16 and bfloat16 on the sm_90 path where d_out is at most 16, rows of x start at multiples of 16
 // bytes and there are few tiles of 16 rows: what costs time is waiting, so as many multiprocessors as can be wait at
-// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2,
-// 4 or 8 blocks of a cluster.
+// once. The sums are those of sgmv_stream.cu, term by term: a half of d_in and its 16 warps are shared out among 1, 2
+// or 4 blocks of a cluster.
 //
 // A warp copies x and W of its columns, step by step, into a ring of its own. In the end the sums of pairs of warps go
 // to the first block of the cluster, which adds them up in their order.

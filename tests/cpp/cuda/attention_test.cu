@@ -347,7 +347,8 @@ void test_fast_decode(bool small) {
 }
 
 // Queries that many blocks of the fast decode have parts of: equal shares and unequal ones, groups of one split and of
-// more, several queries to merge for a block, and the same workspace again and again, as the counters in it are.
+// more, several queries to merge for a block, and the same workspace again and again, whose counters have to be zero
+// each time.
 void test_decode_merges(bool small) {
   std::vector<int64_t> lengths = {9000, 300, 5000, 1, 0, 257, 20000, 2048};
   if (small) lengths = {1300, 1};
