@@ -100,7 +100,7 @@ void probe(int64_t batch, int64_t h_in, int64_t h_out, int64_t adapters, int64_t
 // A shrink and the expand that reads what it wrote, in turn: us a call. A kernel that finds no room beside the one
 // before it shows here.
 void probe_layer(int64_t batch, int64_t adapters, int64_t h, int64_t r) {
-  const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / (4 * adapters * h * r), 4, 300);
+  const int64_t sets = std::clamp<int64_t>((int64_t{300} << 20) / (4 * adapters * h * r), 16, 300);
   const int64_t elements = h * r * sets;
   uint16_t *w, *x, *y, *v;
   int64_t *indices, *w_ptr;
