@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -89,6 +90,7 @@ def overhead_rows(floors: FloorLibrary) -> list[dict[str, Any]]:
         row["rivals"]["torch: add_"] = adds[
             "torch add_" + row["work"].partition(",")[1] + row["work"].partition(",")[2]
         ]
+        row["met"] = None if row["goal"] is None else row["ours"] <= row["goal"]
     return rows
 
 
@@ -104,6 +106,32 @@ def options(arguments: argparse.Namespace) -> list[str]:
     """Those that change what is measured."""
     words = ["--only", arguments.only] if arguments.only else []
     return words + (["--grid", "--seconds", f"{arguments.seconds:g}"] if arguments.grid else [])
+
+
+def write(
+    arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]], markdown: Callable[[dict[str, Any]], str]
+) -> None:
+    if arguments.output is None:
+        return
+    result = {
+        "command": " ".join(["python", "benchmarks/bench_cuda.py", *options(arguments)]),
+        "device": torch.cuda.get_device_name(),
+        "arch": pk.last_cuda_arch(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "punica-kernels": pk.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "apache-tvm-ffi": version("apache-tvm-ffi"),
+        },
+        "rows": rows,
+    }
+    try:
+        results_form.write(arguments.output / f"{name}.json", result)
+    except ValueError as error:  # said, but no reason to measure no further
+        print(f"bench_cuda: {error}", file=sys.stderr)
+    (arguments.output / f"{name}.md").write_text(markdown(result))
 
 
 def main() -> int:
@@ -126,45 +154,23 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     floors = FloorLibrary()
-    rows: list[dict[str, Any]] = []
+    if arguments.output is None and not arguments.only:
+        arguments.output = Path(__file__).parent / "results"
     if arguments.grid:
-        rows = cuda_grid.rows(floors, arguments.seconds)
+        write(arguments, "cuda_grid", cuda_grid.rows(floors, arguments.seconds), cuda_grid.markdown)
     else:
-        for group, make in GROUPS.items():
+        rows: list[dict[str, Any]] = []
+        for group, make in {**GROUPS, OVERHEAD: None}.items():
             if arguments.only.lower() not in group.lower():
                 continue
-            for row in make(floors):
-                rows.append(row_of(row))
-                print(cuda_report.line(rows[-1]), flush=True)
-        if arguments.only.lower() in OVERHEAD.lower():
-            for result in overhead_rows(floors):
-                result["met"] = None if result["goal"] is None else result["ours"] <= result["goal"]
-                rows.append(result)
-                print(cuda_report.line(result), flush=True)
-
-    result = {
-        "command": " ".join(["python", "benchmarks/bench_cuda.py", *options(arguments)]),
-        "device": torch.cuda.get_device_name(),
-        "arch": pk.last_cuda_arch(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "apache-tvm-ffi": version("apache-tvm-ffi"),
-        },
-        "rows": rows,
-    }
+            for row in overhead_rows(floors) if make is None else map(row_of, make(floors)):
+                rows.append(row)
+                print(cuda_report.line(row), flush=True)
+            # After each group: what has been measured is kept when a run is cut short.
+            write(arguments, "cuda", rows, cuda_report.markdown)
     if arguments.output is None:
-        if arguments.only:
-            print("not written: only a part was measured (--output FOLDER writes it)")
-            return 0
-        arguments.output = Path(__file__).parent / "results"
-    name = "cuda_grid" if arguments.grid else "cuda"
-    results_form.write(arguments.output / f"{name}.json", result)
-    text = cuda_grid.markdown(result) if arguments.grid else cuda_report.markdown(result)
-    (arguments.output / f"{name}.md").write_text(text)
+        print("not written: only a part was measured (--output FOLDER writes it)")
+        return 0
     print(f"written to {arguments.output}")
     return 0
 
