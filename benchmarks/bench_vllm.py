@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import results_form
+
 HERE = Path(__file__).parent
 BATCH, PROMPT, RANK = 16, 32, 16
 ADAPTERS = (1, 4, 16)
@@ -271,8 +273,7 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     text = markdown(result)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "vllm_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    results_form.write(arguments.output / "vllm_cpu.json", result)
     (arguments.output / "vllm_cpu.md").write_text(text)
     print(text)
 

@@ -14,7 +14,6 @@ fill Triton's cache first, in processes side by side (TRITON_CACHE_DIR).
 import argparse
 import datetime
 import itertools
-import json
 import platform
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import punica_kernels as pk
+import results_form
 import torch
 from cuda_harness import FloorLibrary, flush
 from punica_kernels.vllm import ops, tables
@@ -364,8 +364,7 @@ def main() -> None:
         "rows": rows,
     }
     text = markdown(rows, device, date.date().isoformat())
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "vllm_cuda.json").write_text(json.dumps(result, indent=1) + "\n")
+    results_form.write(arguments.output / "vllm_cuda.json", result)
     (arguments.output / "vllm_cuda.md").write_text(text)
     print(text)
     print(f"{time.monotonic() - start:.1f} s")

@@ -570,6 +570,25 @@ void ordering_case(const char* what, bool early_reads) {
   }
 }
 
+// Few and many segments of many rows.
+template <class T>
+void many_rows(const std::vector<int>& y_pads, Random& random) {
+  for (const int64_t many : {600, 1500, 4100}) {
+    Case c = {};
+    c.rows = many;
+    c.h_in = 512;
+    c.offsets = {0, 640};
+    for (const int count : {1, 5, 200, 900}) {
+      c.ranks.assign(count, count == 5 ? 64 : 16);
+      c.pattern = count == 200 ? 3 : 0;
+      for (const int pad : y_pads) {
+        c.y_pad = pad;
+        run_case<T>(c, random);
+      }
+    }
+  }
+}
+
 template <class T>
 void run_all() {
   Random random{11};
@@ -661,19 +680,7 @@ void run_all() {
     c.pattern = 1;
     run_case<T>(c, random);
   }
-  if (!g_small) {
-    for (const int64_t many : {600, 1500, 4100}) {
-      Case c = {};
-      c.rows = many;
-      c.h_in = 512;
-      c.offsets = {0, 640};
-      for (const int count : {1, 5, 200, 900}) {
-        c.ranks.assign(count, count == 5 ? 64 : 16);
-        c.pattern = count == 200 ? 3 : 0;
-        run_case<T>(c, random);
-      }
-    }
-  }
+  if (!g_small) many_rows<T>({0}, random);
   for (const int v : {1, 2}) {
     for (const int64_t h_in : {512, 4096}) {
       if (g_small && h_in > 512) continue;
@@ -696,20 +703,7 @@ template <class T>
 void run_many() {
   Random random{13};
   if (g_small) return;
-  for (const int64_t many : {600, 1500, 4100}) {
-    Case c = {};
-    c.rows = many;
-    c.h_in = 512;
-    c.offsets = {0, 640};
-    for (const int count : {1, 5, 200, 900}) {
-      c.ranks.assign(count, count == 5 ? 64 : 16);
-      c.pattern = count == 200 ? 3 : 0;
-      for (const int pad : {0, 5}) {
-        c.y_pad = pad;
-        run_case<T>(c, random);
-      }
-    }
-  }
+  many_rows<T>({0, 5}, random);
   // Rows of y are aligned from here on: a width of 3 modulo 8.
   int turn = 0;
   for (const int64_t h_in : {64, 1032, 4096, 6152}) {
