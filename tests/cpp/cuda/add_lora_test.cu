@@ -1,8 +1,8 @@
 // add_lora on a CUDA device against a float64 reference: slices, mixed ranks, padded slots, layers, alignments, rows
 // and slices without work, what one rounding of v to the data type would lose; a row alone against the same row in
 // every batch, bit for bit; tables of garbage; what may be read before the kernel ahead has ended. Runs the path that
-// PUNICA_CUDA_ARCH names. Exits with 1 on failure, with 77 where there is no device. One file: its parts share the
-// making of weights, batches and views.
+// PUNICA_CUDA_ARCH names. Exits with 1 on failure, with 77 where there is no device. Over 600 lines, in one file:
+// its parts share the making of weights, batches and views.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
