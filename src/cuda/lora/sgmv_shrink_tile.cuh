@@ -14,31 +14,43 @@ __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
 __device__ __forceinline__ void store_shared_16(uint32_t, uint4) {}
 #endif
 
-// Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. A word at either end may
-// hold an element that is not asked for.
+// Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. No more of a word is read
+// than belongs to the tensor: before its first element and behind its last the allocation may end.
 template <int kRows, int kColumns>
 struct RawTile {
   static constexpr int kPitch = kColumns * 2 + 16;
   static constexpr int kBytes = kRows * kPitch;
 
-  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none.
+  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none. Of the first `beginning`
+  // rows the element before is not the tensor's: one that shares its word is read by itself, for the thread to wait
+  // for.
   template <int kThreads, class T>
-  static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns) {
+  static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns,
+                                              int beginning) {
+    static_assert(kRows <= kThreads);
     constexpr int kLanes = kColumns / 2 < 32 ? kColumns / 2 : 32;  // of a row
     rows = min(rows, kRows);
     const int count = static_cast<int>(min(columns, int64_t{kColumns}));
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     if (count <= 0) return;
+    const int own = static_cast<int>(threadIdx.x);
+    const uint16_t* const own_first = reinterpret_cast<const uint16_t*>(from + own * stride);
+    const bool reads_first = own < min(rows, beginning) && reinterpret_cast<uintptr_t>(own_first) % 4 != 0;
+    uint16_t first = 0;
+    if (reads_first) first = *own_first;
 #pragma unroll 4
-    for (int row = static_cast<int>(threadIdx.x) / kLanes; row < rows; row += kThreads / kLanes) {
+    for (int row = own / kLanes; row < rows; row += kThreads / kLanes) {
       const uintptr_t at = reinterpret_cast<uintptr_t>(from + row * stride);
-      const int words = (count + static_cast<int>(at / 2 % 2) + 1) / 2;
+      const int odd = static_cast<int>(at / 2 % 2), words = (count + odd + 1) / 2;
       const char* const base = reinterpret_cast<const char*>(at & ~uintptr_t{3});
 #pragma unroll
       for (int i = 0; i <= kColumns / 2; i += kLanes) {
-        if (i + lane < words) copy_async_4(to + row * kPitch + (i + lane) * 4, base + (i + lane) * 4, 4);
+        const int word = i + lane;
+        if (word >= words || (word < odd && row < beginning)) continue;
+        copy_async_4(to + row * kPitch + word * 4, base + word * 4, min((count + odd - word * 2) * 2, 4));
       }
     }
+    if (reads_first) asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + own * kPitch + 2), "h"(first) : "memory");
   }
 
   // Puts the tile together: place(row, chunk) says where 8 elements go. What is not there is zeros.
