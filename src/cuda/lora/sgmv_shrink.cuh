@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       const int64_t k = first_k + int64_t{step} * kStep;
       const T* const from = static_cast<const T*>(args.x) + first_row * args.x_stride + k;
       S::RawX::template fill<kFillThreads>(ring + slot * S::kStageBytes, from, args.x_stride, rows, args.d_in - k,
-                                           k == 0 ? kRows : 0);
+                                           k == 0 ? kRows : 0, k + kStep >= args.d_in ? kRows : 0);
       return;
     }
     if (kRows < kRowStep && fill_row >= kRows) return;
@@ -176,14 +176,16 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks, kRaw>::kThr
       const int64_t k0 = first_k + int64_t{step} * kStep;
       if constexpr (kRaw) {
         const uint32_t to = ring + slot * S::kStageBytes + S::RawX::kBytes;
-        const int beginning = k0 == 0 && column == 0 ? 1 : 0;  // rows of W follow each other
+        // Rows of W follow each other: only before the first and behind the last one there may be nothing.
+        const int beginning = k0 == 0 && column == 0 ? 1 : 0;
+        const int ending = k0 + kStep >= args.d_in && column + kN >= args.d_out ? 1 : 0;
         if constexpr (kInOut) {
           S::RawW::template fill<kFillThreads>(to, tile.w + k0 * args.d_out + column, args.d_out,
                                                static_cast<int>(min(args.d_in - k0, int64_t{kStep})), columns,
-                                               beginning);
+                                               beginning, ending);
         } else {
           S::RawW::template fill<kFillThreads>(to, tile.w + column * args.d_in + k0, args.d_in, columns, args.d_in - k0,
-                                               beginning);
+                                               beginning, ending);
         }
         return;
       }

@@ -10,8 +10,12 @@ namespace punica::cuda {
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+__device__ __forceinline__ void store_shared_2(uint32_t to, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
+}
 #else
 __device__ __forceinline__ void store_shared_16(uint32_t, uint4) {}
+__device__ __forceinline__ void store_shared_2(uint32_t, uint16_t) {}
 #endif
 
 // Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. No more of a word is read
@@ -21,36 +25,43 @@ struct RawTile {
   static constexpr int kPitch = kColumns * 2 + 16;
   static constexpr int kBytes = kRows * kPitch;
 
-  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none. Of the first `beginning`
-  // rows the element before is not the tensor's: one that shares its word is read by itself, for the thread to wait
-  // for.
+  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none. Before the first
+  // `beginning` rows and behind the last `ending` ones lies nothing of the tensor: an element there that shares its
+  // word is read by itself, for the thread to wait for.
   template <int kThreads, class T>
   static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns,
-                                              int beginning) {
+                                              int beginning, int ending) {
     static_assert(kRows <= kThreads);
     constexpr int kLanes = kColumns / 2 < 32 ? kColumns / 2 : 32;  // of a row
     rows = min(rows, kRows);
     const int count = static_cast<int>(min(columns, int64_t{kColumns}));
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     if (count <= 0) return;
+    const auto odd_of = [&](int row) {
+      return static_cast<int>(reinterpret_cast<uintptr_t>(from + row * stride) / 2 % 2);
+    };
     const int own = static_cast<int>(threadIdx.x);
-    const uint16_t* const own_first = reinterpret_cast<const uint16_t*>(from + own * stride);
-    const bool reads_first = own < min(rows, beginning) && reinterpret_cast<uintptr_t>(own_first) % 4 != 0;
-    uint16_t first = 0;
-    if (reads_first) first = *own_first;
+    const uint16_t* const own_row = reinterpret_cast<const uint16_t*>(from + own * stride);
+    const int own_odd = odd_of(own);
+    const bool reads_first = own < min(rows, beginning) && own_odd != 0;
+    const bool reads_last = own < rows && own >= rows - ending && (count + own_odd) % 2 != 0;
+    uint16_t first = 0, last = 0;
+    if (reads_first) first = own_row[0];
+    if (reads_last) last = own_row[count - 1];
 #pragma unroll 4
     for (int row = own / kLanes; row < rows; row += kThreads / kLanes) {
       const uintptr_t at = reinterpret_cast<uintptr_t>(from + row * stride);
-      const int odd = static_cast<int>(at / 2 % 2), words = (count + odd + 1) / 2;
+      const int odd = odd_of(row);
+      const int begin = row < beginning ? odd : 0, end = (count + odd + (row < rows - ending ? 1 : 0)) / 2;
       const char* const base = reinterpret_cast<const char*>(at & ~uintptr_t{3});
 #pragma unroll
       for (int i = 0; i <= kColumns / 2; i += kLanes) {
         const int word = i + lane;
-        if (word >= words || (word < odd && row < beginning)) continue;
-        copy_async_4(to + row * kPitch + word * 4, base + word * 4, min((count + odd - word * 2) * 2, 4));
+        if (word >= begin && word < end) copy_async_4(to + row * kPitch + word * 4, base + word * 4, 4);
       }
     }
-    if (reads_first) asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + own * kPitch + 2), "h"(first) : "memory");
+    if (reads_first) store_shared_2(to + own * kPitch + 2, first);
+    if (reads_last) store_shared_2(to + own * kPitch + (count - 1 + own_odd) * 2, last);
   }
 
   // Puts the tile together: place(row, chunk) says where 8 elements go. What is not there is zeros.
