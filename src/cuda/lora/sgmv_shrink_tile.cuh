@@ -135,31 +135,174 @@ __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {
   }
 }
 
-// Two neighbouring elements of a row of y, of which the first `count` exist.
+// Eight neighbouring elements of a row of y, of which the first `count` exist.
 template <class T>
-struct Pair {
-  T values[2];
+struct Eight {
+  uint32_t words[4];
 
   static __device__ __forceinline__ bool whole(const T* at, int count) {
-    return count >= 2 && reinterpret_cast<uintptr_t>(at) % 4 == 0;
+    return count >= 8 && reinterpret_cast<uintptr_t>(at) % 16 == 0;
   }
   __device__ __forceinline__ void load(const T* at, int count) {
     if (whole(at, count)) {
-      const uint32_t raw = *reinterpret_cast<const uint32_t*>(at);
-      values[0] = reinterpret_cast<const T*>(&raw)[0], values[1] = reinterpret_cast<const T*>(&raw)[1];
+      const uint4 v = *reinterpret_cast<const uint4*>(at);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if (reinterpret_cast<uintptr_t>(at) % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = 2 * i + 1 < count ? reinterpret_cast<const uint32_t*>(at)[i]
+                   : 2 * i < count   ? reinterpret_cast<const uint16_t*>(at)[2 * i]
+                                     : 0;
+      }
     } else {
-      if (count > 0) values[0] = at[0];
-      if (count > 1) values[1] = at[1];
+      const uint16_t* const elements = reinterpret_cast<const uint16_t*>(at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t low = 2 * i < count ? elements[2 * i] : 0, high = 2 * i + 1 < count ? elements[2 * i + 1] : 0;
+        words[i] = low | high << 16;
+      }
     }
   }
-  __device__ __forceinline__ void add_to(T* at, int count, float a, float b) const {
-    Vec<T, 2> sum;
-    sum.values[0] = from_float<T>(to_float(values[0]) + a), sum.values[1] = from_float<T>(to_float(values[1]) + b);
+  __device__ __forceinline__ void add_to(T* at, int count, const float (&sums)[8]) const {
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = add_pair<T>(words[i], sums[2 * i], sums[2 * i + 1]);
     if (whole(at, count)) {
-      store(at, sum);
+      *reinterpret_cast<uint4*>(at) = {v[0], v[1], v[2], v[3]};
     } else {
-      if (count > 0) at[0] = sum.values[0];
-      if (count > 1) at[1] = sum.values[1];
+      const bool pairs = reinterpret_cast<uintptr_t>(at) % 4 == 0;
+      uint16_t* const elements = reinterpret_cast<uint16_t*>(at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (pairs && 2 * i + 1 < count) {
+          reinterpret_cast<uint32_t*>(at)[i] = v[i];
+        } else {
+          if (2 * i < count) elements[2 * i] = static_cast<uint16_t>(v[i]);
+          if (2 * i + 1 < count) elements[2 * i + 1] = static_cast<uint16_t>(v[i] >> 16);
+        }
+      }
+    }
+  }
+};
+
+// The end of a block: its sums of the rows [kRows, kColumns] of a tile go to the blocks of the cluster, each of which
+// owns `share` rows and adds what all have of those, as a balanced tree, to y.
+//
+// A thread adds up units of 16 columns of a row, of which there are kUnits or fewer. Sums lie as
+// [block of the cluster][unit][t], four to a t: of columns 2t, 2t + 1, 2t + 8 and 2t + 9, as products leave them; t is
+// turned by the unit, so that threads of neighbouring units meet no bank conflicts.
+template <class T, int kRows, int kColumns, int kThreads>
+struct ShrinkSums {
+  static constexpr int kUnits = (kRows * kColumns / 16 + kThreads - 1) / kThreads;
+  static constexpr bool kIsPower = (kRows & (kRows - 1)) == 0;
+
+  T* y;  // of the first row that this block owns
+  int64_t stride;
+  int columns;
+  int share, share_bits, owned;
+  uint32_t rank;
+  Eight<T> old[kUnits][2];
+
+  // tile_y: of the tile. cluster_bits: of the number of blocks.
+  __device__ __forceinline__ ShrinkSums(T* tile_y, int64_t stride, int rows, int columns, uint32_t rank,
+                                        int cluster_bits)
+      : stride(stride), columns(columns), share(kRows >> cluster_bits), rank(rank) {
+    share_bits = 31 - __clz(share);
+    owned = min(max(rows - static_cast<int>(rank) * share, 0), share);
+    y = tile_y + rank * share * stride;
+  }
+
+  __device__ __forceinline__ int units() const { return share * (kColumns / 16); }
+  __device__ __forceinline__ int group_of(int unit) const { return kIsPower ? unit >> share_bits : unit / share; }
+  __device__ __forceinline__ int column_of(int unit) const { return group_of(unit) * 16; }
+  __device__ __forceinline__ int row_of(int unit) const { return unit - group_of(unit) * share; }
+  __device__ __forceinline__ bool is_there(int unit) const {
+    return unit < units() && row_of(unit) < owned && column_of(unit) < columns;
+  }
+  __device__ __forceinline__ T* y_of(int unit) const { return y + row_of(unit) * stride + column_of(unit); }
+  static __device__ __forceinline__ int unit(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
+
+  // What the other blocks will send.
+  __device__ __forceinline__ int foreign_bytes(int cluster) const { return owned * (cluster - 1) * kColumns * 4; }
+
+  __device__ __forceinline__ void prefetch() const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if (is_there(unit(i))) prefetch_line(y_of(unit(i)));
+    }
+  }
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if (!is_there(unit(i))) continue;
+      old[i][0].load(y_of(unit(i)), columns - column_of(unit(i)));
+      old[i][1].load(y_of(unit(i)) + 8, columns - column_of(unit(i)) - 8);
+    }
+  }
+
+  // The products of kN columns each of a warpgroup, to `received` in the shared memory of the rows' owners, and 16
+  // bytes each to the barrier there.
+  template <int kN, int kWide>
+  __device__ __forceinline__ void send(const float (&sums)[kWide][kN / 2], int rows, uint32_t received,
+                                       uint32_t barrier) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = static_cast<int>(threadIdx.x) / 32 * 16 + h * 8 + lane / 4;
+      if (row >= rows) continue;
+      const uint32_t owner = kIsPower ? row >> share_bits : row / share;
+      const int own_row = row - static_cast<int>(owner) * share;
+      const uint32_t to = owner == rank ? received : hopper::remote_address(received, owner);
+      const uint32_t to_barrier = hopper::remote_address(barrier, owner);
+#pragma unroll
+      for (int q = 0; q < kColumns / 16; ++q) {
+        const float (&sum)[kN / 2] = sums[q / (kN / 16)];
+        const int i = q % (kN / 16) * 8 + h * 2, unit = q * share + own_row;
+        const float4 v = {sum[i], sum[i + 1], sum[i + 4], sum[i + 5]};
+        const uint32_t at = to + ((rank * units() + unit) * 4 + (lane % 4 ^ (unit >> 1 & 3))) * 16;
+        if (owner == rank) {
+          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                       : "memory");
+        } else {
+          hopper::store_async(at, v, to_barrier);
+        }
+      }
+    }
+  }
+
+  // When all is there.
+  __device__ __forceinline__ void add(const float4* parts, int cluster) const {
+    switch (cluster) {
+      case 1:
+        return add_as<1>(parts);
+      case 2:
+        return add_as<2>(parts);
+      case 4:
+        return add_as<4>(parts);
+      case 8:
+        return add_as<8>(parts);
+      default:
+        return add_as<16>(parts);
+    }
+  }
+
+ private:
+  template <int kCluster>
+  __device__ __forceinline__ void add_as(const float4* parts) const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int u = unit(i);
+      if (!is_there(u)) continue;
+      float values[2][8];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 sum = tree_sum<kCluster>(parts + u * 4 + (t ^ (u >> 1 & 3)), units() * 4);
+        values[0][2 * t] = sum.x, values[0][2 * t + 1] = sum.y;
+        values[1][2 * t] = sum.z, values[1][2 * t + 1] = sum.w;
+      }
+      old[i][0].add_to(y_of(u), columns - column_of(u), values[0]);
+      old[i][1].add_to(y_of(u) + 8, columns - column_of(u) - 8, values[1]);
     }
   }
 };
