@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Shrink<kInOut, kN, kRows, kBlocks>::kThreads, 
     const int columns = static_cast<int>(min(args.d_out - column, int64_t{kN}));
 
     ShrinkSums<T, kRows, kN, kThreads> end(static_cast<T*>(args.y) + tile.row * args.y_stride + column, args.y_stride,
-                                           tile.rows, columns, rank, cluster_bits);
+                                           args.y_aligned, tile.rows, columns, rank, cluster_bits);
     if (plan.cluster > 1) {
       if (id == 0) hopper::barrier_expect(received_barrier, end.foreign_bytes(plan.cluster));
       if constexpr (S::kSumsBeside) {

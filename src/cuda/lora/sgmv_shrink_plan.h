@@ -15,7 +15,8 @@ struct ShrinkPlan {
 
 struct ShrinkTile {
   int rows;
-  int wide;  // its columns, in kN
+  int wide;    // its columns, in kN
+  int blocks;  // of a multiprocessor
 };
 
 inline constexpr int kPortableCluster = 8;

@@ -135,55 +135,25 @@ __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {
   }
 }
 
-// Eight neighbouring elements of a row of y, of which the first `count` exist.
 template <class T>
-struct Eight {
-  uint32_t words[4];
+__device__ __forceinline__ uint4 add_eight(uint4 old, const float* sums) {
+  return {add_pair<T>(old.x, sums[0], sums[1]), add_pair<T>(old.y, sums[2], sums[3]),
+          add_pair<T>(old.z, sums[4], sums[5]), add_pair<T>(old.w, sums[6], sums[7])};
+}
 
-  static __device__ __forceinline__ bool whole(const T* at, int count) {
-    return count >= 8 && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+// To neighbouring elements of a row of y, of which the first `count` exist.
+template <int kCount, class T>
+__device__ __forceinline__ void add_some(T* y, int count, const float* sums) {
+  T old[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) old[i] = y[i];
   }
-  __device__ __forceinline__ void load(const T* at, int count) {
-    if (whole(at, count)) {
-      const uint4 v = *reinterpret_cast<const uint4*>(at);
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else if (reinterpret_cast<uintptr_t>(at) % 4 == 0) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = 2 * i + 1 < count ? reinterpret_cast<const uint32_t*>(at)[i]
-                   : 2 * i < count   ? reinterpret_cast<const uint16_t*>(at)[2 * i]
-                                     : 0;
-      }
-    } else {
-      const uint16_t* const elements = reinterpret_cast<const uint16_t*>(at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t low = 2 * i < count ? elements[2 * i] : 0, high = 2 * i + 1 < count ? elements[2 * i + 1] : 0;
-        words[i] = low | high << 16;
-      }
-    }
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) y[i] = from_float<T>(to_float(old[i]) + sums[i]);
   }
-  __device__ __forceinline__ void add_to(T* at, int count, const float (&sums)[8]) const {
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = add_pair<T>(words[i], sums[2 * i], sums[2 * i + 1]);
-    if (whole(at, count)) {
-      *reinterpret_cast<uint4*>(at) = {v[0], v[1], v[2], v[3]};
-    } else {
-      const bool pairs = reinterpret_cast<uintptr_t>(at) % 4 == 0;
-      uint16_t* const elements = reinterpret_cast<uint16_t*>(at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (pairs && 2 * i + 1 < count) {
-          reinterpret_cast<uint32_t*>(at)[i] = v[i];
-        } else {
-          if (2 * i < count) elements[2 * i] = static_cast<uint16_t>(v[i]);
-          if (2 * i + 1 < count) elements[2 * i + 1] = static_cast<uint16_t>(v[i] >> 16);
-        }
-      }
-    }
-  }
-};
+}
 
 // The end of a block: its sums of the rows [kRows, kColumns] of a tile go to the blocks of the cluster, each of which
 // owns `share` rows and adds what all have of those, as a balanced tree, to y.
@@ -201,13 +171,15 @@ struct ShrinkSums {
   int columns;
   int share, share_bits, owned;
   uint32_t rank;
-  Eight<T> old[kUnits][2];
+  bool whole;  // eight columns at a time are at multiples of 16 bytes
+  uint4 old[kUnits][2];
 
   // tile_y: of the tile. cluster_bits: of the number of blocks.
-  __device__ __forceinline__ ShrinkSums(T* tile_y, int64_t stride, int rows, int columns, uint32_t rank,
+  __device__ __forceinline__ ShrinkSums(T* tile_y, int64_t stride, bool y_aligned, int rows, int columns, uint32_t rank,
                                         int cluster_bits)
       : stride(stride), columns(columns), share(kRows >> cluster_bits), rank(rank) {
     share_bits = 31 - __clz(share);
+    whole = y_aligned && columns % 8 == 0;
     owned = min(max(rows - static_cast<int>(rank) * share, 0), share);
     y = tile_y + rank * share * stride;
   }
@@ -232,12 +204,14 @@ struct ShrinkSums {
     }
   }
 
+  // All at once, where it takes no choice between ways to load: each choice would wait for its load.
   __device__ __forceinline__ void load() {
+    if (!whole) return;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      if (!is_there(unit(i))) continue;
-      old[i][0].load(y_of(unit(i)), columns - column_of(unit(i)));
-      old[i][1].load(y_of(unit(i)) + 8, columns - column_of(unit(i)) - 8);
+      const uint4* const from = reinterpret_cast<const uint4*>(y_of(unit(i)));
+      if (is_there(unit(i))) old[i][0] = from[0];
+      if (is_there(unit(i)) && column_of(unit(i)) + 8 < columns) old[i][1] = from[1];
     }
   }
 
@@ -294,15 +268,20 @@ struct ShrinkSums {
     for (int i = 0; i < kUnits; ++i) {
       const int u = unit(i);
       if (!is_there(u)) continue;
-      float values[2][8];
+      float values[16];
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const float4 sum = tree_sum<kCluster>(parts + u * 4 + (t ^ (u >> 1 & 3)), units() * 4);
-        values[0][2 * t] = sum.x, values[0][2 * t + 1] = sum.y;
-        values[1][2 * t] = sum.z, values[1][2 * t + 1] = sum.w;
+        values[2 * t] = sum.x, values[2 * t + 1] = sum.y;
+        values[8 + 2 * t] = sum.z, values[9 + 2 * t] = sum.w;
       }
-      old[i][0].add_to(y_of(u), columns - column_of(u), values[0]);
-      old[i][1].add_to(y_of(u) + 8, columns - column_of(u) - 8, values[1]);
+      if (whole) {
+        uint4* const to = reinterpret_cast<uint4*>(y_of(u));
+        to[0] = add_eight<T>(old[i][0], values);
+        if (column_of(u) + 8 < columns) to[1] = add_eight<T>(old[i][1], values + 8);
+      } else {
+        add_some<16>(y_of(u), columns - column_of(u), values);
+      }
     }
   }
 };

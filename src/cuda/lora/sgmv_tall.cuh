@@ -12,8 +12,8 @@
 namespace punica::cuda {
 
 // kRows: of a tile, 16 or a multiple of 64. kWide: products along the columns. kLevels: of the tree of parts within a
-// block.
-template <int kN, int kWide, int kRows, int kLevels>
+// block. kBlocks: of a multiprocessor, 1 or 2.
+template <int kN, int kWide, int kRows, int kLevels, int kBlocks>
 struct Tall {
   static constexpr int kWarpgroups = kRows < 64 ? 1 : kRows / 64;
   static constexpr int kColumns = kN * kWide;
@@ -25,22 +25,22 @@ struct Tall {
   static constexpr int kXBytes = kRows * 128, kWBytes = kColumns * 128, kStageBytes = kXBytes + kWBytes;
   // Of a tile of 16 rows a product reads 64 all the same, whatever follows.
   static constexpr int kTailBytes = kStageBytes < 64 * 128 ? 64 * 128 - kStageBytes : 0;
-  static constexpr int kMostStages = ((225 << 10) - kTailBytes) / kStageBytes;
+  static constexpr int kMostStages = ((kBlocks == 1 ? 225 << 10 : 111 << 10) - kTailBytes) / kStageBytes;
   static constexpr int kStages = kMostStages < 16 ? kMostStages : 16;
   static constexpr int kRingBytes = kStages * kStageBytes + kTailBytes;
-  static constexpr int kGuessed = 4;  // steps of x that are asked for before it is known where the tile is
+  static constexpr int kGuessed = 2;  // steps of x that are asked for before it is known where the tile is
   static_assert(kStages >= 4);
   static constexpr int kSaved = kLevels > 0 ? kLevels : 1;
   static_assert(kRows * kColumns * 4 <= kRingBytes);
 };
 
-template <Arch kArch, class T, bool kInOut, int kN, int kWide, int kRows, int kLevels>
-__global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
+template <Arch kArch, class T, bool kInOut, int kN, int kWide, int kRows, int kLevels, int kBlocks>
+__global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThreads, kBlocks)
     sgmv_tall(const SgmvArgs args, const ShrinkPlan plan, const __grid_constant__ CUtensorMap x_map,
               const __grid_constant__ CUtensorMap w_map) {
   static_assert(kArch == Arch::kSm90, "made for wgmma; the path is in the name, as in all kernels");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Tall<kN, kWide, kRows, kLevels>;
+  using S = Tall<kN, kWide, kRows, kLevels, kBlocks>;
   constexpr int kWarpgroups = S::kWarpgroups, kColumns = S::kColumns, kStages = S::kStages;
   constexpr int kThreads = S::kThreads, kConsumers = S::kConsumers;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
   const auto part_begin = [&](int part) { return min((all_pairs * (first_part + part) >> parts_bits) * 2, all_steps); };
   const int64_t begin = part_begin(0);
   const int steps = static_cast<int>(part_begin(own_parts) - begin);
-  const int64_t first_k = begin * 64;
+  const auto column_of = [&](int step) { return (begin + step) * 64; };
   const uint32_t shared = shared_address(memory);
   const int group = static_cast<int>(__shfl_sync(0xffffffffu, id / 128, 0));
   const bool fills = group == kWarpgroups;
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
   // up there.
 #pragma unroll
   for (int i = 0; i < (kRows * kPrefetched + kThreads - 1) / kThreads; ++i) {
-    const int line = id + i * kThreads, row = line / kPrefetched, k = line % kPrefetched * 64;
-    if (row < rows_from(guess) && first_k + k < args.d_in && k < steps * 64) {
-      prefetch_line(static_cast<const T*>(args.x) + (guess + row) * args.x_stride + first_k + k);
+    const int line = id + i * kThreads, row = line / kPrefetched, step = line % kPrefetched;
+    if (row < rows_from(guess) && step < steps) {
+      prefetch_line(static_cast<const T*>(args.x) + (guess + row) * args.x_stride + column_of(step));
     }
   }
   if (!args.early_reads) {
@@ -100,14 +100,13 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
   __syncthreads();
 
   const auto copy_x = [&](int64_t first_row, int step, int slot, uint32_t at_barrier) {
-    hopper::copy_box(shared + slot * S::kStageBytes, &x_map, static_cast<int>(first_k + int64_t{step} * 64),
+    hopper::copy_box(shared + slot * S::kStageBytes, &x_map, static_cast<int>(column_of(step)),
                      static_cast<int>(first_row), at_barrier);
   };
   SgmvTile<T> tile;
   // In the time that the tables take, the first steps of x are read where the tile is if the segments cover all rows in
   // order. No more: W would have to wait behind them.
-  const int guessed_steps =
-      !args.early_reads ? min(plan.items > 0 ? static_cast<int>(plan.items) : 2, min(kStages, steps)) : 0;
+  const int guessed_steps = !args.early_reads ? min(S::kGuessed, steps) : 0;
   const bool asks = fills && fill_id == 0;
   const bool found = find_tile<kRows, kThreads>(args, tile_number, scratch, &tile, [&] {
     if (!asks || guessed_steps == 0) return;
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
     if constexpr (kWarpgroups > 1) hopper::lower_registers<S::kFillRegisters>();
     // Weights at any address, by all threads, where the copy engine cannot take them.
     const auto fill_w = [&](int step, int slot) {
-      const int64_t k0 = first_k + int64_t{step} * 64;
+      const int64_t k0 = column_of(step);
       const uint32_t stage = shared + slot * S::kStageBytes + S::kXBytes;
       if constexpr (!kInOut) {
         constexpr int kRowStep = 16;
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
     const uint64_t w_at = reinterpret_cast<uint64_t>(tile.w) >> 4;
     const auto copy_w = [&](int step, int slot) {
       const uint32_t to = shared + slot * S::kStageBytes + S::kXBytes, full = full_at + slot * 8;
-      const int k = static_cast<int>(first_k + int64_t{step} * 64);
+      const int k = static_cast<int>(column_of(step));
       const int low = static_cast<int>(w_at & ((uint64_t{1} << kTensorAddressBits) - 1));
       const int high = static_cast<int>(w_at >> kTensorAddressBits);
       if constexpr (!kInOut) {
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels>::kThreads, 1)
   if constexpr (kWarpgroups > 1) hopper::raise_registers<S::kMultiplyRegisters>();
   if (args.early_reads) grid_dependency_wait<kArch>();
   ShrinkSums<T, kRows, kColumns, kConsumers> end(static_cast<T*>(args.y) + tile.row * args.y_stride + column,
-                                                 args.y_stride, tile.rows, columns, rank, cluster_bits);
+                                                 args.y_stride, args.y_aligned, tile.rows, columns, rank, cluster_bits);
   if (id == 0 && plan.cluster > 1) hopper::barrier_expect(received_barrier, end.foreign_bytes(plan.cluster));
   end.prefetch();
 
