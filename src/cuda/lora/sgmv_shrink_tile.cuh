@@ -114,17 +114,6 @@ __device__ __noinline__ void fill_words(uint32_t to, uint32_t to_step, const uin
   }
 }
 
-// The same by asynchronous copies of 16 bytes. kZeros: rows that do not exist are zeros, else left as they are.
-template <int kEach, int kRowStep, bool kZeros, class T>
-__device__ __forceinline__ void fill_vectors(uint32_t to, uint32_t to_step, const T* from, int64_t from_step, int count,
-                                             int rows) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    if (kZeros || i * kRowStep < rows) copy_async_16(to + i * to_step, from, i * kRowStep < rows ? count * 2 : 0);
-    from += from_step;
-  }
-}
-
 // The balanced tree over kCount parts, `stride` apart.
 template <int kCount>
 __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {

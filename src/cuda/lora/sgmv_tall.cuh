@@ -1,8 +1,14 @@
-// sgmv for float16 and bfloat16 on the sm_90 path where d_in is large, d_out from 17 to 512, and there are many rows at
-// multiples of 16 bytes: as sgmv_shrink.cuh, with the same sums, but tiles of 64 to 192 rows and up to 128 columns. The
-// larger a tile is, the less often x and W are read from the second-level cache, which bounds the time.
+// sgmv for float16 and bfloat16 on the sm_90 path where d_in is large, d_out from 17 to 512, and rows of x and W start
+// at multiples of 16 bytes: x is what moves. (Addresses of W alone may be anywhere.)
 //
-// A block has one tile; three warpgroups or fewer multiply 64 rows each, one more fills the ring.
+// A cluster has a tile of rows and up to 128 columns, a block of it a part of d_in, which it walks over in steps of 64
+// through a ring in shared memory that tensor copies fill and wgmma reads. Up to three warpgroups multiply 64 rows
+// each, one more asks for the copies. The ring takes most of a multiprocessor's shared memory: what is on its way is
+// what keeps the memory busy.
+//
+// The sum over d_in is that of a number of parts, of d_in alone, added as a balanced tree. A block sums one or more
+// neighbouring parts, and the blocks of a cluster, each for the rows it owns, what they are sent by the others. How
+// many blocks share d_in, and the tile, follow from the number of rows: they say who adds, not what to what.
 #pragma once
 
 #include "src/cuda/common/tensor_map.h"
@@ -54,7 +60,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   const uint32_t rank = blockIdx.x & (plan.cluster - 1), item = blockIdx.x >> cluster_bits;
   const uint32_t columns_blocks = static_cast<uint32_t>((args.d_out + kColumns - 1) / kColumns);
   const uint32_t tile_number = columns_blocks == 1 ? item : item / columns_blocks;
-  // Parts of d_in begin where those of sgmv_shrink do, at multiples of 128.
+  // Parts of d_in begin at multiples of 128.
   const int64_t all_pairs = (args.d_in + 127) / 128;
   const int own_parts = plan.parts >> cluster_bits, first_part = rank * own_parts;
   const int64_t all_steps = (args.d_in + 63) / 64;
