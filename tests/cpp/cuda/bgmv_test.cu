@@ -421,8 +421,9 @@ void run_all() {
     }
   }
   // A table of one adapter: groups of all sizes, kernels for few rows and for many.
-  const std::pair<int64_t, int64_t> shapes[] = {{4096, 16},  {4096, 256}, {1000, 40}, {576, 200}, {300, 17}, {8200, 20},
-                                                {6144, 300}, {16, 520},   {20, 300},  {64, 300},  {128, 520}};
+  const std::pair<int64_t, int64_t> shapes[] = {
+      {4096, 16}, {4096, 256}, {1000, 40}, {576, 200}, {300, 17},  {8200, 20}, {6144, 300}, {16, 520},  {20, 300},
+      {64, 300},  {128, 520},  {13, 300},  {100, 264}, {200, 520}, {256, 300}, {512, 264},  {4099, 40}, {4104, 70}};
   for (const auto& [h_in, h_out] : shapes) {
     for (const int64_t batch : {1, 5, 33, 64, 127, 129, 300}) {
       const bool odd = batch % 2 != 0;
