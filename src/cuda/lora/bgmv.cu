@@ -17,6 +17,7 @@
 #include "src/cuda/lora/bgmv_long.cuh"
 #include "src/cuda/lora/bgmv_shares.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
+#include "src/cuda/lora/bgmv_wide.cuh"
 
 namespace punica::cuda {
 namespace {
@@ -182,6 +183,40 @@ Status launch_shares(const Launcher& launcher, const BgmvArgs& args, int tile) {
   }
 }
 
+template <class T, WideSum kSum, int kOut>
+Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
+  // So many chunks of rows that all blocks run at once.
+  const int64_t tiles = div_up(args.h_out, WideTile<kOut>::kBlockOutputs);
+  const size_t shared_bytes = wide_shared_bytes<kOut>(args.h_in);
+  const int64_t room = shared_bytes > (113 << 10) || kSum == WideSum::kSlices ? 132 : 264;
+  return for_parts(args, tiles, kMaxRows, [&](BgmvArgs part, unsigned rows, unsigned tile_count) {
+    const int64_t row_tiles = div_up(rows, kWideRows);
+    part.steps = static_cast<int>(div_up(row_tiles, std::clamp(room / tiles, int64_t{1}, row_tiles)));
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(div_up(row_tiles, part.steps)), tile_count);
+    shape.block = dim3(kWideThreads);
+    shape.shared_bytes = shared_bytes;
+    return launcher.launch<bgmv_wide_kernel<Arch::kSm90, T, kSum, kOut>>(shape, part);
+  });
+}
+
+// Whether bgmv_wide_kernel takes less time, as measured.
+bool prefer_wide(const BgmvArgs& args) {
+  if (!args.one_adapter || args.h_in > kWideMaxIn) return false;
+  const int64_t outputs = args.batch * args.h_out;
+  if (args.h_in > kShortMax) return args.batch >= 16 && outputs >= 200000;
+  if (args.batch < 128) return false;
+  return args.h_in <= 16 ? outputs >= 8000000 : args.vectors && outputs >= 1000000;
+}
+
+template <class T>
+Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
+  return args.h_in <= 16          ? launch_wide<T, WideSum::kHalfStep, 2>(launcher, args)
+         : args.h_in <= kShortMax ? launch_wide<T, WideSum::kChains, 2>(launcher, args)
+         : args.h_in <= 256       ? launch_wide<T, WideSum::kSlices, 2>(launcher, args)
+                                  : launch_wide<T, WideSum::kSlices, 1>(launcher, args);
+}
+
 template <class T>
 Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
@@ -294,6 +329,7 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
 
 template <class T>
 Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
+  if (prefer_wide(args)) return launch_wide<T>(launcher, args);
   if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
          : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)

@@ -431,6 +431,14 @@ void run_all() {
       if (batch == 129) run_case<T>({batch, h_in, h_out, 1, 3, 1, 1, false, true, true, true}, random);
     }
   }
+  // So many rows and outputs of one adapter that the weights stay in shared memory while rows pass.
+  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504}, {64, 3504}, {100, 3500},
+                                              {128, 3504}, {200, 700},  {256, 704}, {264, 704}, {512, 700}};
+  for (const auto& [h_in, h_out] : wide) {
+    const bool odd = h_in % 8 != 0;
+    run_case<T>({301, h_in, h_out, 1, odd ? 4 : 8, odd ? 3 : 8, 0, h_in % 16 == 0, true, odd, true}, random);
+    if (h_in > 128) run_case<T>({305, h_in, h_out, 1, 3, 1, 1, true, true, true, true}, random);
+  }
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
   run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
   run_case<T>({256, 64, 4096, 8, 0, 0, 0, false, false, false}, random);
