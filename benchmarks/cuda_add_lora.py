@@ -1,4 +1,8 @@
-"""What the CUDA benchmark measures of add_lora: decode and prefill sizes, alone, chained, beside torch's matmuls."""
+"""What the CUDA benchmark measures of add_lora: decode and prefill sizes, alone, chained, beside torch's matmuls.
+
+Rivals: our own two launches, and the kernels of vLLM and SGLang where their files are given (cuda_peers.py), all on the
+same adapters. Before a rival is timed, its result is compared with ours.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -6,7 +10,9 @@ from itertools import accumulate
 import punica_kernels as pk
 import torch
 from cuda_harness import FloorLibrary, addresses, calls_for, early, time_graph
+from cuda_peers import Peer, peers
 from cuda_works import ITEM, Row, measured, random
+from torch import Tensor
 
 # What the floor of a call is made of, on an H200: a launch, its start and end; bytes that are only read; bytes that are
 # read and written again.
@@ -70,6 +76,39 @@ class AddLora:
 
         return prefill
 
+    def by(self, peer: Peer) -> Callable[[], None]:
+        """The same calls by somebody else's kernels."""
+        peer.forget()
+        batch = peer.batch(self.indices, [self.ranks[i % len(self.ranks)] for i in range(self.adapters)])
+        weights = [peer.weights(*self.matrices(i)) for i in range(self.calls)]
+
+        def run() -> None:
+            for i in range(self.calls):
+                peer.add(self.y[i], self.x[i], weights[i], batch)
+
+        self.compare(peer.name, run)
+        return run
+
+    def matrices(self, i: int) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """A and B of call i, by slice and adapter."""
+        a, b = ([[weights[i] for weights in of_slice] for of_slice in all] for all in (self.a, self.b))
+        return a, b
+
+    def compare(self, name: str, theirs: Callable[[], None]) -> None:
+        """Of the first and the last call; both round v or y in ways of their own."""
+        kept = self.y.clone()
+        checked = [0, self.calls - 1]
+        self.y[checked] = 0
+        for i in checked:
+            self(i)
+        ours = self.y[checked].float()
+        self.y[checked] = 0
+        theirs()
+        difference = ((self.y[checked].float() - ours).abs() / ours.abs().amax(-1, keepdim=True)).max().item()
+        self.y.copy_(kept)
+        if not difference < 2**-5:
+            raise AssertionError(f"{name}: {difference:.3g} of a row's largest result apart")
+
     def beside_matmuls(self) -> tuple[Callable[[], None], Callable[[], None]]:
         """Each call behind a matmul of the layer's size, that writes its y; the matmuls alone."""
         base = [random(self.width, self.h_in, scale=self.h_in**-0.5) for _ in range(16)]
@@ -108,11 +147,14 @@ CASES: list[tuple[str, int, int, tuple[int, ...], int, tuple[int, ...], float | 
 
 
 def rows(floors: FloorLibrary) -> Iterator[Row]:
+    rivals_of_all = peers()
     for name, batch, h_in, widths, adapters, ranks, goal in CASES:
         work = AddLora(batch, h_in, widths, adapters, ranks)
-        rivals = {}
+        rivals: dict[str, float] = {}
         if (two := work.two_launches()) is not None:
             rivals["ours, two launches"] = time_graph(floors, two, work.calls)
+        for peer in rivals_of_all:
+            rivals[peer.name] = time_graph(floors, work.by(peer), work.calls)
         row = measured(floors, "add_lora alone", name, work.run, work.calls, work.floor(), goal, rivals,
                        bytes=work.read + 2 * work.update)  # fmt: skip
         row.goal = goal  # as given
