@@ -328,12 +328,12 @@ def rows_of(
     for distinct in DISTINCT:
         with_rivals = {name: step[f"{name} {distinct}"] for name in rivals}
         floor = step["base"] + bench.floor(list(PROJECTIONS), distinct)
-        rows.append(row("step", f"{what}, {distinct} adapters", step[f"ours {distinct}"], floor, rivals=with_rivals))
+        rows.append(row("step", f"{what}, {count(distinct)}", step[f"ours {distinct}"], floor, rivals=with_rivals))
     for distinct in DISTINCT:
         ours, floor = added(times, f"ours {distinct}"), bench.floor(list(PROJECTIONS), distinct)
         rows.append(
             row(
-                "LoRA adds", f"{what}, {distinct} adapters", ours, floor, goal=FACTOR * floor,
+                "LoRA adds", f"{what}, {count(distinct)}", ours, floor, goal=FACTOR * floor,
                 met=ours <= FACTOR * floor, again=added(times, f"again {distinct}"), aim=bench.aim(distinct),
                 rivals={name: added(times, f"{name} {distinct}") for name in rivals},
             )
@@ -341,7 +341,7 @@ def rows_of(
     for distinct in DISTINCT:
         for projection in PROJECTIONS:
             floor = bench.floor([projection], distinct)
-            work = f"{projection} alone, {distinct} adapters"
+            work = f"{projection} alone, {count(distinct)}"
             rows.append(row("LoRA by projection", work, added(times, f"{projection} {distinct}"), floor))
     rest = step["base"]
     for name, part_floor in parts.items():
@@ -380,6 +380,10 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def count(distinct: int) -> str:
+    return f"{distinct} adapter{'s' if distinct != 1 else ''}"
 
 
 def figure(value: float | None) -> str:
