@@ -3,7 +3,9 @@
     python benchmarks/bench_cuda.py [--only WORD] [--grid] [--output FOLDER]
 
 Prints a line a row; writes cuda.json and cuda.md (with --grid: cuda_grid.json and cuda_grid.md) into
-benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg and cuda.png, which needs no GPU.
+benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg, add_lora.svg and the same as png, which needs
+no GPU. Rivals that are not torch's, vLLM, SGLang and FlashInfer, are measured where their files are given:
+cuda_peers.py, cuda_flashinfer.py.
 
 bfloat16. Weights, x and y rotate and are cold in the second-level cache; index and pointer tables are the same small
 tensors in every call, as in an engine, so they are warm: "ours, tables cold" is the figure without that. How time is
@@ -143,8 +145,9 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of such a file, beside it")
     arguments = parser.parse_args()
     if arguments.plot is not None:
-        paths = [arguments.plot.with_suffix(suffix) for suffix in (".svg", ".png")]
-        cuda_report.plot(json.loads(arguments.plot.read_text()), paths)
+        result = json.loads(arguments.plot.read_text())
+        cuda_report.plot(result, [arguments.plot.with_suffix(suffix) for suffix in (".svg", ".png")])
+        cuda_report.plot_add_lora(result, [arguments.plot.with_name(f"add_lora.{kind}") for kind in ("svg", "png")])
         return 0
     if not torch.cuda.is_available() or not pk.has_cuda():
         print("bench_cuda: torch finds no CUDA device" if pk.has_cuda() else "bench_cuda: built without CUDA",
