@@ -1,6 +1,6 @@
 """What LoRA adds to a decode step of Llama-3-8B's shape under one CUDA graph, and to what parts of it.
 
-    python benchmarks/bench_step.py [--batch 64] [--context 1024] [--rank 16] [--rounds 15]
+    python benchmarks/bench_step.py [--batch 64] [--context 1024] [--rank 16] [--rounds 15] [--rivals WORD]
 
 The engine behind `punica generate`, with random weights: every sequence has as many tokens of context, LoRA is on all
 seven projections. One captured graph serves 64, 8 and 1 distinct adapters; another one is the same engine without LoRA.
@@ -241,10 +241,17 @@ class Variant:
     name: str
     graph: torch.cuda.CUDAGraph
     distinct: int | None = None  # our graphs: adapters to set before the replay
+    kept: Any = None  # what the graph reads by address
 
 
-def time_variants(bench: Bench, variants: Sequence[Variant], rounds: int) -> dict[str, list[float]]:
+def time_variants(
+    bench: Bench, variants: Sequence[Variant], rounds: int, say: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Microseconds of each variant, by round. Nothing waits between replays, so launching is not in the figures."""
+    for variant in variants:  # one by one, so that it is known which one fails
+        say(f"first replay: {variant.name}")
+        variant.graph.replay()
+        torch.cuda.synchronize()
     events: dict[str, list[tuple[Any, Any]]] = {variant.name: [] for variant in variants}
     for attempt in range(WARMUP + rounds):
         for variant in variants if attempt % 2 == 0 else reversed(variants):
@@ -263,7 +270,7 @@ def added(times: dict[str, list[float]], name: str) -> float:
     return max(0.0, statistics.median(a - b for a, b in zip(times[name], times["base"], strict=True)))
 
 
-def measure(bench: Bench, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(bench: Bench, rounds: int, word: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     base, base_logits = bench.graph(NoLora())
     ours, logits = bench.graph(bench.lora)
     base.replay()
@@ -275,21 +282,23 @@ def measure(bench: Bench, rounds: int, say: Callable[[str], None]) -> list[dict[
     for projection in PROJECTIONS:
         graph = bench.graph(Only(bench.lora, projection))[0]
         variants += [Variant(f"{projection} {distinct}", graph, distinct) for distinct in DISTINCT]
-    rivals = [TWO]
+    rivals = [TWO] if word in TWO else []
     weights: dict[type, dict[str, list[Any]]] = {}
-    all_peers = peers()
+    all_peers = [peer for peer in peers() if word in peer.name]
     for distinct in DISTINCT:
         indices = torch.tensor(bench.ids(distinct), device="cuda")
         bench.set(distinct)
-        two = TwoLaunches(bench.adapters, bench.rank, indices)
-        check_peer(bench, TWO, two)
-        variants.append(Variant(f"{TWO} {distinct}", bench.graph(two)[0]))
+        others: list[tuple[str, AnyLora]] = []
+        if rivals:
+            others.append((TWO, TwoLaunches(bench.adapters, bench.rank, indices)))
         for peer in all_peers:
             if type(peer) not in weights:
                 weights[type(peer)] = peer_weights(bench, peer)
             lora = PeerLora(peer, weights[type(peer)], indices, bench.rank, len(bench.loaded))
-            check_peer(bench, peer.name, lora)
-            variants.append(Variant(f"{peer.name} {distinct}", bench.graph(lora)[0]))
+            others.append((peer.name, lora))
+        for name, other in others:
+            check_peer(bench, name, other)
+            variants.append(Variant(f"{name} {distinct}", bench.graph(other)[0], kept=other))
     rivals += [peer.name for peer in all_peers]
     say("rivals compared and captured")
     parts = {
@@ -298,8 +307,8 @@ def measure(bench: Bench, rounds: int, say: Callable[[str], None]) -> list[dict[
         "RMS norms": bench.norms(),
     }
     for name, (run, _) in parts.items():
-        variants.append(Variant(name, bench.graph_of(run)))
-    times = time_variants(bench, variants, rounds)
+        variants.append(Variant(name, bench.graph_of(run), kept=run))
+    times = time_variants(bench, variants, rounds, say)
     say("timed")
     return rows_of(bench, times, rivals, {name: floor for name, (_, floor) in parts.items()})
 
@@ -396,6 +405,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rivals", metavar="WORD", default="", help="only those whose names contain this")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if not torch.cuda.is_available() or not pk.has_cuda():
@@ -412,8 +422,9 @@ def main() -> int:
     bench = Bench(args.batch, args.context, args.rank)
     torch.cuda.synchronize()
     say("model, adapters and cache are there")
-    rows = measure(bench, args.rounds, say)
-    given = [word for word in sys.argv[1:] if word != "--output" and word != str(args.output)]
+    rows = measure(bench, args.rounds, args.rivals, say)
+    at = sys.argv.index("--output") if "--output" in sys.argv else len(sys.argv)
+    given = sys.argv[1:at] + sys.argv[at + 2 :]
     result = {
         "command": " ".join(["python", "benchmarks/bench_step.py", *given]),
         "device": torch.cuda.get_device_name(),

@@ -122,8 +122,8 @@ def plot_add_lora(result: dict[str, Any], paths: list[Path]) -> None:
         floor = row["floor"]
         axes.barh(y, row["ours"] / floor, height=0.62, color="#0b6e99", label=once("add_lora, one launch, alone"))
         if row["work"] in chained:
-            axes.plot(chained[row["work"]] / floor, y, "|", color="white", markersize=15, markeredgewidth=2.5,
-                      label=once("chained under early_reads (the white line)"))  # fmt: skip
+            axes.plot(chained[row["work"]] / floor, y, "|", color="#8fe3ff", markersize=15, markeredgewidth=2.5,
+                      label=once("chained under early_reads (the light line)"))  # fmt: skip
         for name, (marker, color) in ADD_LORA.items():
             if name in row["rivals"]:
                 axes.plot(row["rivals"][name] / floor, y, marker, color=color, markeredgecolor="white", markersize=8,

@@ -12,6 +12,8 @@ What runs PEFT's own path is said in docs/peft.md, and once in a warning when it
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +31,8 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN_PATH = "PEFT's own path is used where "
 _MAX_BATCHES = 64  # kept, by names and tokens a sample; the oldest goes
+
+_nbytes, _dtype = Tensor.nbytes.__get__, Tensor.dtype.__get__
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,6 +109,13 @@ class MixedLinear(Linear):  # type: ignore[misc]
 
     def _get_name(self) -> str:
         return "Linear"  # PEFT tells layers apart by what they print
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if names is None or self.merged or self.disable_adapters or len(x) != len(names) or any(self.use_dora.values()):
+            result: Tensor = super().forward(x, *args, **kwargs)  # which also says what is wrong
+            return result
+        return self._mixed_batch_forward(x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         ready = None if is_intercepted() or type(x) is not Tensor else self._mixed.prepare(self, x, adapter_names)
@@ -241,7 +252,7 @@ class _Table(NamedTuple):
 
 class _Tables(NamedTuple):
     slots: _Slots
-    signature: list[Any]
+    seen: "_Seen | None"
     device: torch.device | None
     groups: tuple[_Table, ...]
     refused: dict[str, str]  # adapter -> why its rows run PEFT's path
@@ -250,7 +261,7 @@ class _Tables(NamedTuple):
 class _OfLayer:
     def __init__(self, shared: _Shared):
         self.shared = shared
-        self.tables = _Tables(shared.slots, [], None, (), {})
+        self.tables = _Tables(shared.slots, None, None, (), {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _OfLayer, (self.shared,)
@@ -267,11 +278,11 @@ class _OfLayer:
         if x.numel() == 0 or x.shape[-1] != layer.in_features:
             return None
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.tables.slots is not self.shared.slots or self.tables.signature != _signature(layer):
+        tables = self.tables
+        if tables.seen is None or tables.slots is not self.shared.slots or not tables.seen.is_current(layer):
             if capturing:
                 raise _not_in_capture()
-            self._renew(layer)
-        tables = self.tables
+            tables = self._renew(layer)
         rows_each = x.numel() // (x.shape[-1] * len(names))
         batch = tables.slots.batch(names, rows_each, device, capturing)
         if tables.refused and not tables.refused.keys().isdisjoint(batch.names):
@@ -285,7 +296,7 @@ class _OfLayer:
             self.shared.captured[id(tables)] = tables
         return batch, tables.groups
 
-    def _renew(self, layer: MixedLinear) -> None:
+    def _renew(self, layer: MixedLinear) -> _Tables:
         shared = self.shared
         if shared.cast_adapters:
             _cast(layer)
@@ -307,26 +318,59 @@ class _OfLayer:
         if device is not None and device.type == "cuda" and self.tables.groups:
             torch.cuda.synchronize(device)  # kernels on any stream may still read the old tables
         groups = tuple(_make_table(dtype, of, slots, device) for dtype, of in by_dtype.items())
-        self.tables = _Tables(slots, _signature(layer), device, groups, refused)
+        self.tables = _Tables(slots, _Seen(layer), device, groups, refused)
+        return self.tables
 
 
-def _signature(layer: MixedLinear) -> list[Any]:
-    """What the tables depend on. Equal lists: the weights lie where they lay, in the same form.
+class _Seen:
+    """What the tables of a layer were made from: that the weights lie where they lay, in the same form.
 
-    Contents are not in it: they are read where they are. Called once a layer and step, hence no attribute of a module
-    that would go through its __getattr__.
+    Contents are not in it: they are read where they are. `is_current` is asked once a layer and step, when all that it
+    looks at has left the processor's caches: so it follows as few objects as it can, in loops that run in C, and no
+    attribute of a module that would go through its __getattr__.
     """
-    a, b = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
-    dropouts = layer._modules["lora_dropout"]._modules.values()
-    found = [*a, *b, *layer.scaling.values(), *layer.lora_bias.values(), *layer.lora_variant]
-    found += [dropout.training for dropout in dropouts if type(dropout) is not nn.Identity]
-    for module in (*a.values(), *b.values()):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            found.append(module)
-        else:
-            found += (weight.data_ptr(), weight.nbytes, weight.dtype, weight.is_contiguous())
-    return found
+
+    __slots__ = ("dropouts", "facts", "modules", "parameters", "present", "settings", "training", "weights")
+
+    def __init__(self, layer: MixedLinear):
+        a, b, dropouts = _containers(layer)
+        self.settings = _settings(layer, a, b)
+        self.modules = [*a.values(), *b.values(), *dropouts.values()]
+        self.dropouts = [module for module in dropouts.values() if type(module) is not nn.Identity]
+        self.training = [module.training for module in self.dropouts]
+        self.parameters = [module._parameters for module in (*a.values(), *b.values())]
+        self.weights = [parameters.get("weight") for parameters in self.parameters]
+        self.present = [weight for weight in self.weights if weight is not None]
+        self.facts = _facts(self.present)
+
+    def is_current(self, layer: MixedLinear) -> bool:
+        a, b, dropouts = _containers(layer)
+        if _settings(layer, a, b) != self.settings or len(dropouts) + len(a) + len(b) != len(self.modules):
+            return False
+        if not all(map(is_, chain(a.values(), b.values(), dropouts.values()), self.modules)):
+            return False
+        weights = [parameters.get("weight") for parameters in self.parameters]
+        if not all(map(is_, weights, self.weights)) or [module.training for module in self.dropouts] != self.training:
+            return False
+        return _facts(self.present) == self.facts
+
+
+def _containers(layer: MixedLinear) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    modules = layer._modules
+    return modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+
+
+def _settings(layer: MixedLinear, a: dict[str, Any], b: dict[str, Any]) -> list[Any]:
+    return [*a, *b, *layer.scaling.values(), *layer.lora_bias.values(), *layer.lora_variant]
+
+
+def _facts(weights: list[Any]) -> list[Any]:
+    return [
+        *map(Tensor.data_ptr, weights),
+        *map(Tensor.is_contiguous, weights),
+        *map(_nbytes, weights),
+        *map(_dtype, weights),
+    ]
 
 
 def _why_not(layer: MixedLinear, name: str, a: Any, b: Any) -> str | None:
