@@ -12,10 +12,11 @@ What runs PEFT's own path is said in docs/peft.md, and once in a warning when it
 
 import warnings
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import is_
+from functools import partial
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeVar
 
+import peft.tuners.lora.model
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from peft.tuners.lora.model import LoraModel
@@ -32,7 +33,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN_PATH = "PEFT's own path is used where "
 _MAX_BATCHES = 64  # kept, by names and tokens a sample; the oldest goes
 
-_nbytes, _dtype = Tensor.nbytes.__get__, Tensor.dtype.__get__
+# How PEFT hands adapter_names to the layers of a model.
+_names_hook = getattr(peft.tuners.lora.model, "_adapter_names_pre_forward_hook", None)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,6 +102,9 @@ class MixedLoraModel(LoraModel):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._mixed_shared.slots = _Slots(self.peft_config)  # or names would pile up where adapters come and go
+        for module in self.modules():
+            if isinstance(module, MixedLinear):  # lets go of the weights
+                module._mixed.tables = module._mixed.tables._replace(seen=None)
 
 
 class MixedLinear(Linear):  # type: ignore[misc]
@@ -110,7 +115,16 @@ class MixedLinear(Linear):  # type: ignore[misc]
     def _get_name(self) -> str:
         return "Linear"  # PEFT tells layers apart by what they print
 
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        # Kept beside the hooks: a module that has any takes the long way through its call.
+        if type(hook) is partial and hook.func is _names_hook:
+            return _Given(self._mixed.given, hook.keywords["adapter_names"])
+        return super().register_forward_pre_hook(hook, **options)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = self._mixed.given
+        if given:
+            kwargs["adapter_names"] = given[-1].names
         names = kwargs.get("adapter_names")
         if names is None or self.merged or self.disable_adapters or len(x) != len(names) or any(self.use_dora.values()):
             result: Tensor = super().forward(x, *args, **kwargs)  # which also says what is wrong
@@ -135,6 +149,18 @@ class MixedLinear(Linear):  # type: ignore[misc]
             if not table.names.isdisjoint(batch.names):
                 _add(y, x, table, batch.rows)
         return y.view(result.shape)
+
+
+class _Given:
+    """Adapter names that a layer has been told, until they are removed; the last ones count, as with hooks."""
+
+    def __init__(self, all_given: list["_Given"], names: list[str]):
+        self.names, self._all = names, all_given
+        all_given.append(self)
+
+    def remove(self) -> None:
+        if self in self._all:
+            self._all.remove(self)
 
 
 def _add(y: Tensor, x: Tensor, table: "_Table", rows: LoraBatch) -> None:
@@ -262,6 +288,7 @@ class _OfLayer:
     def __init__(self, shared: _Shared):
         self.shared = shared
         self.tables = _Tables(shared.slots, None, None, (), {})
+        self.given: list[_Given] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _OfLayer, (self.shared,)
@@ -330,46 +357,41 @@ class _Seen:
     attribute of a module that would go through its __getattr__.
     """
 
-    __slots__ = ("dropouts", "facts", "modules", "parameters", "present", "settings", "training", "weights")
+    __slots__ = ("adapters", "facts", "parameters", "present", "training", "training_now", "weights")
 
     def __init__(self, layer: MixedLinear):
-        a, b, dropouts = _containers(layer)
-        self.settings = _settings(layer, a, b)
-        self.modules = [*a.values(), *b.values(), *dropouts.values()]
-        self.dropouts = [module for module in dropouts.values() if type(module) is not nn.Identity]
-        self.training = [module.training for module in self.dropouts]
+        modules = layer._modules
+        a, b, dropouts = (modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        self.adapters = [dict(of) for of in (a, b, dropouts, layer.scaling, layer.lora_bias, layer.lora_variant)]
+        self.training_now = [module for module in dropouts.values() if type(module) is not nn.Identity]
+        self.training = [module.training for module in self.training_now]
         self.parameters = [module._parameters for module in (*a.values(), *b.values())]
         self.weights = [parameters.get("weight") for parameters in self.parameters]
         self.present = [weight for weight in self.weights if weight is not None]
         self.facts = _facts(self.present)
 
     def is_current(self, layer: MixedLinear) -> bool:
-        a, b, dropouts = _containers(layer)
-        if _settings(layer, a, b) != self.settings or len(dropouts) + len(a) + len(b) != len(self.modules):
-            return False
-        if not all(map(is_, chain(a.values(), b.values(), dropouts.values()), self.modules)):
-            return False
-        weights = [parameters.get("weight") for parameters in self.parameters]
-        if not all(map(is_, weights, self.weights)) or [module.training for module in self.dropouts] != self.training:
-            return False
-        return _facts(self.present) == self.facts
-
-
-def _containers(layer: MixedLinear) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    modules = layer._modules
-    return modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-
-
-def _settings(layer: MixedLinear, a: dict[str, Any], b: dict[str, Any]) -> list[Any]:
-    return [*a, *b, *layer.scaling.values(), *layer.lora_bias.values(), *layer.lora_variant]
+        modules = layer._modules
+        a, b, dropouts, scaling, biases, variants = self.adapters
+        return (
+            modules["lora_A"]._modules == a
+            and modules["lora_B"]._modules == b
+            and modules["lora_dropout"]._modules == dropouts
+            and layer.scaling == scaling
+            and layer.lora_bias == biases
+            and layer.lora_variant == variants
+            and all(map(is_, [parameters.get("weight") for parameters in self.parameters], self.weights))
+            and [module.training for module in self.training_now] == self.training
+            and _facts(self.present) == self.facts
+        )
 
 
 def _facts(weights: list[Any]) -> list[Any]:
     return [
         *map(Tensor.data_ptr, weights),
         *map(Tensor.is_contiguous, weights),
-        *map(_nbytes, weights),
-        *map(_dtype, weights),
+        *map(attrgetter("nbytes"), weights),
+        *map(attrgetter("dtype"), weights),
     ]
 
 
