@@ -64,7 +64,7 @@ def by_flashinfer(
     qo_indptr: Tensor, caches: Caches, calls: int,
 ) -> dict[str, float]:  # fmt: skip
     """Its time a call and that of its plan, after its result has been compared with ours."""
-    if way not in flashinfer.modules:
+    if flashinfer.module(way, q.shape[-1]) is None:
         return {}
     heads = (q.shape[1], caches.kv_heads)
     try:
@@ -185,8 +185,7 @@ def prefill_rows(floors: FloorLibrary) -> Iterator[Row]:
                 floors, SDPBackend.FLASH_ATTENTION, batch, length, head_dim
             ),
         }
-        if head_dim == 128:
-            rivals |= by_flashinfer(floors, flashinfer, FA3, work, work.o, work.q, work.indptr, work.caches, 4)
+        rivals |= by_flashinfer(floors, flashinfer, FA3, work, work.o, work.q, work.indptr, work.caches, 4)
         goal = rivals["torch: cuDNN, contiguous"] / factor
         row = measured(floors, "Prefill attention", f"{batch} x {length}, D={head_dim}", work.run, 4, flop / rate, goal,
                        rivals, flop=flop)  # fmt: skip

@@ -3,9 +3,9 @@
     PUNICA_BENCH_FLASHINFER=FOLDER python benchmarks/bench_cuda.py --only attention
 
 FOLDER holds modules that flashinfer-python has compiled (`cached_ops` of its cache, or modules built ahead), for
-bfloat16, int32 indices and heads of 128: batch_decode_..., batch_prefill_... and batch_prefill_..._sm90. They are
-loaded through tvm-ffi and called as FlashInfer's wrappers call them, with programmatic dependent launch on, as there.
-What is not in the folder is not in the table.
+bfloat16 and int32 indices: batch_decode_..., batch_prefill_... and batch_prefill_..._sm90, heads of 128 and, of the
+last, of 64. They are loaded through tvm-ffi and called as FlashInfer's wrappers call them, with programmatic dependent
+launch on, as there. What is not in the folder is not in the table.
 
 FlashInfer wants a plan for each batch, made on the host from copies of the tables. It is timed apart from the kernels,
 with the copies; the workspaces have the sizes that FlashInfer recommends.
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 VARIABLE = "PUNICA_BENCH_FLASHINFER"
-PREFIX = "with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32_head_dim_qk_128_head_dim_vo_128"
 HND = 1  # layouts, masks: FlashInfer's numbers
 NON_CAUSAL, CAUSAL = 0, 1
 CUDA_CORES, TENSOR_CORES, FA3 = "FlashInfer, CUDA cores", "FlashInfer, tensor cores", "FlashInfer, fa3"
@@ -31,36 +30,34 @@ PLAN = "plan on the host"
 PLANS = 9
 
 
-def _modules() -> dict[str, Any]:
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        print(f"FlashInfer is not measured: {VARIABLE} names no folder", file=sys.stderr)
-        return {}
-    import tvm_ffi
-
-    plain = "posenc_0_use_swa_False_use_logits_cap_False"
-    names = {
-        CUDA_CORES: f"batch_decode_{PREFIX}_{plain}",
-        TENSOR_CORES: f"batch_prefill_{PREFIX}_{plain}_f16qk_False",
-        FA3: f"batch_prefill_{PREFIX}_{plain}_f16qk_False_sm90",
-    }
-    found = {}
-    for key, name in names.items():
-        paths = sorted(Path(folder).rglob(f"{name}.so"))
-        if paths:
-            found[key] = tvm_ffi.load_module(str(paths[0]))
-        else:
-            print(f"{key} is not measured: no {name}.so in {folder}", file=sys.stderr)
-    return found
-
-
 class Flashinfer:
     def __init__(self) -> None:
-        self.modules = _modules()
-        if self.modules:
+        self.folder = os.environ.get(VARIABLE)
+        self.modules: dict[tuple[str, int], Any] = {}
+        if self.folder:
             self.floats = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
             self.ints = torch.empty(8 << 20, dtype=torch.uint8, device="cuda")
             self.pinned = torch.empty(8 << 20, dtype=torch.uint8, pin_memory=True)
+        else:
+            print(f"FlashInfer is not measured: {VARIABLE} names no folder", file=sys.stderr)
+
+    def module(self, way: str, dim: int) -> Any:
+        """None where there is none."""
+        if self.folder and (way, dim) not in self.modules:
+            import tvm_ffi
+
+            types = "dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32"
+            kind = "decode" if way == CUDA_CORES else "prefill"
+            end = {CUDA_CORES: "", TENSOR_CORES: "_f16qk_False", FA3: "_f16qk_False_sm90"}[way]
+            name = (
+                f"batch_{kind}_with_kv_cache_{types}_head_dim_qk_{dim}_head_dim_vo_{dim}_posenc_0_use_swa_False_"
+                f"use_logits_cap_False{end}"
+            )
+            paths = sorted(Path(self.folder).rglob(f"{name}.so"))
+            if not paths:
+                print(f"{way}, heads of {dim}, is not measured: no {name}.so in {self.folder}", file=sys.stderr)
+            self.modules[way, dim] = tvm_ffi.load_module(str(paths[0])) if paths else None
+        return self.modules.get((way, dim))
 
     def workspaces(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.floats, self.ints, self.pinned
@@ -73,7 +70,7 @@ class Flashinfer:
 
         pool: [pages, 1, 2, N, P, D]; indices: int32 [copies, pages of the batch].
         """
-        module = self.modules[way]
+        module = self.module(way, q.shape[-1])
         k, v = pool[:, 0, 0], pool[:, 0, 1]
         batch = len(kv_indptr) - 1
         causal = len(q) != batch
