@@ -1,6 +1,6 @@
 """Measures the CUDA backend in one run: kernel floors, our operations, and torch's ways of doing the same.
 
-    python benchmarks/bench_cuda.py [--only WORD] [--grid] [--output FOLDER]
+    python benchmarks/bench_cuda.py [--only WORD,...] [--grid] [--output FOLDER]
 
 Prints a line a row; writes cuda.json and cuda.md (with --grid: cuda_grid.json and cuda_grid.md) into
 benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg, add_lora.svg and the same as png, which needs
@@ -138,7 +138,9 @@ def write(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="measure only groups whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="measure only groups whose name contains this, or one of these (a,b)"
+    )
     parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
     parser.add_argument("--output", type=Path, default=None, help="default: results, for whole runs")
@@ -164,7 +166,7 @@ def main() -> int:
     else:
         rows: list[dict[str, Any]] = []
         for group, make in {**GROUPS, OVERHEAD: None}.items():
-            if arguments.only.lower() not in group.lower():
+            if not any(word in group.lower() for word in arguments.only.lower().split(",")):
                 continue
             for row in overhead_rows(floors) if make is None else map(row_of, make(floors)):
                 rows.append(row)
