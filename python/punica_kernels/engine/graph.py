@@ -7,6 +7,7 @@ rows too many are sequences without pages and without an adapter, which the kern
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,9 +103,7 @@ class DecodeGraphs:
         return Captured(tables, lora, graph, logits)
 
 
-def capture(
-    model: Llama, batch: Batch, stream: torch.cuda.Stream, pool: tuple[int, int]
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(model: Llama, batch: Batch, stream: torch.cuda.Stream, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of `model.forward(batch)`, and the logits that its replays write."""
     # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
     # tables, those of adapters that come and go too, are written before a replay, in stream order.
