@@ -8,6 +8,7 @@ namespace {
 // append_kv with malformed tables: nothing outside is touched.
 void test_hostile_append(DType dtype) {
   if (!in_part()) return;
+  announce("hostile append_kv");
   const Case c = {dtype, 2, 4, 64, 8};
   const Cache cache(c, {300, 40, 17, 600, 9});
   const int32_t many = std::numeric_limits<int32_t>::max(), few = std::numeric_limits<int32_t>::min();
@@ -92,7 +93,7 @@ std::vector<std::string> features(const Case& c) {
 void test_small() {
   std::vector<Case> cases;
   for (const DType t : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    for (const int64_t dim : {2, 30, 64, 66, 80, 96, 128, 160, 254, 256}) {
+    for (const int64_t dim : {2, 30, 64, 66, 80, 96, 112, 128, 160, 254, 256}) {
       for (const int64_t group : {1, 3, 8, 9, 17}) {
         for (const int64_t page_size : {1, 5, 16, 64}) {
           cases.push_back({t, 1, group, dim, page_size});
@@ -155,6 +156,8 @@ void test_small() {
     test_hostile_append(t);
   }
   test_chunks({DType::kBFloat16, 2, 4, 64, 16}, 40);
+  test_counted_items();
+  test_merge_launches();
 }
 
 int run_small_suite() {
@@ -165,6 +168,8 @@ int run_small_suite() {
   }
   small_suite = true;
   test_small();
+  Cases::get().finish();
+  if (Cases::get().idle()) return 0;
   cuda::Arch arch = {};
   if (!cuda::active_arch(0, &arch).ok() || !launched_only(arch)) fail("the kernels that ran are not those of the path");
   std::printf("%s: worst error / tolerance: output %.3f, lse %.3f; %d failures\n", cuda::arch_name(arch), worst_output,

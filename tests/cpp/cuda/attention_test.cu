@@ -52,10 +52,19 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact() && cache.pool.guards_intact(), what);
 }
 
-void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
+// Gives all sets of counters (decode_arrive.cuh) to workspaces that are none. New ones get none from here on.
+void use_up_counters() {
+  for (int64_t i = 0; cuda::decode_counters(nowhere(i * 1024)) >= 0; ++i) {
+    if (i > 2 * cuda::kDecodeCounterSets) return fail("counters without end");
+  }
+}
+
+// `counted`: by blocks that arrive at counters, where the kernels do so.
+void test_decode(const Case& c, const std::vector<int64_t>& kv_len, bool counted = true) {
   if (!in_part()) return;
-  const std::string what = "decode " + c.name();
+  const std::string what = "decode " + c.name() + (counted ? "" : " without counters");
   announce(what);
+  if (!counted) use_up_counters();
   Cache cache(c, kv_len);
   cache.randomize();
   const Tables tables(cache);
@@ -64,7 +73,8 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   q.randomize();
   const Buffer lse(batch * q.heads * 4);
   auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
-  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
+  // A workspace that was at the same address may have counters.
+  const Buffer tmpbuf(cuda::workspace_bytes(p), counted ? 1 : 33, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), what);
   for (int64_t i = 0; i < batch; ++i) {
@@ -177,6 +187,7 @@ void test_prefill_mma(bool small) {
 // Positions up to 2^20, all of whose pages are the same memory.
 void test_far_positions(DType dtype) {
   if (!in_part()) return;
+  announce("far positions");
   const Case c = {dtype, 1, 2, 64, 128, 5e5, 1.0, 40};
   Cache cache(c, {128});
   cache.randomize();
@@ -197,6 +208,7 @@ void test_far_positions(DType dtype) {
 // Malformed tables: nothing outside is touched, and sequences whose own entries are well have the right results.
 void test_hostile_tables(DType dtype) {
   if (!in_part()) return;
+  announce("hostile decode");
   const Case c = {dtype, 2, 4, 64, 8};
   Cache cache(c, {300, 40, 17, 600, 9});
   cache.randomize();
@@ -234,6 +246,7 @@ void test_hostile_tables(DType dtype) {
 
 void test_hostile_prefill(DType dtype) {
   if (!in_part()) return;
+  announce("hostile prefill and init_kv");
   const Case c = {dtype, 2, 4, 64, 8};
   Cache cache(c, {300, 40, 17, 600, 9});
   cache.randomize();
@@ -370,6 +383,7 @@ void test_decode_merges(bool small) {
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(9, 1024));
   }
   if (!in_part()) return;
+  announce("decode again");
   const Case c = {DType::kBFloat16, 8, 4, 128, 16};
   const std::vector<int64_t> some = {small ? 600 : 7000, 300, small ? 300 : 2000};
   Cache cache(c, some);
@@ -419,7 +433,30 @@ void test_fast_prefill(bool small) {
   }
 }
 
+// Queries that a launch of its own merges: where they are few, and where the workspace has no counters. The last cases
+// of a suite: others would have no counters behind them.
+void test_merge_launches() {
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      test_decode({t, 1, 3, dim, 16}, {600});
+      test_decode({t, 9, 8, dim, 16}, {270, 300}, false);
+    }
+  }
+}
+
+// So many sequences, most of them empty, that blocks take items from a counter.
+void test_counted_items() {
+  std::vector<int64_t> kv_len(300, 0), q_len(300, 0);
+  kv_len[0] = 5, kv_len[130] = 70, kv_len[299] = 200;
+  q_len[0] = 3, q_len[1] = 2, q_len[130] = 70, q_len[299] = 20;
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {64, 96, 128}) test_prefill({t, 1, 2, dim, 16}, kv_len, q_len);
+    test_prefill({t, 1, 2, 80, 16, 1e4}, kv_len, q_len);
+  }
+}
+
 int report() {
+  Cases::get().finish();
   std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
               cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
               worst_lse, failures);
@@ -486,6 +523,7 @@ int main(int argc, char** argv) {
     std::vector<int64_t> lengths = {1500, 1, 0, 64, 255, 256, 257, 513};
     test_decode(c, lengths);
   }
+  if (!fast_alone && !mma_alone) test_counted_items();
   for (const DType t : kTypes) {
     if (fast_alone || mma_alone) break;
     if (t == DType::kFloat32) test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
@@ -509,5 +547,6 @@ int main(int argc, char** argv) {
     }
     test_writes({t, 1, 1, 64, 16}, std::vector<int64_t>(400, 30), std::vector<int64_t>(400, 29), false, 0, 0, false);
   }
+  if (!mma_alone) test_merge_launches();
   return report();
 }
