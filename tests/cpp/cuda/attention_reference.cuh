@@ -12,12 +12,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <optional>
 #include <random>
 #include <set>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "punica/cuda.h"
@@ -335,9 +338,32 @@ void rotate(std::vector<double>& x, double position, const Case& c) {
   }
 }
 
-// One row of q at `position` of sequence i (keys by `key_at(t, part, head)`), all heads: is row r of o (and lse) right?
-template <class KeyAt>
-void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, const Rows& o, const Buffer* lse,
+// A sequence's keys, rotated if the case says so, and values in double precision. Each is made when it is first asked
+// for: it serves all rows, and all heads of a group.
+class Tokens {
+ public:
+  using Place = std::function<const unsigned char*(int64_t t, int64_t part, int64_t head)>;
+  Tokens(const Case& a_case, Place place) : c_(a_case), place_(std::move(place)) {}
+
+  const std::vector<double>& get(int64_t t, int64_t part, int64_t head) {
+    std::vector<double>& token = tokens_[(t * 2 + part) * c_.kv_heads + head];
+    if (token.empty()) {
+      const unsigned char* const from = place_(t, part, head);
+      const int64_t item = static_cast<int64_t>(dtype_size(c_.dtype));
+      for (int64_t d = 0; d < c_.dim; ++d) token.push_back(::get(from + d * item, c_.dtype));
+      if (part == 0 && c_.theta) rotate(token, static_cast<double>(t), c_);
+    }
+    return token;
+  }
+
+ private:
+  const Case c_;
+  const Place place_;
+  std::unordered_map<int64_t, std::vector<double>> tokens_;
+};
+
+// One row of q at `position` of a sequence, all heads: is row r of o (and lse) right?
+void check_row(const Case& c, Tokens& tokens, int64_t position, const Rows& q, const Rows& o, const Buffer* lse,
                int64_t row, const std::string& what) {
   const int64_t heads = c.kv_heads * c.group;
   const int64_t begin = c.window < 0 || c.window >= position ? 0 : position - c.window;
@@ -350,14 +376,12 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
   for (int64_t head = 0; head < heads; ++head) {
     double log_sum = -INFINITY;
     if (position >= 0) {
-      std::vector<double> query(static_cast<size_t>(c.dim)), scores, key(query.size());
+      std::vector<double> query(static_cast<size_t>(c.dim)), scores;
       for (int64_t d = 0; d < c.dim; ++d) query[static_cast<size_t>(d)] = get(q.at(row, head, d), c.dtype);
       if (c.theta) rotate(query, static_cast<double>(position), c);
       double top = -INFINITY, sum = 0, largest_product = 0;
       for (int64_t t = begin; t <= position; ++t) {
-        const unsigned char* from = key_at(t, 0, head / c.group);
-        for (int64_t d = 0; d < c.dim; ++d) key[static_cast<size_t>(d)] = get(from + d * q.item, c.dtype);
-        if (c.theta) rotate(key, static_cast<double>(t), c);
+        const std::vector<double>& key = tokens.get(t, 0, head / c.group);
         double s = scale * std::inner_product(query.begin(), query.end(), key.begin(), 0.0), products = 0;
         for (size_t d = 0; d < key.size(); ++d) products += std::abs(query[d] * key[d]);
         largest_product = std::max(largest_product, std::abs(scale) * products);
@@ -366,19 +390,23 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
         top = std::max(top, s);
       }
       for (double& s : scores) sum += s = std::exp(s - top);
-      if (c.theta && unit > 0) {
+      if (unit == 0) {
+        // A score is a sum too, off by 4 * 2^-24 of its |terms|; a cap is computed in float32 itself. So each weight is
+        // off by a factor of at most exp(2 * shift). Beside tensor cores' rounding that is nothing.
+        const double shift = 4 * 0x1p-24 * (largest_product + c.cap);
+        rounding[static_cast<size_t>(head)] += std::exp(2 * shift) - 1;
+      } else if (c.theta) {
         const double shift = 2.1 * unit * largest_product;  // of a score
         rounding[static_cast<size_t>(head)] += std::exp(2 * shift) - 1;
         lse_rounding[static_cast<size_t>(head)] = shift / std::log(2.0);
       }
       log_sum = (top + std::log(sum)) / std::log(2.0);
       for (int64_t t = begin; t <= position; ++t) {
-        const unsigned char* from = key_at(t, 1, head / c.group);
+        const std::vector<double>& value = tokens.get(t, 1, head / c.group);
         const double p = scores[static_cast<size_t>(t - begin)] / sum;
-        for (int64_t d = 0; d < c.dim; ++d) {
-          const double v = get(from + d * q.item, c.dtype);
-          exact[static_cast<size_t>(head * c.dim + d)] += p * v;
-          terms[static_cast<size_t>(head * c.dim + d)] += p * std::abs(v);
+        for (size_t d = 0; d < value.size(); ++d) {
+          exact[static_cast<size_t>(head * c.dim) + d] += p * value[d];
+          terms[static_cast<size_t>(head * c.dim) + d] += p * std::abs(value[d]);
         }
       }
     }

@@ -40,12 +40,11 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_prefill(p, {}), what);
   for (size_t i = 0; i < kv_len.size(); ++i) {
+    Tokens tokens(
+        c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(static_cast<int64_t>(i), t, part, head); });
     for (int64_t row = qo[i]; row < qo[i + 1]; row += every) {
-      const auto key_at = [&](int64_t t, int64_t part, int64_t head) {
-        return cache.at(static_cast<int64_t>(i), t, part, head);
-      };
       const int64_t position = kv_len[i] == 0 ? -1 : kv_len[i] - qo[i + 1] + row;
-      check_row(c, key_at, position, q, o, &lse, row, what + " sequence " + std::to_string(i));
+      check_row(c, tokens, position, q, o, &lse, row, what + " sequence " + std::to_string(i));
     }
   }
   for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1}) EXPECT(o.untouched(row), what);
@@ -78,8 +77,8 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len, bool counted
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), what);
   for (int64_t i = 0; i < batch; ++i) {
-    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
-    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, o, &lse, i, what + " sequence " + std::to_string(i));
+    Tokens tokens(c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); });
+    check_row(c, tokens, kv_len[static_cast<size_t>(i)] - 1, q, o, &lse, i, what + " sequence " + std::to_string(i));
   }
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact(), what);
 
@@ -107,9 +106,9 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len, bool counted
   run(cuda::batch_prefill(prefill, {}), what);
   const bool one_kernel = c.dtype == DType::kFloat32;  // both by the general kernel
   for (int64_t i = 0; i < batch; ++i) {
-    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
+    Tokens tokens(c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); });
     if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
-    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
+    check_row(c, tokens, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
   }
   for (int64_t i = 0; i < batch; ++i) {
     const size_t s = static_cast<size_t>(i);
@@ -201,8 +200,8 @@ void test_far_positions(DType dtype) {
   const Buffer tmpbuf(cuda::workspace_bytes(p), 0, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), "far positions");
-  const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); };
-  check_row(c, key_at, length - 1, q, o, &lse, 0, "far positions");
+  Tokens tokens(c, [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); });
+  check_row(c, tokens, length - 1, q, o, &lse, 0, "far positions");
 }
 
 // Malformed tables: nothing outside is touched, and sequences whose own entries are well have the right results.

@@ -285,7 +285,7 @@ class Sanitizer:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("directory", type=lambda text: pathlib.Path(text).resolve())
     parser.add_argument("--programs", nargs="+", help="default: all that are there")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--archs", nargs="+", default=("sm_90", "sm_80"))
