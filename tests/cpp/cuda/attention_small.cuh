@@ -76,7 +76,8 @@ std::vector<std::string> attention_kernels(const Case& c, const std::vector<int6
   const LaunchRecorder recorder;
   for (const bool workspace : {false, true}) {
     if (workspace) p.tmpbuf = tensor(DType::kUInt8, {cuda::workspace_bytes(p)});
-    if (const Status status = call(p); !status.ok()) fail(c.name() + ": " + status.message());
+    // Some have to have one.
+    if (const Status status = call(p); !status.ok() && workspace) fail(c.name() + ": " + status.message());
   }
   return recorder.kernels();
 }
