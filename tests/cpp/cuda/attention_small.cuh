@@ -110,7 +110,9 @@ void test_small() {
   std::stable_sort(cases.begin(), cases.end(), [&](const Case& a, const Case& b) { return cost(a) < cost(b); });
   const std::vector<int64_t> decoded = {1, 0, 257, 16};
   // Beyond a split of prefill too, which are items of their own if there is a workspace.
+  // More than one tile of keys: they have 128 where head dims are 64 and 128, and fewer elsewhere.
   const std::vector<int64_t> prefilled = {17, 5, 3, 0, 130}, queries = {5, 0, 7, 2, 129};
+  const std::vector<int64_t> shorter = {17, 5, 3, 0, 70}, fewer = {5, 0, 7, 2, 66};
   const std::vector<int64_t> long_prefilled = {2100, 40}, long_queries = {3, 20};
   KernelCover decode, prefill, long_prefill;
   for (const Case& c : cases) {
@@ -123,8 +125,10 @@ void test_small() {
       p.qo_indptr = p.kv.kv_indptr;
       return cuda::batch_prefill(p, {});
     };
-    if (prefill.needs(attention_kernels<BatchPrefillParams>(c, prefilled, 148, run_prefill), features(c))) {
-      test_prefill(c, prefilled, queries);
+    const bool wide = c.dim == 64 || c.dim == 128;
+    const std::vector<int64_t>&kv_len = wide ? prefilled : shorter, &q_len = wide ? queries : fewer;
+    if (prefill.needs(attention_kernels<BatchPrefillParams>(c, kv_len, wide ? 148 : 85, run_prefill), features(c))) {
+      test_prefill(c, kv_len, q_len);
     }
     if (c.page_size == 16 &&
         long_prefill.needs(attention_kernels<BatchPrefillParams>(c, long_prefilled, 28, run_prefill), {"long"})) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <set>
 #include <unordered_map>
 
@@ -47,6 +48,10 @@ const struct WriteAtExit {
     std::FILE* const file = path == nullptr ? nullptr : std::fopen(path, "w");
     if (file == nullptr) return;
     for (const std::string& name : g_launched) std::fprintf(file, "%s\n", name.c_str());
+    // Those that were not, of both paths.
+    for (const auto& [symbol, name] : kernel_names()) {
+      if (g_launched.count(name) == 0 && std::strstr(name, "4ArchE") != nullptr) std::fprintf(file, "-%s\n", name);
+    }
     std::fclose(file);
   }
 } g_write_at_exit;
