@@ -85,14 +85,30 @@ class Buffer {
     return true;
   }
 
+  // By way of pinned memory: the host waits once, not for each copy, which takes long where processes share the device.
   static void upload_all() {
     if (on_device) return;
-    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyHostToDevice);
+    unsigned char* pinned = reserve_pinned();
+    each_part([&](unsigned char* host, unsigned char* device, int64_t bytes) {
+      std::memcpy(pinned, host, static_cast<size_t>(bytes));
+      check_cuda(cudaMemcpyAsync(device, pinned, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+      pinned += bytes;
+    });
     on_device = true;
   }
   static void download_all() {
     if (!on_device) return;
-    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyDeviceToHost);
+    unsigned char *const begin = reserve_pinned(), *pinned = begin;
+    each_part([&](unsigned char*, unsigned char* device, int64_t bytes) {
+      check_cuda(cudaMemcpyAsync(pinned, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost));
+      pinned += bytes;
+    });
+    check_cuda(cudaDeviceSynchronize());
+    pinned = begin;
+    each_part([&](unsigned char* host, unsigned char*, int64_t bytes) {
+      std::memcpy(host, pinned, static_cast<size_t>(bytes));
+      pinned += bytes;
+    });
     on_device = false;
   }
 
@@ -102,17 +118,34 @@ class Buffer {
     static std::set<Buffer*> buffers;
     return buffers;
   }
-  void copy(cudaMemcpyKind kind) {
-    const auto part = [&](int64_t begin, int64_t end) {
-      if (end <= begin) return;
-      unsigned char *const host = host_.data() + begin, *const device = device_ + begin - hidden_;
-      check_cuda(kind == cudaMemcpyHostToDevice ? cudaMemcpy(device, host, end - begin, kind)
-                                                : cudaMemcpy(host, device, end - begin, kind));
-    };
-    const int64_t size = static_cast<int64_t>(host_.size());
-    if (!scratch_) return part(hidden_, size - hidden_);
-    part(hidden_, kGuard);
-    part(size - kGuard, size - hidden_);
+  // Calls body(host, device, bytes) for what is copied.
+  template <class Body>
+  static void each_part(Body body) {
+    for (Buffer* buffer : all()) {
+      const int64_t size = static_cast<int64_t>(buffer->host_.size()), hidden = buffer->hidden_;
+      const auto part = [&](int64_t begin, int64_t end) {
+        if (end > begin) body(buffer->host_.data() + begin, buffer->device_ + begin - hidden, end - begin);
+      };
+      if (!buffer->scratch_) {
+        part(hidden, size - hidden);
+      } else {
+        part(hidden, kGuard);
+        part(size - kGuard, size - hidden);
+      }
+    }
+  }
+  // As much as all parts take. Nothing is in flight.
+  static unsigned char* reserve_pinned() {
+    static unsigned char* memory = nullptr;
+    static int64_t size = 0;
+    int64_t wanted = 0;
+    each_part([&](unsigned char*, unsigned char*, int64_t bytes) { wanted += bytes; });
+    if (wanted > size) {
+      check_cuda(cudaFreeHost(memory));
+      size = 2 * wanted;
+      check_cuda(cudaMallocHost(&memory, static_cast<size_t>(size)));
+    }
+    return memory;
   }
 
   const int64_t bytes_, shift_, hidden_ = small_suite ? kGuard : 0;  // of either guard, what the device does not have
@@ -158,6 +191,18 @@ double normal() {
   static std::normal_distribution<double> distribution;
   return distribution(random_bits);
 }
+// So many normal numbers in a row, from anywhere in a table of them: each anew takes most of a large case's time.
+const unsigned char* normals(DType dtype, int64_t count) {
+  constexpr int64_t kTable = int64_t{1} << 18;
+  static std::vector<unsigned char> tables[3];
+  std::vector<unsigned char>& table = tables[dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 1 : 2];
+  const int64_t item = static_cast<int64_t>(dtype_size(dtype));
+  if (table.empty()) {
+    table.resize(static_cast<size_t>(kTable * item));
+    for (int64_t i = 0; i < kTable; ++i) set(table.data() + i * item, dtype, normal());
+  }
+  return table.data() + static_cast<int64_t>(random_bits() % static_cast<uint32_t>(kTable - count)) * item;
+}
 
 // Rows [rows, heads, dim], `padding` elements apart, `offset` elements behind an aligned address.
 struct Rows {
@@ -175,9 +220,9 @@ struct Rows {
   unsigned char* at(int64_t row, int64_t head = 0, int64_t d = 0) const {
     return buffer.data() + (row * stride + head * dim + d) * item;
   }
-  void randomize(double scale = 1.0) {
+  void randomize() {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < heads * dim; ++i) set(at(r) + i * item, dtype, scale * normal());
+      for (int64_t h = 0; h < heads; ++h) std::memcpy(at(r, h), normals(dtype, dim), static_cast<size_t>(dim * item));
     }
   }
   int64_t row_bytes() const { return heads * dim * item; }
@@ -279,7 +324,8 @@ struct Cache {
       for (int64_t t = 0; t < kv_len[i]; ++t) {
         for (int64_t part = 0; part < 2; ++part) {
           for (int64_t head = 0; head < c.kv_heads; ++head) {
-            for (int64_t d = 0; d < c.dim; ++d) set(at(static_cast<int64_t>(i), t, part, head, d), c.dtype, normal());
+            std::memcpy(at(static_cast<int64_t>(i), t, part, head), normals(c.dtype, c.dim),
+                        static_cast<size_t>(c.dim * item));
           }
         }
       }
