@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "attention_reference.cuh"
@@ -187,6 +188,31 @@ void test_prefill_mma(bool small) {
     // Items for every block, so that splits stay together.
     if (!small) test_prefill({t, 16, 4, 64, 16, 1e4}, {2500, 2200}, {300, 300}, 23);
   }
+}
+
+// The first call of a thread, which has no context yet: the same bits.
+void test_new_thread(int64_t dim) {
+  if (!in_part()) return;
+  const Case c = {DType::kBFloat16, 2, 4, dim, 16};
+  const std::string what = "a new thread " + c.name();
+  announce(what);
+  Cache cache(c, {70});
+  cache.randomize();
+  const Tables tables(cache);
+  const Table<int32_t> indptr({0, 70});
+  Rows q(c.dtype, 70, 8, dim), o(c.dtype, 70, 8, dim), by_thread(c.dtype, 70, 8, dim);
+  q.randomize();
+  auto p = make_params<BatchPrefillParams>(c, tables, o, q, nullptr);
+  p.qo_indptr = indptr.view();
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
+  if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_prefill(p, {}), what);
+  p.o = by_thread.view();
+  Buffer::upload_all();
+  Status status;
+  std::thread([&] { static_cast<void>(status = cuda::batch_prefill(p, {})); }).join();
+  run(status, what);
+  for (int64_t row = 0; row < 70; ++row) EXPECT(by_thread.same(row, o, row), what);
 }
 
 // Positions up to 2^20, all of whose pages are the same memory.
@@ -528,7 +554,10 @@ int main(int argc, char** argv) {
     std::vector<int64_t> lengths = {1500, 1, 0, 64, 255, 256, 257, 513};
     test_decode(c, lengths);
   }
-  if (!fast_alone && !mma_alone) test_counted_items();
+  if (!fast_alone && !mma_alone) {
+    test_counted_items();
+    for (const int64_t dim : {64, 96, 128}) test_new_thread(dim);
+  }
   for (const DType t : kTypes) {
     if (fast_alone || mma_alone) break;
     if (t == DType::kFloat32) test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
