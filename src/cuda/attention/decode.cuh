@@ -211,15 +211,25 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 16 == 0) && args.q_stride % 8 == 0;
     // Tiles of heads read the same keys.
     const uint64_t policy = args.head_tiles == 1 ? read_once_policy() : read_again_policy();
-    // The tables are on their way into the second-level cache while this waits.
-    if (kArch == Arch::kSm90 && !early_reads) {
-      const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
-      constexpr int64_t kPointers = kLineBytes / 8;
-      if (line * kPointers < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * kPointers);
-      if (line * kLineBytes / 4 < args.num_sequences) {
-        prefetch_line(args.kv_indptr + line * kLineBytes / 4);
-        prefetch_line(args.last_page_offset + line * kLineBytes / 4);
+    if constexpr (kArch == Arch::kSm90) {
+      // The tables are on their way into the second-level cache while this waits.
+      if (!early_reads) {
+        const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
+        constexpr int64_t kPointers = kLineBytes / 8;
+        if (line * kPointers < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * kPointers);
+        if (scan.begin < scan.end) {
+          prefetch_line(args.kv_indptr + scan.begin);
+          prefetch_line(args.last_page_offset + scan.begin);
+        }
+        if (thread == 0 && args.num_page_ptrs > 0) prefetch_line(args.kv_ptrs);
       }
+      // Every block does this, for its multiprocessor has to learn anew where things lie: keys and values have made it
+      // forget that.
+      const void* place = args.q;
+      if (warp == 1) place = args.o;
+      if (warp == 2 && args.num_slots > 0) place = args.partial_sums;
+      if (warp == 3 && merge.counters >= 0) place = decode_counter_sets[merge.counters];
+      if (lane == 0) prefetch_line(place);
     }
     uint64_t turns[(kDim / 2 + 31) / 32];  // of dims lane, lane + 32, ..
     if constexpr (kRope) {

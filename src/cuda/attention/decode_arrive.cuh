@@ -193,7 +193,7 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       const float2* const states = args.partial_states + first + (part & kPartSplit) * stride;  // of its first head
       float2 state = warp < heads ? __ldcg(states + warp) : make_float2(0.0f, 0.0f);
       // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
-      // Each lane knows where one of the parts lies.
+      // Each lane knows where one of the parts lies: quicker than the list in shared memory, which each would wait for.
       const int64_t its_place = static_cast<int64_t>(part & kPartSplit) * (stride * kDim);
       const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
       const uint32_t to = shared_address(&shared.values[0][threadIdx.x]);
