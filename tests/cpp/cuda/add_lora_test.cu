@@ -248,6 +248,9 @@ void run_case(const Case& c, Random& random) {
   context.early_reads = c.early_reads;
   const bool by_slice = slices > 1 && c.rank_turn != 0;
 
+  // With a workspace and without in turn: the bits are the same.
+  static const OnDevice<uint8_t> workspace(std::vector<uint8_t>(size_t{32} << 20, 0xff));
+  int runs = 0;
   // The rows `keep` of the batch, with y starting from what it was.
   const auto run = [&](const std::vector<int>& adapters_of_rows, int64_t first, int64_t count) {
     y_device.set(y);
@@ -266,6 +269,7 @@ void run_case(const Case& c, Random& random) {
     p.batch.segment_adapter = view(adapter.data, DType::kInt32, {static_cast<int64_t>(batch.adapter.size())});
     p.batch.segment_start = view(start.data, DType::kInt32, {static_cast<int64_t>(batch.start.size())});
     p.layer_idx = kLayer;
+    if (runs++ % 2 == 0) p.tmp = view(workspace.data, DType::kUInt8, {32 << 20});
     for (int s = 0; s <= slices; ++s) p.slice_offsets[s] = c.offsets[s];
     if (c.padded > 0) {
       p.b_row_stride = c.padded;
@@ -739,6 +743,52 @@ void run_many() {
   }
 }
 
+// Everything aligned to 16 bytes but the weights: two kernels where there is a workspace (runs of a case have one in
+// turn).
+template <class T>
+void run_stream() {
+  Random random{17};
+  int turn = 0;
+  for (const int64_t h_in : {8, 64, 1032, 4096, 6152}) {
+    for (const std::vector<int>& ranks :
+         {std::vector<int>{16, 16, 16}, {8}, {32, 32}, {64, 64, 64, 64, 64}, {8, 16, 32, 64, 1, 17, 40, 0}, {}}) {
+      if (g_small && h_in > 100) continue;
+      const int64_t rows[] = {1, 5, 16, 37, 64, 130, 300};
+      for (int i = turn % 2; i < 7; i += 2) {
+        if (g_small && rows[i] > 40) continue;
+        Case c = {};
+        c.rows = rows[i];
+        c.h_in = h_in;
+        c.offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
+                    : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
+                                    : std::vector<int64_t>{0, 72, 1000};
+        c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
+        c.ranks = ranks;
+        if (ranks.empty()) c.ranks.assign(rows[i], turn % 2 == 0 ? 16 : 24);  // an adapter a row
+        c.rank_turn = turn / 2 % 2;
+        c.pattern = ranks.empty() ? 1 : (turn + i) % 4;
+        c.padded = turn % 4 == 1 ? 64 : turn % 7 == 6 ? 68 : 0;
+        c.early_reads = (turn + i) % 2 == 1;
+        c.null_address = ranks.size() > 2 && turn % 5 == 4;
+        c.spare = turn % 3;
+        c.max_rank = turn % 5 == 0 ? 64 : 0;
+        run_case<T>(c, random);
+        ++turn;
+      }
+    }
+  }
+  for (const int v : {1, 2}) {
+    Case c = {};
+    c.rows = 65;
+    c.h_in = v == 1 || g_small ? 512 : 4096;
+    c.offsets = {0, 64};
+    c.y_pad = 5;
+    c.ranks = {16, 8, 64};
+    c.values = v;
+    run_case<T>(c, random);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -760,6 +810,8 @@ int main(int argc, char**) {
     std::printf("%s: %d checks, %d failures so far\n", what, g_checks - before, g_failures);
     std::fflush(stdout);
   };
+  section("bfloat16, two kernels", run_stream<__nv_bfloat16>);
+  section("float16, two kernels", run_stream<__half>);
   section("bfloat16, many rows", run_many<__nv_bfloat16>);
   section("float16, many rows", run_many<__half>);
   section("bfloat16", run_all<__nv_bfloat16>);
