@@ -18,7 +18,7 @@ namespace punica::cuda::fused_lora::stream {
 
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kUnits = 6;    // of a warp's ring
+inline constexpr int kUnits = 6;     // of a warp's ring
 inline constexpr int kGroups = 16;   // of leaves
 inline constexpr int kRecords = 32;  // tiles that a block knows at a time
 
@@ -73,33 +73,28 @@ __device__ __forceinline__ E load_table(const E* from) {
   return __ldcg(from);
 }
 
-// Calls visit(segment, slice) for all that have something to do of the thread's own segments, in order.
-template <class T, bool kExpand, class Visit>
-__device__ __forceinline__ void walk(const Args& args, Visit visit) {
-  const int each = (args.max_segments + kThreads - 1) / kThreads;
-#pragma unroll 1
-  for (int j = 0; j < each; ++j) {
-    const int i = static_cast<int>(threadIdx.x) * each + j;
-    if (i >= args.max_segments) break;
-    Segment segment;
-    segment.start = load_table<kExpand>(args.segment_start + i);
-    segment.end = load_table<kExpand>(args.segment_start + i + 1);
-    segment.adapter = load_table<kExpand>(args.segment_adapter + i);
-    cut_segment<kTileRows>(args, &segment);
-    if (segment.tiles == 0) continue;
-#pragma unroll 2
-    for (int number = 0; number < args.num_slices; ++number) {
-      const int64_t at = number * args.num_adapters + segment.adapter;
-      Slice slice = {};
-      const int64_t a = load_table<kExpand>(reinterpret_cast<const long long*>(args.a_ptr + at));
-      const int64_t b = load_table<kExpand>(reinterpret_cast<const long long*>(args.b_ptr + at));
-      slice.rank = load_table<kExpand>(args.ranks + (number * args.rank_stride + segment.adapter));
-      slice.scale = load_table<kExpand>(args.scales + (number * args.scale_stride + segment.adapter));
-      slice.begin = args.slice_begin[number];
-      slice.width = args.slice_begin[number + 1] - slice.begin;
-      if (finish_slice<T>(args, a, b, &slice)) visit(segment, slice);
-    }
+// What there is to do for a slice of an adapter: items of each of its tiles, none where there is nothing.
+struct Entry {
+  Slice slice;
+  uint32_t items, chunks;
+};
+inline constexpr int kTableEntries = kWarps * kUnits * kUnitBytes / sizeof(Entry);
+
+template <class T, bool kExpand>
+__device__ __forceinline__ Entry load_entry(const Args& args, int number, int adapter) {
+  const int64_t at = number * args.num_adapters + adapter;
+  Entry e = {};
+  const int64_t a = load_table<kExpand>(reinterpret_cast<const long long*>(args.a_ptr + at));
+  const int64_t b = load_table<kExpand>(reinterpret_cast<const long long*>(args.b_ptr + at));
+  e.slice.rank = load_table<kExpand>(args.ranks + (number * args.rank_stride + adapter));
+  e.slice.scale = load_table<kExpand>(args.scales + (number * args.scale_stride + adapter));
+  e.slice.begin = args.slice_begin[number];
+  e.slice.width = args.slice_begin[number + 1] - e.slice.begin;
+  if (finish_slice<T>(args, a, b, &e.slice)) {
+    e.items = tile_items(e.slice.rank);
+    e.chunks = tile_chunks(e.slice.rank, e.slice.width);
   }
+  return e;
 }
 
 // What a block has to do, and the tiles that it belongs to.
@@ -107,15 +102,77 @@ template <class T, bool kExpand>
 struct Finder {
   const StreamArgs& stream;
   Shared& shared;
+  Entry* table;         // of all slices and adapters, where the rings are later
+  bool has_table;       // it fits, and the rings are not there yet
+  int each;             // segments of a thread
+  Segment segment;      // the first one
+  int rows[kTileRows];  // of its first tile
+  bool has_rows;
   uint2 before, own;  // items and chunks, of the threads before this one, of this one
   uint2 total;
 
-  // By the whole block.
+  __device__ __forceinline__ int load_row(int position, int end) const {
+    return position < end ? load_table<kExpand>(stream.args.order + position) : -1;
+  }
+  __device__ __forceinline__ Segment load(int j) const {
+    const Args& args = stream.args;
+    const int i = static_cast<int>(threadIdx.x) * each + j;
+    Segment s = {0, 0, -1, 0};
+    if (i < args.max_segments) {
+      s.start = load_table<kExpand>(args.segment_start + i);
+      s.end = load_table<kExpand>(args.segment_start + i + 1);
+      s.adapter = load_table<kExpand>(args.segment_adapter + i);
+    }
+    return s;
+  }
+  // Calls visit(segment, entry) for all that have something to do of the thread's own segments, in order.
+  template <class Visit>
+  __device__ __forceinline__ void walk(Visit visit) const {
+    const Args& args = stream.args;
+#pragma unroll 1
+    for (int j = 0; j < each; ++j) {
+      Segment s = segment;
+      if (j > 0) {
+        s = load(j);
+        cut_segment<kTileRows>(args, &s);
+      }
+      if (s.tiles == 0) continue;
+#pragma unroll 1
+      for (int number = 0; number < args.num_slices; ++number) {
+        if (has_table) {
+          visit(s, table[number * args.num_adapters_32 + s.adapter]);
+        } else {
+          visit(s, load_entry<T, kExpand>(args, number, s.adapter));
+        }
+      }
+    }
+  }
+
+  // By the whole block. What all adapters have is asked for together with the segments, if there are few adapters.
   __device__ __forceinline__ void count() {
+    const Args& args = stream.args;
+    each = (args.max_segments + kThreads - 1) / kThreads;
+    segment = load(0);
+    has_table = args.num_adapters_32 <= kTableEntries / args.num_slices;
+    if (has_table) {
+#pragma unroll 1
+      for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(args.num_slices * args.num_adapters_32); i += kThreads) {
+        const uint32_t number = args.num_slices == 1 ? 0 : i / args.num_adapters_32;
+        table[i] =
+            load_entry<T, kExpand>(args, static_cast<int>(number), static_cast<int>(i - number * args.num_adapters_32));
+      }
+    }
+    cut_segment<kTileRows>(args, &segment);
+#pragma unroll
+    for (int k = 0; k < kTileRows; ++k) {
+      rows[k] = segment.tiles != 0 ? load_row(segment.start + k, segment.end) : -1;
+    }
+    has_rows = each == 1;
+    __syncthreads();
     own = {0, 0};
-    walk<T, kExpand>(stream.args, [&](const Segment& segment, const Slice& slice) {
-      own.x += segment.tiles * tile_items(slice.rank);
-      own.y += segment.tiles * tile_chunks(slice.rank, slice.width);
+    walk([&](const Segment& s, const Entry& e) {
+      own.x += s.tiles * e.items;
+      own.y += s.tiles * e.chunks;
     });
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint2 sum = {inclusive_sum(own.x, lane), inclusive_sum(own.y, lane)};
@@ -137,12 +194,12 @@ struct Finder {
     const uint32_t begin = kExpand ? before.y : before.x, end = begin + (kExpand ? own.y : own.x);
     if (begin >= to || end <= from) return;
     uint2 at = before;
-    walk<T, kExpand>(stream.args, [&](const Segment& segment, const Slice& slice) {
-      const uint2 of_tile = {tile_items(slice.rank), tile_chunks(slice.rank, slice.width)};
+    walk([&](const Segment& s, const Entry& e) {
+      const Slice& slice = e.slice;
 #pragma unroll 1
-      for (uint32_t tile = 0; tile < segment.tiles; ++tile, at.x += of_tile.x, at.y += of_tile.y) {
-        const uint32_t first = kExpand ? at.y : at.x, number = kExpand ? of_tile.y : of_tile.x;
-        if (first >= to || first + number <= from) continue;
+      for (uint32_t tile = 0; tile < s.tiles; ++tile, at.x += e.items, at.y += e.chunks) {
+        const uint32_t first = kExpand ? at.y : at.x, number = kExpand ? e.chunks : e.items;
+        if (number == 0 || first >= to || first + number <= from) continue;
         const int i = atomicAdd(&shared.num_records, 1);
         if (i >= kRecords) continue;
         shared.first[i] = first;
@@ -155,15 +212,21 @@ struct Finder {
         r.begin = slice.begin;
         r.width = slice.width;
         r.first_item = at.x;
-        r.position = segment.start + static_cast<int>(tile) * kTileRows;
-        r.end = min(segment.end, r.position + kTileRows);
+        r.position = s.start + static_cast<int>(tile) * kTileRows;
+        r.end = min(s.end, r.position + kTileRows);
         r.fast = is_plain(stream.args, slice);
-        r.fits = at.x + of_tile.x <= stream.max_items;
+#pragma unroll
+        for (int k = 0; k < kTileRows; ++k) {
+          const int row = tile == 0 && has_rows ? rows[k] : load_row(r.position + k, r.end);
+          r.rows[k] = static_cast<unsigned>(row) < static_cast<unsigned>(stream.args.rows_32) ? row : -1;
+        }
+        r.fits = at.x + e.items <= stream.max_items;
       }
     });
   }
 
   // The records of [from, to), or of a part of it from its beginning on. By the whole block; returns the part's end.
+  // The table is gone then.
   __device__ __forceinline__ uint32_t find(uint32_t from, uint32_t to) {
     publish(from, to);
     __syncthreads();
@@ -175,17 +238,8 @@ struct Finder {
       publish(from, to);
       __syncthreads();
     }
+    has_table = false;
     return to;
-  }
-
-  // Then, by the whole block, before a barrier.
-  __device__ __forceinline__ void load_rows() {
-    for (int i = threadIdx.x; i < shared.num_records * kTileRows; i += kThreads) {
-      Record& r = shared.records[i / kTileRows];
-      const int position = r.position + i % kTileRows;
-      const int row = position < r.end ? load_table<kExpand>(stream.args.order + position) : -1;
-      r.rows[i % kTileRows] = static_cast<unsigned>(row) < static_cast<unsigned>(stream.args.rows_32) ? row : -1;
-    }
   }
 };
 
@@ -219,10 +273,10 @@ struct ShrinkWarp {
     const int i = record_of(shared, item, lane);
     const Record& r = shared.records[i];
     const uint32_t local = item - shared.first[i];
-    const int bits = rank_tile_bits(r.rank), q = static_cast<int>(local) & ((1 << bits) - 1), row = lane >> 3;
+    const int bits = rank_tile_bits(r.rank), q = static_cast<int>(local / kGroups), row = lane >> 3;
     const int rank = bits == 0 ? plain_rank_of<0>(q, row) : plain_rank_of<1>(q, row);
     const int step = bits == 0 ? 8 : 16;  // ranks between rows of A that are four apart in the unit
-    first_k = static_cast<int>(local >> bits) * kPiece + 8 * (lane & 7);
+    first_k = static_cast<int>(local % kGroups) * kPiece + 8 * (lane & 7);
     from = static_cast<const char*>(r.weights) + 2 * (int64_t{rank} * args.h_in);
     next_rows = 2 * step * args.h_in;
     lower = 4 * args.h_in;
@@ -260,7 +314,7 @@ struct ShrinkWarp {
       copy_at = copy_at + kUnitBytes == kUnits * kUnitBytes ? 0 : copy_at + kUnitBytes;
       if (++unit == 4 * stream.args.leaf_pieces) {
         unit = 0;
-        ++item;
+        item += kWarps;
       }
     }
     copy_commit();
@@ -280,7 +334,7 @@ struct ShrinkWarp {
     }
     const int i = record_of(shared, x_item, lane), g = lane >> 2;
     const Record& r = shared.records[i];
-    const int group = static_cast<int>((x_item - shared.first[i]) >> rank_tile_bits(r.rank)), row = r.rows[g];
+    const int group = static_cast<int>((x_item - shared.first[i]) % kGroups), row = r.rows[g];
     has_x = row >= 0;
     x_k = group * kPiece + 8 * (lane & 3);
     x = reinterpret_cast<const T*>(static_cast<const char*>(stream.args.x) +
@@ -294,7 +348,7 @@ struct ShrinkWarp {
   __device__ __forceinline__ void advance_x() {
     if (++x_step == stream.args.leaf_pieces) {
       x_step = 0;
-      ++x_item;
+      x_item += kWarps;
       begin_x();
     }
   }
@@ -315,7 +369,7 @@ struct ShrinkWarp {
     uint32_t read_at = ring + 16 * place<3>(g, t);
     const uint32_t ring_end = read_at + kUnits * kUnitBytes;
 #pragma unroll 1
-    for (uint32_t at = begin; at < end; ++at) {
+    for (uint32_t at = begin; at < end; at += kWarps) {
       float sums[4][4] = {};
 #pragma unroll 1
       for (int step = 0; step < stream.args.leaf_pieces; ++step) {
@@ -334,7 +388,6 @@ struct ShrinkWarp {
           load_x(xs[i], i);
           __syncwarp();  // all lanes have read
           copy_next();
-          if (stream.experiment == 2 && item >= end) launch_dependents<kArch>();
           read_at += kUnitBytes;
           if (read_at == ring_end) read_at -= kUnits * kUnitBytes;
         }
@@ -359,28 +412,25 @@ __global__ void __launch_bounds__(kThreads, 2) add_lora_shrink_kernel(const __gr
     const uint32_t warp = threadIdx.x / 32;
     bool waited = !args.early_reads;
     if (waited) grid_dependency_wait<kArch>();
-    if (stream.experiment == 0 && waited) launch_dependents<kArch>();
-    Finder<T, false> finder = {stream, shared};
+    // Everything before this kernel has ended: see the expand.
+    if (waited) launch_dependents<kArch>();
+    Finder<T, false> finder = {stream, shared, reinterpret_cast<Entry*>(memory + kHeadBytes)};
     finder.count();
-    const uint32_t total = finder.total.x, parts = gridDim.x * kWarps, part = blockIdx.x * kWarps + warp;
-    uint32_t at = part_begin(total, blockIdx.x * kWarps, parts);
-    const uint32_t end = part_begin(total, blockIdx.x * kWarps + kWarps, parts);
-    const uint32_t own_begin = part_begin(total, part, parts), own_end = part_begin(total, part + 1, parts);
+    uint32_t at = part_begin(finder.total.x, blockIdx.x, gridDim.x);
+    const uint32_t end = part_begin(finder.total.x, blockIdx.x + 1, gridDim.x);
 #pragma unroll 1
     while (at < end) {
       const uint32_t to = finder.find(at, end);
       ShrinkWarp<kArch, T> work = {stream, shared, shared_address(memory + kHeadBytes) + warp * (kUnits * kUnitBytes),
                                    static_cast<int>(threadIdx.x % 32)};
-      const uint32_t begin = max(own_begin, at), warp_end = min(own_end, to);
-      work.start(begin, warp_end);
-      finder.load_rows();
-      __syncthreads();
+      // Neighbouring groups at a time: whole runs of A.
+      const uint32_t begin = at + warp;
+      work.start(begin, to);
       if (!waited) {
         grid_dependency_wait<kArch>();
         waited = true;
+        launch_dependents<kArch>();
       }
-      // Everything before this kernel has ended: see the expand.
-      if (stream.experiment == 1) launch_dependents<kArch>();
       work.run(begin);
       at = to;
       if (at < end) {
@@ -527,10 +577,10 @@ struct ExpandWarp {
       const int q = warp >> kShareBits, share = warp & ((1 << kShareBits) - 1);
       constexpr int kEach = kGroups >> kShareBits;
       const bool there = 2 * t < r.end - r.position && r.fits;
-      const float4* const first = stream.fragments + (r.first_item + share * kEach * kTiles + q) * 32 + t * 8 + g;
+      const float4* const first = stream.fragments + (r.first_item + q * kGroups + share * kEach) * 32 + t * 8 + g;
       float4 parts[kEach];
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) parts[j] = there ? __ldcg(first + j * (32 * kTiles)) : float4{0, 0, 0, 0};
+      for (int j = 0; j < kEach; ++j) parts[j] = there ? __ldcg(first + j * 32) : float4{0, 0, 0, 0};
 #pragma unroll
       for (int n = kEach / 2; n > 0; n /= 2) {
 #pragma unroll
@@ -611,7 +661,7 @@ __global__ void __launch_bounds__(kThreads, 2) add_lora_expand_kernel(const __gr
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     bool waited = false;
-    Finder<T, true> finder = {stream, shared};
+    Finder<T, true> finder = {stream, shared, reinterpret_cast<Entry*>(memory + kHeadBytes)};
     finder.count();
     uint32_t at = part_begin(finder.total.y, blockIdx.x, gridDim.x);
     const uint32_t end = part_begin(finder.total.y, blockIdx.x + 1, gridDim.x);
@@ -623,8 +673,6 @@ __global__ void __launch_bounds__(kThreads, 2) add_lora_expand_kernel(const __gr
       ExpandWarp<kArch, T> work = {stream, shared, shared_address(memory + kHeadBytes) + warp * (kUnits * kUnitBytes),
                                    warp, static_cast<int>(threadIdx.x % 32)};
       work.start(at, to);
-      finder.load_rows();
-      __syncthreads();
       work.run(at, waited);
       at = to;
       if (at < end) {
