@@ -26,9 +26,8 @@ __host__ __device__ constexpr int rank_tile_bits(int rank) { return rank <= 16 ?
 constexpr int plain_fragment_bytes(int max_rank, int team_bits) {
   int most = 0;
   for (int tile_bits = 0; tile_bits <= rank_tile_bits(max_rank); ++tile_bits) {
-    const int own = tile_bits - team_bits == 2 ? 4 : team_bits - tile_bits == 2 ? 16 : 8;
-    const int received = 1 << (tile_bits > team_bits ? tile_bits : team_bits);
-    const int bytes = (received + own) * kFragment;
+    const int own = tile_bits == 2 ? 4 : team_bits - tile_bits == 2 ? 16 : 8;
+    const int bytes = ((1 << (tile_bits + team_bits)) + own) * kFragment;
     most = bytes > most ? bytes : most;
   }
   return most;
@@ -213,15 +212,9 @@ __device__ __forceinline__ void add_outputs(T* y, const bgmv::Words<kMTiles>& be
 
 template <Arch kArch, class T, int kTeamBits, int kTileBits, bool kLong>
 struct PlainBlock {
-  // Blocks of a team have tiles of ranks of their own first, and only then parts of K: what they read is longer then.
-  static constexpr int kRankBits = kTileBits < kTeamBits ? kTileBits : kTeamBits;
-  static constexpr int kSplitBits = kTeamBits - kRankBits;        // log2 of the blocks that share a tile of ranks
-  static constexpr int kOwnBits = kTileBits - kRankBits;          // log2 of the tiles of a block
-  static constexpr int kShareBits = 3 - kOwnBits;                 // log2 of its warps that share a tile
-  static constexpr int kGroupBits = 4 - kSplitBits - kShareBits;  // log2 of the groups of leaves of a warp
-  // A warp's groups lie next to each other: its units are those of one leaf of each, then the next leaf.
-  static constexpr int kMixBits = kLong || kGroupBits > 2 || kGroupBits < 1 ? 0 : kGroupBits;
-  static constexpr int kLeaves = 1 << (2 + kGroupBits);  // of a warp
+  static constexpr int kShareBits = 3 - kTileBits;               // log2 of the warps that share a tile of ranks
+  static constexpr int kGroupBits = 4 - kTeamBits - kShareBits;  // log2 of the groups of leaves of a warp
+  static constexpr int kLeaves = 1 << (2 + kGroupBits);          // of a warp
   // A step is a piece of each of up to four leaves; a warp has kLookahead of them under way. Where there are many tiles
   // B is asked for only when A has come: memory gives what it is asked for in turn, and v would be late.
   static constexpr int kStep = kLeaves < 4 ? kLeaves : 4;
@@ -238,13 +231,7 @@ struct PlainBlock {
   int team_rank, warp, lane;
   int count = 0;  // rows
 
-  __device__ __forceinline__ int own_tile() const { return warp >> kShareBits; }
-  __device__ __forceinline__ int tile() const { return team_rank >> kSplitBits << kOwnBits | own_tile(); }
-  __device__ __forceinline__ int split() const { return team_rank & ((1 << kSplitBits) - 1); }
-  // Of unit i of a step, in K.
-  __device__ __forceinline__ static constexpr int offset_of(int i) {
-    return ((i & ((1 << kMixBits) - 1)) + 16 * (i >> kMixBits)) * kPiece;
-  }
+  __device__ __forceinline__ int tile() const { return warp >> kShareBits; }
   __device__ __forceinline__ int share() const { return warp & ((1 << kShareBits) - 1); }
   __device__ __forceinline__ uint32_t place_of(int unit) const { return ring + (unit & (kDepth - 1)) * kUnitBytes; }
   __device__ __forceinline__ static int rank_of(int tile, int g) { return plain_rank_of<kTileBits>(tile, g); }
@@ -261,7 +248,7 @@ struct PlainBlock {
     bool has[4];
   };
   __device__ __forceinline__ int first_k() const {
-    const int group0 = split() << (4 - kSplitBits);
+    const int group0 = team_rank << (4 - kTeamBits);
     if constexpr (kGroupBits >= 0) {
       return (group0 + (share() << kGroupBits)) * kPiece;
     } else {
@@ -270,7 +257,6 @@ struct PlainBlock {
   }
   // Elements from a step to the next one.
   __device__ __forceinline__ int advance(int& m) const {
-    if constexpr (kMixBits > 0) return offset_of(kStep);
     if (kLong && ++m < args.leaf_pieces) return 64 * kPiece;
     m = 0;
     return kPiece - (kLong ? (args.leaf_pieces - 1) * (64 * kPiece) : 0);
@@ -288,8 +274,8 @@ struct PlainBlock {
   template <int kUnit>
   __device__ __forceinline__ void start_a(const PartOfA& a, int unit) const {
     const uint32_t to = place_of(unit) + a.to;
-    const bool inside = a.rest > offset_of(kUnit);
-    const char* from = a.from + 2 * offset_of(kUnit);
+    const bool inside = a.rest > 16 * kPiece * kUnit;
+    const char* from = a.from + 2 * 16 * kPiece * kUnit;
     const uint32_t next_rows = 4 * kRankStep * args.h_in, lower = 4 * args.h_in;
     copy_16_if(to, from, inside && a.has[0]);
     copy_16_if(to + 512, from + next_rows, inside && a.has[1]);
@@ -344,7 +330,7 @@ struct PlainBlock {
 
   __device__ __forceinline__ bool has_rows() const { return 2 * (lane & 3) < count; }
   __device__ __forceinline__ uint32_t own() const {
-    return receive + (kFragment << (kTileBits + kSplitBits)) + 16 * lane;
+    return receive + (kFragment << (kTileBits + kTeamBits)) + 16 * lane;
   }
 
   // The warp's sum. Of half a group it is in two parts, of which the second goes to shared memory.
@@ -376,11 +362,10 @@ struct PlainBlock {
       for (int c = 0; c < 2; ++c) xs[i % kAhead][c] = bgmv::load_if(from + 32 * c < x_rest, x + from + 32 * c);
     };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load_x(i, offset_of(i));
+    for (int i = 0; i < kAhead; ++i) load_x(i, 16 * kPiece * i);
     __syncwarp();  // keeps these loads before the wait for the weights
     float sums[kStep][4] = {};
     [[maybe_unused]] float4 level0 = {}, level1 = {}, level2 = {};
-    [[maybe_unused]] float4 mixed[1 << kMixBits];
 #pragma unroll 1
     for (int step = 0;; ++step) {
       const bool last_piece = !kLong || m + 1 == args.leaf_pieces;
@@ -398,9 +383,9 @@ struct PlainBlock {
         mma_m16n8k16<T>(sums[i], {upper1.x, lower1.x, upper1.y, lower1.y}, {xi[1].values[0], xi[1].values[1]});
         mma_m16n8k16<T>(sums[i], {upper1.z, lower1.z, upper1.w, lower1.w}, {xi[1].values[2], xi[1].values[3]});
         if (i + kAhead < kStep) {
-          load_x(i + kAhead, offset_of(i + kAhead));
+          load_x(i + kAhead, 16 * kPiece * (i + kAhead));
         } else if (step + 1 < steps) {
-          load_x(i + kAhead, next + offset_of(i + kAhead - kStep));
+          load_x(i + kAhead, next + 16 * kPiece * (i + kAhead - kStep));
         }
         __syncwarp();  // all lanes have read
         if (step + kLookahead < steps) {
@@ -417,15 +402,7 @@ struct PlainBlock {
       x_rest -= next;
       if (last_piece) {
         const auto sum = [&](int i) { return float4{sums[i][0], sums[i][1], sums[i][2], sums[i][3]}; };
-        if constexpr (kMixBits > 0) {
-#pragma unroll
-          for (int i = 0; i < kStep; ++i) {
-            float4& group = mixed[i & ((1 << kMixBits) - 1)];
-            group = step == 0 && i < 1 << kMixBits ? sum(i) : group + sum(i);
-          }
-          run = mixed[0] + mixed[1];
-          if constexpr (kMixBits == 2) run = run + (mixed[2] + mixed[3]);
-        } else if constexpr (kStep == 1) {
+        if constexpr (kStep == 1) {
           run = sum(0);
         } else if constexpr (kStep == 2) {
           if ((warp & 1) == 0) {
@@ -438,7 +415,7 @@ struct PlainBlock {
         } else {
           run = ((sum(0) + sum(1)) + sum(2)) + sum(3);
         }
-        if constexpr (kGroups > 1 && kMixBits == 0) {
+        if constexpr (kGroups > 1) {
           // A balanced tree of the warp's groups.
           const int group = kLong ? step / args.leaf_pieces : step;
           if ((group & 1) == 0) {
@@ -485,10 +462,10 @@ struct PlainBlock {
 
   // Sends the block's part of v to the team; all parts are in `receive` after wait_received().
   __device__ __forceinline__ void send(float4 sum) const {
-    const int tile = own_tile(), share = this->share();
+    const int tile = this->tile(), share = this->share();
     const bool there = has_rows();
     const uint32_t own = this->own();
-    if constexpr (kOwnBits == 2) {
+    if constexpr (kTileBits == 2) {
       // The first warp of a tile keeps its fragment.
       if (there && share == 1) store_fragment(own + tile * kFragment, sum);
     } else {
@@ -498,16 +475,16 @@ struct PlainBlock {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (kTeamBits > 0) {
       asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-      if (threadIdx.x == 0) hopper::barrier_expect(barrier, (16 * 8 << (kTileBits + kSplitBits)) * ((count + 1) / 2));
+      if (threadIdx.x == 0) hopper::barrier_expect(barrier, (16 * 8 << (kTileBits + kTeamBits)) * ((count + 1) / 2));
     }
 #endif
     __syncthreads();
     // Each of these sends to some blocks.
-    constexpr int kSenderBits = kOwnBits == 2 ? 0 : kShareBits < kTeamBits ? kShareBits : kTeamBits;
+    constexpr int kSenderBits = kTileBits == 2 ? 0 : kShareBits < kTeamBits ? kShareBits : kTeamBits;
     if (share >= 1 << kSenderBits) return;
     const uint32_t first = own + ((kGroupBits == -1 ? 2 : 1) * tile << kShareBits) * kFragment;
     const auto fragment = [&](int i) { return load_fragment(first + i * kFragment, there); };
-    if constexpr (kOwnBits == 2) {
+    if constexpr (kTileBits == 2) {
       sum = sum + load_fragment(own + tile * kFragment, there);
     } else if constexpr (kGroupBits == -2) {
       const auto four = [&](int i) { return ((fragment(i) + fragment(i + 1)) + fragment(i + 2)) + fragment(i + 3); };
@@ -521,7 +498,7 @@ struct PlainBlock {
       sum = two(0) + two(2);
       if constexpr (kShareBits == 3) sum = sum + (two(4) + two(6));
     }
-    const uint32_t place = receive + ((split() << kTileBits) + this->tile()) * kFragment + 16 * lane;
+    const uint32_t place = receive + ((team_rank << kTileBits) + tile) * kFragment + 16 * lane;
     if constexpr (kTeamBits == 0) {
       if (there) store_fragment(place, sum);
     } else {
@@ -557,7 +534,6 @@ struct PlainBlock {
 
   using Operands = PlainOperands<kTiles>;
   __device__ __forceinline__ void load_v(Operands& o) const {
-    const int rank = work.slices[0].rank;
     const bool there = has_rows();
     const uint32_t at = receive + 16 * lane;
     float4 v[kTiles];
@@ -565,11 +541,11 @@ struct PlainBlock {
     for (int q = 0; q < kTiles; ++q) {
       const auto part = [&](int i) { return load_fragment(at + ((i << kTileBits) + q) * kFragment, there); };
       v[q] = part(0);
-      if constexpr (kSplitBits >= 1) v[q] = v[q] + part(1);
-      if constexpr (kSplitBits >= 2) v[q] = v[q] + (part(2) + part(3));
-      if constexpr (kSplitBits >= 3) v[q] = v[q] + ((part(4) + part(5)) + (part(6) + part(7)));
+      if constexpr (kTeamBits >= 1) v[q] = v[q] + part(1);
+      if constexpr (kTeamBits >= 2) v[q] = v[q] + (part(2) + part(3));
+      if constexpr (kTeamBits >= 3) v[q] = v[q] + ((part(4) + part(5)) + (part(6) + part(7)));
     }
-    make_operands<T, kTileBits>(v, rank, work.slices[0].scale, lane, o);
+    make_operands<T, kTileBits>(v, work.slices[0].rank, work.slices[0].scale, lane, o);
   }
 
   // ---- Expand
@@ -584,9 +560,7 @@ struct PlainBlock {
     int column = first_output() + kCount * g;
     T* y[2];
     bool has_row[2];
-    // y of the units to come: what is asked for late stands behind the copies of the whole multiprocessor.
-    constexpr int kAheadY = 1;
-    bgmv::Words<kMTiles> held[kAheadY][2];
+    bgmv::Words<kMTiles> held[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       has_row[e] = 2 * t + e < count;
@@ -594,23 +568,20 @@ struct PlainBlock {
                                   int64_t{work.rows[has_row[e] ? 2 * t + e : 0]} * args.y_row_bytes) +
              (s.begin + column);
     }
-    const auto load_y = [&](bgmv::Words<kMTiles>(&to)[2], int ahead) {
+    const auto load_y = [&] {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (has_row[e] && column + ahead * kUnitRows < s.width) {
-          to[e] = *reinterpret_cast<const bgmv::Words<kMTiles>*>(y[e] + ahead * kUnitRows);
-        }
+        if (has_row[e] && column < s.width) held[e] = *reinterpret_cast<const bgmv::Words<kMTiles>*>(y[e]);
       }
     };
-#pragma unroll
-    for (int i = 0; i < kAheadY; ++i) load_y(held[i], i);
+    load_y();
     wait_received();
     Operands v;
     load_v(v);
     const int width = s.width;
     int unit = (kLong ? kGroups * args.leaf_pieces : kGroups) * kStep;
-    int output = first_output();
-    const auto expand_unit = [&](bgmv::Words<kMTiles>(&held)[2]) {
+#pragma unroll 1
+    for (int output = first_output(); output < width; output += kUnitRows, ++unit) {
       copy_wait<kDepth - 1>();
       __syncwarp();
       const uint32_t at = place_of(unit);
@@ -622,20 +593,12 @@ struct PlainBlock {
           add_outputs<T, kMTiles>(y[e], held[e], sums, v.factors[e], e);
         }
       }
-      output += kUnitRows;
-      load_y(held, kAheadY);
+      if (output + kUnitRows >= width) break;
       column += kUnitRows;
       y[0] += kUnitRows, y[1] += kUnitRows;
+      load_y();
       __syncwarp();  // all lanes have read
       start_b(b, unit);
-      ++unit;
-    };
-#pragma unroll 1
-    while (output < width) {
-#pragma unroll
-      for (int i = 0; i < kAheadY; ++i) {
-        if (output < width) expand_unit(held[i]);
-      }
     }
   }
 

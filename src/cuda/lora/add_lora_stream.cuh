@@ -1,134 +1,114 @@
-// add_lora of float16 and bfloat16 on sm_90 where weights are many and rows of an adapter few: two kernels, shrink and
-// expand, each of which streams its weights with one block a multiprocessor. The arithmetic is that of
-// add_lora_ring.cuh, term by term.
+// add_lora of float16 and bfloat16 on sm_90 for batches of few rows an adapter that are bound by the bytes of the
+// weights. The arithmetic is that of add_lora_ring.cuh, term by term.
 //
-// The weights of all tiles and slices are one list, cut into equal parts whatever the ranks are. So no multiprocessor
-// has more to read than another, and each reads on from tile to tile: a ring of units in shared memory for each warp is
-// always filled. A block of either kernel takes half of a multiprocessor. The expand starts when the blocks of the
-// shrink have asked for the last of A, and asks for its first units of B while the shrink ends: memory never idles.
+// Clusters of two blocks, one block to a multiprocessor, take the tiles of all slices in order, each cluster as many as
+// make an equal part of the bytes. Of a tile a block takes half of the groups of leaves of K, a warp one of them, all
+// ranks after each other; and every other chunk of the outputs, of a unit of B for each warp.
 //
-// In between v is in a workspace, as the sums of groups of leaves of K: fragments of 16 ranks and 8 rows. Those of a
-// tile are next to each other, group after group; the expand adds them.
+// Four warps of a block do nothing but copy weights into rings in shared memory, each for two of the eight that
+// compute. They run on over the borders of tiles: A of the next tile is on its way while B of this one is multiplied,
+// and memory does not wait for the sums to meet.
 #pragma once
 
+#include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/add_lora_find.cuh"
 #include "src/cuda/lora/add_lora_plain.cuh"
 
 namespace punica::cuda::fused_lora::stream {
 
-inline constexpr int kWarps = 8;
-inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kUnits = 6;     // of a warp's ring
-inline constexpr int kGroups = 16;   // of leaves
+inline constexpr int kWarps = 8;      // that compute
+inline constexpr int kCopyWarps = 4;  // each for two of them
+inline constexpr int kThreads = 32 * (kWarps + kCopyWarps);
+inline constexpr int kBlocks = 2;                  // of a cluster
+inline constexpr int kPairBytes = 2 * kUnitBytes;  // a unit for each of two warps
+inline constexpr int kPairs = 12;                  // of a ring
+inline constexpr int kRingBytes = kCopyWarps * kPairs * kPairBytes;
 inline constexpr int kRecords = 32;  // tiles that a block knows at a time
-
-struct StreamArgs {
-  Args args;
-  float4* fragments;   // v
-  uint32_t max_items;  // fragments that there is room for
-  int experiment;
-};
+inline constexpr int kMaxTiles = 4;  // of 16 ranks
 
 // A tile of a slice.
 struct Record {
-  const void* weights;
-  int64_t stride;  // elements from row to row
-  int rank;
-  float scale;
-  int begin, width;     // columns of y
-  uint32_t first_item;  // of the shrink
+  Slice slice;
   int position, end;    // in `order`
   bool fast;            // see is_plain()
-  bool fits;            // v has room in the workspace, as it always has where segments do not overlap
   int rows[kTileRows];  // -1: none
 };
 
 struct Shared {
-  uint32_t first[kRecords], count[kRecords];  // of the records: items, or chunks
+  uint64_t received[2];
+  uint64_t full[kCopyWarps][kPairs], empty[kCopyWarps][kPairs];
+  uint32_t first[kRecords], count[kRecords];  // of the records: where they are in the sum of all weights
   Record records[kRecords];
-  uint2 warp_totals[kWarps];
+  uint32_t warp_totals[kWarps + kCopyWarps];
   int num_records;
-  float4 sums[2][kWarps][32];
+  uint32_t begin;
+  float4 parts[kMaxTiles][kWarps][32];     // v of each group of the block
+  float4 sums[2][kBlocks][kMaxTiles][32];  // of each block, of a tile and the next one
 };
 inline constexpr size_t kHeadBytes = (sizeof(Shared) + 127) / 128 * 128;
-inline constexpr size_t kSharedBytes = kHeadBytes + size_t{kWarps} * kUnits * kUnitBytes;
-static_assert(2 * (kSharedBytes + 1024) <= 228 * 1024, "both kernels fit a multiprocessor together");
+inline constexpr size_t kSharedBytes = kHeadBytes + kRingBytes;
+static_assert(kSharedBytes <= 227 * 1024);
 
-// An item of the shrink: a group of leaves and 16 ranks of a tile. A chunk of the expand: a unit of B for each warp.
-__device__ __forceinline__ uint32_t tile_items(int rank) { return kGroups << rank_tile_bits(rank); }
 __device__ __forceinline__ uint32_t tile_chunks(int rank, int width) {
   const int bits = 9 - rank_tile_bits(rank);
   return (static_cast<uint32_t>(width) + (1u << bits) - 1) >> bits;
 }
+// Units of a warp.
+__device__ __forceinline__ uint32_t tile_weight(const Args& args, int rank, int width) {
+  return (args.leaf_pieces * 8 << rank_tile_bits(rank)) + tile_chunks(rank, width);
+}
 
-// Part `number` of `parts` of `total` items begins here.
+// Those of B of a warp.
+__device__ __forceinline__ int own_units_of_b(int rank, int width, int block) {
+  return (static_cast<int>(tile_chunks(rank, width)) + kBlocks - 1 - block) / kBlocks;
+}
+
+// Part `number` of `parts` of `total` begins here.
 __device__ __forceinline__ uint32_t part_begin(uint32_t total, uint32_t number, uint32_t parts) {
   return static_cast<uint32_t>(uint64_t{total} * number / parts);
 }
 
-// Of the expand from L2: what stands in L1 may be older than the kernel before the shrink.
-template <bool kExpand, class E>
-__device__ __forceinline__ E load_table(const E* from) {
-  if constexpr (!kExpand) return *from;
-  return __ldcg(from);
-}
-
-// What there is to do for a slice of an adapter: items of each of its tiles, none where there is nothing.
+// What there is to do for a slice of an adapter.
 struct Entry {
   Slice slice;
-  uint32_t items, chunks;
+  uint32_t weight;  // of each of its tiles; 0: nothing to do
 };
-inline constexpr int kTableEntries = kWarps * kUnits * kUnitBytes / sizeof(Entry);
+inline constexpr int kTableEntries = kRingBytes / sizeof(Entry);
 
-template <class T, bool kExpand>
+template <class T>
 __device__ __forceinline__ Entry load_entry(const Args& args, int number, int adapter) {
   const int64_t at = number * args.num_adapters + adapter;
   Entry e = {};
-  const int64_t a = load_table<kExpand>(reinterpret_cast<const long long*>(args.a_ptr + at));
-  const int64_t b = load_table<kExpand>(reinterpret_cast<const long long*>(args.b_ptr + at));
-  e.slice.rank = load_table<kExpand>(args.ranks + (number * args.rank_stride + adapter));
-  e.slice.scale = load_table<kExpand>(args.scales + (number * args.scale_stride + adapter));
+  const int64_t a = args.a_ptr[at], b = args.b_ptr[at];
+  e.slice.rank = args.ranks[number * args.rank_stride + adapter];
+  e.slice.scale = args.scales[number * args.scale_stride + adapter];
   e.slice.begin = args.slice_begin[number];
   e.slice.width = args.slice_begin[number + 1] - e.slice.begin;
-  if (finish_slice<T>(args, a, b, &e.slice)) {
-    e.items = tile_items(e.slice.rank);
-    e.chunks = tile_chunks(e.slice.rank, e.slice.width);
-  }
+  if (finish_slice<T>(args, a, b, &e.slice)) e.weight = tile_weight(args, e.slice.rank, e.slice.width);
   return e;
 }
 
-// What a block has to do, and the tiles that it belongs to.
-template <class T, bool kExpand>
+// Finds the tiles of a cluster.
+template <class T>
 struct Finder {
-  const StreamArgs& stream;
+  const Args& args;
   Shared& shared;
   Entry* table;         // of all slices and adapters, where the rings are later
   bool has_table;       // it fits, and the rings are not there yet
   int each;             // segments of a thread
   Segment segment;      // the first one
   int rows[kTileRows];  // of its first tile
-  bool has_rows;
-  uint2 before, own;  // items and chunks, of the threads before this one, of this one
-  uint2 total;
+  uint32_t before, own, total;
 
   __device__ __forceinline__ int load_row(int position, int end) const {
-    return position < end ? load_table<kExpand>(stream.args.order + position) : -1;
+    return position < end ? args.order[position] : -1;
   }
   __device__ __forceinline__ Segment load(int j) const {
-    const Args& args = stream.args;
-    const int i = static_cast<int>(threadIdx.x) * each + j;
-    Segment s = {0, 0, -1, 0};
-    if (i < args.max_segments) {
-      s.start = load_table<kExpand>(args.segment_start + i);
-      s.end = load_table<kExpand>(args.segment_start + i + 1);
-      s.adapter = load_table<kExpand>(args.segment_adapter + i);
-    }
-    return s;
+    return load_segment<kTileRows>(args, static_cast<int>(threadIdx.x) * each + j, args.max_segments);
   }
-  // Calls visit(segment, entry) for all that have something to do of the thread's own segments, in order.
+  // Calls visit(segment, entry, whether it is the first segment) for all of the thread's segments and slices, in order.
   template <class Visit>
   __device__ __forceinline__ void walk(Visit visit) const {
-    const Args& args = stream.args;
 #pragma unroll 1
     for (int j = 0; j < each; ++j) {
       Segment s = segment;
@@ -140,26 +120,26 @@ struct Finder {
 #pragma unroll 1
       for (int number = 0; number < args.num_slices; ++number) {
         if (has_table) {
-          visit(s, table[number * args.num_adapters_32 + s.adapter]);
+          visit(s, table[number * args.num_adapters_32 + s.adapter], j == 0);
         } else {
-          visit(s, load_entry<T, kExpand>(args, number, s.adapter));
+          visit(s, load_entry<T>(args, number, s.adapter), j == 0);
         }
       }
     }
   }
 
   // By the whole block. What all adapters have is asked for together with the segments, if there are few adapters.
-  __device__ __forceinline__ void count() {
-    const Args& args = stream.args;
+  __device__ __forceinline__ void count(bool with_table) {
     each = (args.max_segments + kThreads - 1) / kThreads;
     segment = load(0);
-    has_table = args.num_adapters_32 <= kTableEntries / args.num_slices;
+    has_table = with_table && args.num_adapters_32 <= kTableEntries / args.num_slices;
+    if (!with_table) __syncthreads();  // the records before are read
     if (has_table) {
+      const uint32_t entries = args.num_slices * args.num_adapters_32;
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(args.num_slices * args.num_adapters_32); i += kThreads) {
+      for (uint32_t i = threadIdx.x; i < entries; i += kThreads) {
         const uint32_t number = args.num_slices == 1 ? 0 : i / args.num_adapters_32;
-        table[i] =
-            load_entry<T, kExpand>(args, static_cast<int>(number), static_cast<int>(i - number * args.num_adapters_32));
+        table[i] = load_entry<T>(args, static_cast<int>(number), static_cast<int>(i - number * args.num_adapters_32));
       }
     }
     cut_segment<kTileRows>(args, &segment);
@@ -167,385 +147,311 @@ struct Finder {
     for (int k = 0; k < kTileRows; ++k) {
       rows[k] = segment.tiles != 0 ? load_row(segment.start + k, segment.end) : -1;
     }
-    has_rows = each == 1;
+    if (threadIdx.x == 0) {
+      shared.num_records = 0;
+      shared.begin = UINT32_MAX;
+    }
     __syncthreads();
-    own = {0, 0};
-    walk([&](const Segment& s, const Entry& e) {
-      own.x += s.tiles * e.items;
-      own.y += s.tiles * e.chunks;
-    });
+    own = 0;
+    walk([&](const Segment& s, const Entry& e, bool) { own += s.tiles * e.weight; });
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint2 sum = {inclusive_sum(own.x, lane), inclusive_sum(own.y, lane)};
+    const uint32_t sum = inclusive_sum(own, lane);
     if (lane == 31) shared.warp_totals[warp] = sum;
-    if (threadIdx.x == 0) shared.num_records = 0;
     __syncthreads();
-    before = {sum.x - own.x, sum.y - own.y};
-    total = {0, 0};
+    before = sum - own;
+    total = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      const uint2 of_warp = shared.warp_totals[i];
-      if (i < warp) before.x += of_warp.x, before.y += of_warp.y;
-      total.x += of_warp.x, total.y += of_warp.y;
+    for (int i = 0; i < kWarps + kCopyWarps; ++i) {
+      const uint32_t of_warp = shared.warp_totals[i];
+      if (i < warp) before += of_warp;
+      total += of_warp;
     }
   }
 
-  // Writes the records of [from, to). There may be more than have room.
+  // Writes the records of tiles whose middle is in [from, to). There may be more than have room.
   __device__ __forceinline__ void publish(uint32_t from, uint32_t to) {
-    const uint32_t begin = kExpand ? before.y : before.x, end = begin + (kExpand ? own.y : own.x);
-    if (begin >= to || end <= from) return;
-    uint2 at = before;
-    walk([&](const Segment& s, const Entry& e) {
-      const Slice& slice = e.slice;
+    if (before >= to || before + own <= from) return;
+    uint32_t at = before;
+    walk([&](const Segment& s, const Entry& e, bool is_first) {
 #pragma unroll 1
-      for (uint32_t tile = 0; tile < s.tiles; ++tile, at.x += e.items, at.y += e.chunks) {
-        const uint32_t first = kExpand ? at.y : at.x, number = kExpand ? e.chunks : e.items;
-        if (number == 0 || first >= to || first + number <= from) continue;
+      for (uint32_t tile = 0; tile < s.tiles && e.weight != 0; ++tile, at += e.weight) {
+        const uint32_t middle = at + e.weight / 2;
+        if (middle < from || middle >= to) continue;
         const int i = atomicAdd(&shared.num_records, 1);
         if (i >= kRecords) continue;
-        shared.first[i] = first;
-        shared.count[i] = number;
+        atomicMin(&shared.begin, at);
+        shared.first[i] = at;
+        shared.count[i] = e.weight;
         Record& r = shared.records[i];
-        r.weights = kExpand ? slice.b : slice.a;
-        r.stride = kExpand ? slice.b_stride : stream.args.h_in;
-        r.rank = slice.rank;
-        r.scale = slice.scale;
-        r.begin = slice.begin;
-        r.width = slice.width;
-        r.first_item = at.x;
+        r.slice = e.slice;
         r.position = s.start + static_cast<int>(tile) * kTileRows;
         r.end = min(s.end, r.position + kTileRows);
-        r.fast = is_plain(stream.args, slice);
+        r.fast = is_plain(args, e.slice);
 #pragma unroll
         for (int k = 0; k < kTileRows; ++k) {
-          const int row = tile == 0 && has_rows ? rows[k] : load_row(r.position + k, r.end);
-          r.rows[k] = static_cast<unsigned>(row) < static_cast<unsigned>(stream.args.rows_32) ? row : -1;
+          const int row = tile == 0 && is_first ? rows[k] : load_row(r.position + k, r.end);
+          r.rows[k] = static_cast<unsigned>(row) < static_cast<unsigned>(args.rows_32) ? row : -1;
         }
-        r.fits = at.x + e.items <= stream.max_items;
       }
     });
   }
 
   // The records of [from, to), or of a part of it from its beginning on. By the whole block; returns the part's end.
-  // The table is gone then.
   __device__ __forceinline__ uint32_t find(uint32_t from, uint32_t to) {
     publish(from, to);
     __syncthreads();
     while (shared.num_records > kRecords) {
       to = from + max((to - from) / 2, 1u);
-      __syncthreads();
-      if (threadIdx.x == 0) shared.num_records = 0;
-      __syncthreads();
+      reset();
       publish(from, to);
       __syncthreads();
     }
-    has_table = false;
     return to;
+  }
+  __device__ __forceinline__ void reset() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.num_records = 0;
+      shared.begin = UINT32_MAX;
+    }
+    __syncthreads();
   }
 };
 
-// The record that an item belongs to. By a whole warp.
-__device__ __forceinline__ int record_of(const Shared& shared, uint32_t item, int lane) {
-  const bool here = lane < shared.num_records && item - shared.first[lane] < shared.count[lane];
+// The record at a place, or -1. By a whole warp.
+__device__ __forceinline__ int record_at(const Shared& shared, uint32_t at, int lane) {
+  const bool here = lane < shared.num_records && at == shared.first[lane];
   return __ffs(__ballot_sync(0xffffffffu, here)) - 1;
 }
 
-// ---- Shrink --------------------------------------------------------------------------------------------------------
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <Arch kArch, class T>
-struct ShrinkWarp {
-  const StreamArgs& stream;
+// The copies for two warps, unit after unit: those of A, a tile of ranks after the other, then those of B; tile after
+// tile.
+template <class T>
+struct Copier {
+  const Args& args;
   Shared& shared;
   uint32_t ring;
-  int lane;
+  int team, lane, block;
+  int slot = 0;
+  uint32_t parity = 1;
 
-  // Copies: of unit `unit` of item `item`.
-  uint32_t item, end;
-  int unit = 0;
-  uint32_t copy_at = 0;  // bytes into the ring
-  const char* from = nullptr;
-  int first_k = 0;  // of the group
-  uint32_t next_rows = 0, lower = 0;
-  uint32_t has = 0;
-  bool fast = true;
-
-  __device__ __forceinline__ void begin_item() {
-    const Args& args = stream.args;
-    const int i = record_of(shared, item, lane);
-    const Record& r = shared.records[i];
-    const uint32_t local = item - shared.first[i];
-    const int bits = rank_tile_bits(r.rank), q = static_cast<int>(local / kGroups), row = lane >> 3;
-    const int rank = bits == 0 ? plain_rank_of<0>(q, row) : plain_rank_of<1>(q, row);
-    const int step = bits == 0 ? 8 : 16;  // ranks between rows of A that are four apart in the unit
-    first_k = static_cast<int>(local % kGroups) * kPiece + 8 * (lane & 7);
-    from = static_cast<const char*>(r.weights) + 2 * (int64_t{rank} * args.h_in);
-    next_rows = 2 * step * args.h_in;
-    lower = 4 * args.h_in;
-    has = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (rank + (j & 1) * step + (j & 2) < r.rank && r.fits) has |= 1u << j;
-    }
-    fast = r.fast;
+  // Where the next pair of units has room.
+  __device__ __forceinline__ uint32_t wait_room() const {
+    hopper::barrier_wait(shared_address(&shared.empty[team][slot]), parity);
+    return ring + slot * kPairBytes;
   }
-  // Asks for the next unit, if there is one.
-  __device__ __forceinline__ void copy_next() {
-    if (item < end) {
-      if (unit == 0) begin_item();
-      const int k = first_k + (16 * (unit & 3) + 64 * (unit >> 2)) * kPiece;
-      const bool inside = k < stream.args.h_in;
-      const uint32_t to = ring + copy_at + 16 * place<3>(lane >> 3, lane & 7);
-      const char* const at = from + 2 * k;
-      if (fast) [[likely]] {
-        copy_16_if(to, at, inside && (has & 1) != 0);
-        copy_16_if(to + 512, at + next_rows, inside && (has & 2) != 0);
-        copy_16_if(to + 1024, at + lower, inside && (has & 4) != 0);
-        copy_16_if(to + 1536, at + (next_rows + lower), inside && (has & 8) != 0);
-      } else {
+  __device__ __forceinline__ void advance(bool copies) {
+    const uint32_t full = shared_address(&shared.full[team][slot]);
+    if (copies) {
+      hopper::barrier_arrive_copies(full);
+    } else {
+      hopper::barrier_arrive(full);
+    }
+    if (++slot == kPairs) slot = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ static void copy_slowly(uint32_t to, const char* from, int count) {
+    const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(from), count);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  }
+
+  __device__ __forceinline__ void copy_a(const Slice& s, bool fast) {
+    const int tiles = 1 << rank_tile_bits(s.rank), row = lane >> 3;
+    const int step = tiles == 1 ? 8 : 16;  // ranks between rows that are four apart in the unit
+    const int k = (block * kWarps + 2 * team) * kPiece + 8 * (lane & 7), rest = args.h_in - k;
+    const uint32_t step1 = 2 * step * args.h_in, step2 = 4 * args.h_in, lane_to = 16 * place<3>(row, lane & 7);
 #pragma unroll 1
-        for (int j = 0; j < 4; ++j) {
-          const char* const row = at + (j & 1) * int64_t{next_rows} + (j >> 1) * int64_t{lower};
-          const bool valid = inside && (has >> j & 1) != 0;
-          const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(valid ? row : at), valid ? 8 : 0);
-          asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + 512 * j), "r"(v.x), "r"(v.y), "r"(v.z),
-                       "r"(v.w)
-                       : "memory");
+    for (int q = 0; q < tiles; ++q) {
+      const int rank = tiles == 1 ? plain_rank_of<0>(q, row) : plain_rank_of<1>(q, row);
+      const char* const from = static_cast<const char*>(s.a) + 2 * (int64_t{rank} * args.h_in + k);
+      bool has[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) has[j] = rank + (j & 1) * step + (j & 2) < s.rank;
+#pragma unroll 1
+      for (int unit = 0; unit < 4 * args.leaf_pieces; ++unit) {
+        const int at = (16 * (unit & 3) + 64 * (unit >> 2)) * kPiece;
+        const uint32_t to = wait_room() + lane_to;
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          const bool inside = at + w * kPiece < rest;
+          const char* const base = from + 2 * (at + w * kPiece);
+          const uint32_t to_unit = to + w * kUnitBytes;
+          if (fast) [[likely]] {
+            copy_16_if(to_unit, base, inside && has[0]);
+            copy_16_if(to_unit + 512, base + step1, inside && has[1]);
+            copy_16_if(to_unit + 1024, base + step2, inside && has[2]);
+            copy_16_if(to_unit + 1536, base + (step1 + step2), inside && has[3]);
+          } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const bool there = inside && has[j];
+              copy_slowly(to_unit + 512 * j,
+                          there ? base + ((j & 1) * int64_t{step1} + (j >> 1) * int64_t{step2}) : from, there ? 8 : 0);
+            }
+          }
+        }
+        advance(fast);
+      }
+    }
+  }
+  __device__ __forceinline__ void copy_b(const Slice& s, bool fast) {
+    const int bits = rank_tile_bits(s.rank), piece_bits = 1 + bits;
+    const int row = lane >> piece_bits, piece = lane & ((1 << piece_bits) - 1), outputs = 64 >> bits;
+    const int first = (block * kWarps + 2 * team) * outputs + row;
+    const int64_t row_bytes = 2 * s.b_stride;
+    const char* from = static_cast<const char*>(s.b) + (first * row_bytes + 16 * piece);
+    const int copy_rows = 32 >> piece_bits, columns = min(s.rank - 8 * piece, 8);
+    const int64_t copy_step = row_bytes << (5 - piece_bits);
+    const uint32_t lane_to = 16 * (bits == 0   ? place<1>(row, piece)
+                                   : bits == 1 ? place<2>(row, piece)
+                                               : place<3>(row, piece));
+    // With two pieces a row the swizzle of every other copy is turned too.
+    const uint32_t turn = bits == 0 ? 64 : 0;
+    int rest = columns > 0 ? s.width - first : 0;
+    const int units = own_units_of_b(s.rank, s.width, block);
+#pragma unroll 1
+    for (int unit = 0; unit < units; ++unit) {
+      const uint32_t to = wait_room() + lane_to;
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t to_unit = to + w * kUnitBytes;
+        const char* at = from + w * 4 * copy_step;
+#pragma unroll
+        for (int j = 0; j < 4; ++j, at += copy_step) {
+          const uint32_t to_row = ((j & 1) != 0 ? to_unit ^ turn : to_unit) + 512 * j;
+          const bool there = rest > (4 * w + j) * copy_rows;
+          if (fast) [[likely]] {
+            copy_16_if(to_row, at, there);
+          } else {
+            copy_slowly(to_row, there ? at : from, there ? columns : 0);
+          }
         }
       }
-      copy_at = copy_at + kUnitBytes == kUnits * kUnitBytes ? 0 : copy_at + kUnitBytes;
-      if (++unit == 4 * stream.args.leaf_pieces) {
-        unit = 0;
-        item += kWarps;
-      }
+      from += copy_step * (4 * kWarps * kBlocks);
+      rest -= outputs * kWarps * kBlocks;
+      advance(fast);
     }
-    copy_commit();
   }
+  // All tiles of the records, from the one at `at` on.
+  __device__ __forceinline__ void run(uint32_t at) {
+#pragma unroll 1
+    for (int i = record_at(shared, at, lane); i >= 0; i = record_at(shared, at, lane)) {
+      const Record& r = shared.records[i];
+      copy_a(r.slice, r.fast);
+      copy_b(r.slice, r.fast);
+      at += shared.count[i];
+    }
+  }
+};
 
-  // x: for the four units from unit 4 * x_step of item x_item on.
-  uint32_t x_item;
-  int x_step = 0;
+// x, four units ahead of the products.
+template <class T>
+struct Rows {
+  const Args& args;
+  const Shared& shared;
+  int warp, lane, block;
+
+  uint32_t next_tile;
+  int left = 0;  // times that the row is read
+  int step = 0;  // pieces of a leaf
   const T* x = nullptr;
-  int x_k = 0;
-  bool has_x = false;
+  bool has = false;
 
-  __device__ __forceinline__ void begin_x() {
-    if (x_item >= end) {
-      has_x = false;
-      return;
-    }
-    const int i = record_of(shared, x_item, lane), g = lane >> 2;
+  __device__ __forceinline__ void advance() {
+    if (left > 0 && ++step < args.leaf_pieces) return;
+    step = 0;
+    if (--left > 0) return;
+    const int i = record_at(shared, next_tile, lane);
+    has = false;
+    left = 1;
+    if (i < 0) return;
+    next_tile += shared.count[i];
     const Record& r = shared.records[i];
-    const int group = static_cast<int>((x_item - shared.first[i]) % kGroups), row = r.rows[g];
-    has_x = row >= 0;
-    x_k = group * kPiece + 8 * (lane & 3);
-    x = reinterpret_cast<const T*>(static_cast<const char*>(stream.args.x) +
-                                   int64_t{has_x ? row : 0} * stream.args.x_row_bytes);
+    left = 1 << rank_tile_bits(r.slice.rank);
+    const int row = r.rows[lane >> 2];
+    has = row >= 0;
+    x = reinterpret_cast<const T*>(static_cast<const char*>(args.x) + int64_t{has ? row : 0} * args.x_row_bytes) +
+        ((block * kWarps + warp) * kPiece + 8 * (lane & 3));
   }
-  __device__ __forceinline__ void load_x(bgmv::Words<4> (&to)[2], int i) const {
-    const int k = x_k + (16 * i + 64 * x_step) * kPiece;
+  __device__ __forceinline__ void load(bgmv::Words<4> (&to)[2], int i) const {
+    const int k = (16 * i + 64 * step) * kPiece;
+    const int rest = args.h_in - ((block * kWarps + warp) * kPiece + 8 * (lane & 3));
 #pragma unroll
-    for (int c = 0; c < 2; ++c) to[c] = bgmv::load_if(has_x && k + 32 * c < stream.args.h_in, x + k + 32 * c);
+    for (int c = 0; c < 2; ++c) to[c] = bgmv::load_if(has && k + 32 * c < rest, x + k + 32 * c);
   }
-  __device__ __forceinline__ void advance_x() {
-    if (++x_step == stream.args.leaf_pieces) {
-      x_step = 0;
-      x_item += kWarps;
-      begin_x();
-    }
+};
+
+template <Arch kArch, class T>
+struct Block {
+  const Args& args;
+  Shared& shared;
+  uint32_t ring;
+  int warp, lane, block;
+  int slot = 0;  // of the ring
+  uint32_t parity = 0;
+  uint32_t number = 0;  // of tiles so far
+
+  __device__ __forceinline__ uint32_t wait_unit() const {
+    hopper::barrier_wait(shared_address(&shared.full[warp >> 1][slot]), parity);
+    return ring + slot * kPairBytes;
+  }
+  __device__ __forceinline__ void release_unit() {
+    __syncwarp();  // all lanes have read
+    if (lane == 0) hopper::barrier_arrive(shared_address(&shared.empty[warp >> 1][slot]));
+    if (++slot == kPairs) slot = 0, parity ^= 1;
   }
 
-  __device__ __forceinline__ void start(uint32_t begin, uint32_t to) {
-    item = begin, end = to;
+  // The group's sums of all ranks of the tile, to shared.parts.
+  __device__ __forceinline__ void shrink(const Record& r, Rows<T>& rows, bgmv::Words<4> (&xs)[4][2]) {
+    const int g = lane >> 2, t = lane & 3, tiles = 1 << rank_tile_bits(r.slice.rank);
 #pragma unroll 1
-    for (int i = 0; i < kUnits; ++i) copy_next();
-  }
-  // When rows are known.
-  __device__ __forceinline__ void run(uint32_t begin) {
-    x_item = begin;
-    begin_x();
-    bgmv::Words<4> xs[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_x(xs[i], i);
-    const int g = lane >> 2, t = lane & 3;
-    uint32_t read_at = ring + 16 * place<3>(g, t);
-    const uint32_t ring_end = read_at + kUnits * kUnitBytes;
-#pragma unroll 1
-    for (uint32_t at = begin; at < end; at += kWarps) {
+    for (int q = 0; q < tiles; ++q) {
       float sums[4][4] = {};
 #pragma unroll 1
-      for (int step = 0; step < stream.args.leaf_pieces; ++step) {
-        advance_x();
+      for (int step = 0; step < args.leaf_pieces; ++step) {
+        rows.advance();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          copy_wait<kUnits - 1>();
-          __syncwarp();
-          const uint4 upper0 = load_shared_16(read_at), upper1 = load_shared_16(read_at ^ 64);
-          const uint4 lower0 = load_shared_16(read_at + 1024), lower1 = load_shared_16((read_at ^ 64) + 1024);
+          const uint32_t at = wait_unit() + 16 * place<3>(g, t);
+          const uint4 upper0 = load_shared_16(at), upper1 = load_shared_16(at ^ 64);
+          const uint4 lower0 = load_shared_16(at + 1024), lower1 = load_shared_16((at ^ 64) + 1024);
           const bgmv::Words<4>(&xi)[2] = xs[i];
           mma_m16n8k16<T>(sums[i], {upper0.x, lower0.x, upper0.y, lower0.y}, {xi[0].values[0], xi[0].values[1]});
           mma_m16n8k16<T>(sums[i], {upper0.z, lower0.z, upper0.w, lower0.w}, {xi[0].values[2], xi[0].values[3]});
           mma_m16n8k16<T>(sums[i], {upper1.x, lower1.x, upper1.y, lower1.y}, {xi[1].values[0], xi[1].values[1]});
           mma_m16n8k16<T>(sums[i], {upper1.z, lower1.z, upper1.w, lower1.w}, {xi[1].values[2], xi[1].values[3]});
-          load_x(xs[i], i);
-          __syncwarp();  // all lanes have read
-          copy_next();
-          read_at += kUnitBytes;
-          if (read_at == ring_end) read_at -= kUnits * kUnitBytes;
+          rows.load(xs[i], i);
+          release_unit();
         }
       }
       const auto sum = [&](int i) { return float4{sums[i][0], sums[i][1], sums[i][2], sums[i][3]}; };
-      const float4 group = ((sum(0) + sum(1)) + sum(2)) + sum(3);
-      const int i = record_of(shared, at, lane);
-      const Record& r = shared.records[i];
-      if (2 * t < r.end - r.position && r.fits) {
-        stream.fragments[(r.first_item + (at - shared.first[i])) * 32 + t * 8 + g] = group;
-      }
+      if (2 * t < r.end - r.position) shared.parts[q][warp][lane] = ((sum(0) + sum(1)) + sum(2)) + sum(3);
     }
   }
-};
 
-template <Arch kArch, class T>
-__global__ void __launch_bounds__(kThreads, 2) add_lora_shrink_kernel(const __grid_constant__ StreamArgs stream) {
-  if constexpr (kCompiled<kArch>) {
-    extern __shared__ __align__(128) unsigned char memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const Args& args = stream.args;
-    const uint32_t warp = threadIdx.x / 32;
-    bool waited = !args.early_reads;
-    if (waited) grid_dependency_wait<kArch>();
-    // Everything before this kernel has ended: see the expand.
-    if (waited) launch_dependents<kArch>();
-    Finder<T, false> finder = {stream, shared, reinterpret_cast<Entry*>(memory + kHeadBytes)};
-    finder.count();
-    uint32_t at = part_begin(finder.total.x, blockIdx.x, gridDim.x);
-    const uint32_t end = part_begin(finder.total.x, blockIdx.x + 1, gridDim.x);
-#pragma unroll 1
-    while (at < end) {
-      const uint32_t to = finder.find(at, end);
-      ShrinkWarp<kArch, T> work = {stream, shared, shared_address(memory + kHeadBytes) + warp * (kUnits * kUnitBytes),
-                                   static_cast<int>(threadIdx.x % 32)};
-      // Neighbouring groups at a time: whole runs of A.
-      const uint32_t begin = at + warp;
-      work.start(begin, to);
-      if (!waited) {
-        grid_dependency_wait<kArch>();
-        waited = true;
-        launch_dependents<kArch>();
-      }
-      work.run(begin);
-      at = to;
-      if (at < end) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared.num_records = 0;
-        __syncthreads();
-      }
-    }
-    if (!waited) grid_dependency_wait<kArch>();
-    copy_wait<0>();
-  }
-}
-
-// From L2, for the same reason.
-template <int kWords>
-__device__ __forceinline__ bgmv::Words<kWords> load_y_words(const void* from) {
-  bgmv::Words<kWords> r;
-  if constexpr (kWords == 4) {
-    const uint4 v = __ldcg(static_cast<const uint4*>(from));
-    r.values[0] = v.x, r.values[1] = v.y, r.values[2] = v.z, r.values[3] = v.w;
-  } else if constexpr (kWords == 2) {
-    const uint2 v = __ldcg(static_cast<const uint2*>(from));
-    r.values[0] = v.x, r.values[1] = v.y;
-  } else {
-    r.values[0] = __ldcg(static_cast<const unsigned*>(from));
-  }
-  return r;
-}
-
-// ---- Expand --------------------------------------------------------------------------------------------------------
-
-template <Arch kArch, class T>
-struct ExpandWarp {
-  const StreamArgs& stream;
-  Shared& shared;
-  uint32_t ring;
-  int warp, lane;
-
-  // Copies.
-  uint32_t chunk, end;
-  uint32_t record_end = 0;
-  uint32_t copy_at = 0;
-  const char* from = nullptr;
-  int64_t unit_step = 0;  // bytes
-  uint32_t copy_step = 0, to_first = 0, turn = 0;
-  int rest = 0, unit_rows = 0, copy_rows = 0, columns = 0;
-  bool fast = true;
-
-  __device__ __forceinline__ void begin_record() {
-    const int i = record_of(shared, chunk, lane);
-    const Record& r = shared.records[i];
-    record_end = shared.first[i] + shared.count[i];
-    const int bits = rank_tile_bits(r.rank), piece_bits = 1 + bits;
-    const int row = lane >> piece_bits, piece = lane & ((1 << piece_bits) - 1);
-    const int outputs = 64 >> bits;
-    const int first = (static_cast<int>(chunk - shared.first[i]) * kWarps + warp) * outputs + row;
-    const int64_t row_bytes = 2 * r.stride;
-    from = static_cast<const char*>(r.weights) + (first * row_bytes + 16 * piece);
-    unit_rows = outputs * kWarps;
-    unit_step = row_bytes * unit_rows;
-    copy_rows = 32 >> piece_bits;
-    copy_step = static_cast<uint32_t>(row_bytes) << (5 - piece_bits);
-    to_first = 16 * (bits == 0 ? place<1>(row, piece) : bits == 1 ? place<2>(row, piece) : place<3>(row, piece));
-    // With two pieces a row the swizzle of every other copy is turned too.
-    turn = bits == 0 ? 64 : 0;
-    columns = r.rank - 8 * piece;
-    rest = columns > 0 && r.fits ? r.width - first : 0;
-    fast = r.fast;
-  }
-  __device__ __forceinline__ void copy_next() {
-    if (chunk < end) {
-      if (chunk >= record_end) begin_record();
-      const uint32_t to = ring + copy_at + to_first, turned = to ^ turn;
-      if (fast) [[likely]] {
-        copy_16_if(to, from, rest > 0);
-        copy_16_if(turned + 512, from + copy_step, rest > copy_rows);
-        copy_16_if(to + 1024, from + 2 * copy_step, rest > 2 * copy_rows);
-        copy_16_if(turned + 1536, from + 3 * copy_step, rest > 3 * copy_rows);
-      } else {
-        const int64_t step = unit_step / (unit_rows / copy_rows);
-#pragma unroll 1
-        for (int j = 0; j < 4; ++j) {
-          const bool valid = rest > j * copy_rows;
-          const uint4 v = load_eight_words(reinterpret_cast<const uint16_t*>(valid ? from + j * step : from),
-                                           valid ? min(columns, 8) : 0);
-          asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(((j & 1) != 0 ? turned : to) + 512 * j),
-                       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                       : "memory");
-        }
-      }
-      from += unit_step;
-      rest -= unit_rows;
-      copy_at = copy_at + kUnitBytes == kUnits * kUnitBytes ? 0 : copy_at + kUnitBytes;
-      ++chunk;
-    }
-    copy_commit();
-  }
-  __device__ __forceinline__ void start(uint32_t begin, uint32_t to) {
-    chunk = begin, end = to, record_end = begin;
-#pragma unroll 1
-    for (int i = 0; i < kUnits; ++i) copy_next();
+  // Sends the block's part of v to both blocks.
+  __device__ __forceinline__ void send(const Record& r) {
+    const int bits = rank_tile_bits(r.slice.rank), n = r.end - r.position;
+    const uint32_t barrier = shared_address(&shared.received[number & 1]);
+    if (threadIdx.x == 0) hopper::barrier_expect(barrier, (kBlocks * 16 * 8 << bits) * ((n + 1) / 2));
+    hopper::named_barrier_sync(1, 32 * kWarps);
+    const int q = warp >> (3 - bits), peer = warp & ((8 >> bits) - 1);
+    if (peer >= kBlocks || 2 * (lane & 3) >= n) return;
+    const auto part = [&](int i) { return shared.parts[q][i][lane]; };
+    const float4 sum = ((part(0) + part(1)) + (part(2) + part(3))) + ((part(4) + part(5)) + (part(6) + part(7)));
+    hopper::store_async(hopper::remote_address(shared_address(&shared.sums[number & 1][block][q][lane]), peer), sum,
+                        hopper::remote_address(barrier, peer));
   }
 
-  uint32_t read_at = 0;  // bytes into the ring
-
-  // Chunks [at, to) of tile i.
   template <int kTileBits>
-  __device__ __forceinline__ void run_tile(int i, uint32_t at, uint32_t to, int turn_of_sums, bool& waited) {
+  __device__ __forceinline__ void expand(const Record& r) {
     constexpr int kMTiles = 4 >> kTileBits, kCount = 2 * kMTiles, kOutputs = 64 >> kTileBits;
-    constexpr int kUnitRows = kOutputs * kWarps, kTiles = 1 << kTileBits, kShareBits = 3 - kTileBits;
+    constexpr int kUnitRows = kOutputs * kWarps * kBlocks, kTiles = 1 << kTileBits;
     constexpr int kAheadY = kTileBits == 0 ? 2 : 4;
-    const Args& args = stream.args;
-    const Record& r = shared.records[i];
-    const int g = lane >> 2, t = lane & 3, width = r.width, rank = r.rank;
-    int column = (static_cast<int>(at - shared.first[i]) * kWarps + warp) * kOutputs + kCount * g;
+    const int g = lane >> 2, t = lane & 3, width = r.slice.width;
+    int column = (block * kWarps + warp) * kOutputs + kCount * g;
     T* y[2];
     bool has_row[2];
 #pragma unroll
@@ -553,136 +459,140 @@ struct ExpandWarp {
       const int row = r.rows[2 * t + e];
       has_row[e] = row >= 0;
       y[e] = reinterpret_cast<T*>(static_cast<char*>(args.y) + int64_t{has_row[e] ? row : 0} * args.y_row_bytes) +
-             (r.begin + column);
+             (r.slice.begin + column);
     }
     bgmv::Words<kMTiles> held[kAheadY][2];
-    uint32_t y_chunk = at;
-    const auto load_y = [&](bgmv::Words<kMTiles>(&to_y)[2], int ahead) {
+    const auto load_y = [&](bgmv::Words<kMTiles>(&to)[2], int ahead) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (has_row[e] && y_chunk < to && column + ahead * kUnitRows < width) {
-          to_y[e] = load_y_words<kMTiles>(y[e] + ahead * kUnitRows);
+        if (has_row[e] && column + ahead * kUnitRows < width) {
+          to[e] = *reinterpret_cast<const bgmv::Words<kMTiles>*>(y[e] + ahead * kUnitRows);
         }
       }
-      ++y_chunk;
     };
 #pragma unroll
-    for (int j = 0; j < kAheadY; ++j) load_y(held[j], j);
-    if (!waited) {
-      grid_dependency_wait<kArch>();
-      waited = true;
-    }
-    // v: a warp adds up a share of the groups of 16 ranks.
-    {
-      const int q = warp >> kShareBits, share = warp & ((1 << kShareBits) - 1);
-      constexpr int kEach = kGroups >> kShareBits;
-      const bool there = 2 * t < r.end - r.position && r.fits;
-      const float4* const first = stream.fragments + (r.first_item + q * kGroups + share * kEach) * 32 + t * 8 + g;
-      float4 parts[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) parts[j] = there ? __ldcg(first + j * 32) : float4{0, 0, 0, 0};
-#pragma unroll
-      for (int n = kEach / 2; n > 0; n /= 2) {
-#pragma unroll
-        for (int j = 0; j < n; ++j) parts[j] = parts[2 * j] + parts[2 * j + 1];
-      }
-      shared.sums[turn_of_sums][warp][lane] = parts[0];
-    }
-    __syncthreads();
+    for (int i = 0; i < kAheadY; ++i) load_y(held[i], i);
+    hopper::barrier_wait(shared_address(&shared.received[number & 1]), number >> 1 & 1);
     PlainOperands<kTiles> operands;
     {
       float4 v[kTiles];
+      const bool there = 2 * t < r.end - r.position;
 #pragma unroll
       for (int q = 0; q < kTiles; ++q) {
-        float4 parts[1 << kShareBits];
-#pragma unroll
-        for (int j = 0; j < 1 << kShareBits; ++j) parts[j] = shared.sums[turn_of_sums][(q << kShareBits) + j][lane];
-#pragma unroll
-        for (int n = (1 << kShareBits) / 2; n > 0; n /= 2) {
-#pragma unroll
-          for (int j = 0; j < n; ++j) parts[j] = parts[2 * j] + parts[2 * j + 1];
-        }
-        v[q] = parts[0];
+        const uint32_t at = shared_address(&shared.sums[number & 1][0][q][lane]);
+        v[q] = load_fragment(at, there) + load_fragment(at + kMaxTiles * kFragment, there);
       }
-      make_operands<T, kTileBits>(v, rank, r.scale, lane, operands);
+      make_operands<T, kTileBits>(v, r.slice.rank, r.slice.scale, lane, operands);
     }
-    const auto expand_unit = [&](bgmv::Words<kMTiles>(&before)[2]) {
-      copy_wait<kUnits - 1>();
-      __syncwarp();
-      float sums[kMTiles][4] = {};
-      multiply_unit<T, kTileBits>(ring + read_at, lane, operands, sums);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (has_row[e] && column < width) add_outputs<T, kMTiles>(y[e], before[e], sums, operands.factors[e], e);
-      }
-      load_y(before, kAheadY);
-      column += kUnitRows;
-      y[0] += kUnitRows, y[1] += kUnitRows;
-      __syncwarp();  // all lanes have read
-      copy_next();
-      read_at = read_at + kUnitBytes == kUnits * kUnitBytes ? 0 : read_at + kUnitBytes;
-      ++at;
-    };
+    int left = own_units_of_b(r.slice.rank, width, block);
 #pragma unroll 1
-    while (at < to) {
+    while (left > 0) {
 #pragma unroll
-      for (int j = 0; j < kAheadY; ++j) {
-        if (at < to) expand_unit(held[j]);
+      for (int i = 0; i < kAheadY; ++i) {
+        if (left <= 0) break;
+        float sums[kMTiles][4] = {};
+        multiply_unit<T, kTileBits>(wait_unit(), lane, operands, sums);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (has_row[e] && column < width) add_outputs<T, kMTiles>(y[e], held[i][e], sums, operands.factors[e], e);
+        }
+        load_y(held[i], kAheadY);
+        column += kUnitRows;
+        y[0] += kUnitRows, y[1] += kUnitRows;
+        release_unit();
+        --left;
       }
     }
   }
 
-  // By the whole block.
-  __device__ __forceinline__ void run(uint32_t begin, bool& waited) {
-    int turn_of_sums = 0;
+  // All tiles of the records, from the one at `begin` on.
+  __device__ __forceinline__ void run(uint32_t begin) {
+    Rows<T> rows = {args, shared, warp, lane, block, begin};
+    bgmv::Words<4> xs[4][2];
+    rows.advance();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.load(xs[i], i);
+    uint32_t at = begin;
 #pragma unroll 1
-    for (uint32_t at = begin; at < end;) {
-      const int i = record_of(shared, at, lane);
-      const uint32_t to = min(end, shared.first[i] + shared.count[i]);
-      const int rank = shared.records[i].rank;
-      if (rank <= 16) {
-        run_tile<0>(i, at, to, turn_of_sums, waited);
-      } else if (rank <= 32) {
-        run_tile<1>(i, at, to, turn_of_sums, waited);
+    for (int i = record_at(shared, at, lane); i >= 0; i = record_at(shared, at, lane), ++number) {
+      const Record& r = shared.records[i];
+      shrink(r, rows, xs);
+      send(r);
+      if (r.slice.rank <= 16) {
+        expand<0>(r);
+      } else if (r.slice.rank <= 32) {
+        expand<1>(r);
       } else {
-        run_tile<2>(i, at, to, turn_of_sums, waited);
+        expand<2>(r);
       }
-      turn_of_sums ^= 1;
-      at = to;
+      at += shared.count[i];
     }
   }
 };
 
-// Starts when all blocks of the shrink have seen the kernels before that end. So nothing but v is still to be written,
-// and all else may be read before the wait, whether reads are early or not.
+#endif
+
+// The records of the cluster's tiles from `at` on, or of all: returns where they end, and where all end. What it knows
+// is found anew each time, not kept: it takes registers.
+template <class T>
+__device__ __noinline__ uint2 find_tiles(const Args& args, Shared& shared, Entry* table, uint32_t at, bool first) {
+  Finder<T> finder = {args, shared, table};
+  finder.count(first);
+  const uint32_t cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
+  const uint32_t end = part_begin(finder.total, cluster + 1, clusters);
+  return {finder.find(first ? part_begin(finder.total, cluster, clusters) : at, end), end};
+}
+
 template <Arch kArch, class T>
-__global__ void __launch_bounds__(kThreads, 2) add_lora_expand_kernel(const __grid_constant__ StreamArgs stream) {
-  if constexpr (kCompiled<kArch>) {
+__global__ void __launch_bounds__(kThreads, 1) add_lora_stream_kernel(const __grid_constant__ Args args) {
+  if constexpr (kArch == Arch::kSm90 && kCompiled<kArch>) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    bool waited = false;
-    Finder<T, true> finder = {stream, shared, reinterpret_cast<Entry*>(memory + kHeadBytes)};
-    finder.count();
-    uint32_t at = part_begin(finder.total.y, blockIdx.x, gridDim.x);
-    const uint32_t end = part_begin(finder.total.y, blockIdx.x + 1, gridDim.x);
-    launch_dependents<kArch>();
+    if (args.early_reads) launch_dependents<kArch>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, number = static_cast<int>(blockIdx.x % kBlocks);
+    if (warp >= kWarps) {
+      const int team = warp - kWarps;
+      if (lane < kPairs) {
+        hopper::barrier_init(shared_address(&shared.full[team][lane]), 32);
+        hopper::barrier_init(shared_address(&shared.empty[team][lane]), 2);
+      }
+      if (team == 0 && lane < 2) hopper::barrier_init(shared_address(&shared.received[lane]), 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for below
+    bool waited = !args.early_reads;
+    if (waited) grid_dependency_wait<kArch>();
+    Entry* const table = reinterpret_cast<Entry*>(memory + kHeadBytes);
+    const uint32_t rings = shared_address(table);
+    uint2 range = find_tiles<T>(args, shared, table, 0, true);
+    if (waited) launch_dependents<kArch>();
+    if (warp >= kWarps) {
+      Copier<T> copier = {args, shared, rings + (warp - kWarps) * (kPairs * kPairBytes), warp - kWarps, lane, number};
 #pragma unroll 1
-    while (at < end) {
-      const uint32_t to = finder.find(at, end);
-      const int warp = threadIdx.x / 32;
-      ExpandWarp<kArch, T> work = {stream, shared, shared_address(memory + kHeadBytes) + warp * (kUnits * kUnitBytes),
-                                   warp, static_cast<int>(threadIdx.x % 32)};
-      work.start(at, to);
-      work.run(at, waited);
-      at = to;
-      if (at < end) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared.num_records = 0;
-        __syncthreads();
+      while (true) {
+        copier.run(shared.begin);
+        if (range.x >= range.y) break;
+        range = find_tiles<T>(args, shared, table, range.x, false);
+      }
+      if (!waited) grid_dependency_wait<kArch>();
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      copy_wait<0>();
+    } else {
+      if (!waited) grid_dependency_wait<kArch>();
+      // Before the first send: the other block's barriers are initialised.
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      Block<kArch, T> block = {args, shared, rings + (warp >> 1) * (kPairs * kPairBytes) + (warp & 1) * kUnitBytes,
+                               warp, lane,   number};
+#pragma unroll 1
+      while (true) {
+        block.run(shared.begin);
+        if (range.x >= range.y) break;
+        range = find_tiles<T>(args, shared, table, range.x, false);
       }
     }
-    if (!waited) grid_dependency_wait<kArch>();
-    copy_wait<0>();
+#endif
   }
 }
 
