@@ -103,9 +103,6 @@ void probe(const Work& work) {
   const int64_t segments = static_cast<int64_t>(adapter.size());
   start.push_back(static_cast<int32_t>(work.rows));
   end.assign(start.begin() + 1, start.end());
-  constexpr int64_t kTmpBytes = 64 << 20;
-  uint16_t* const tmp = numbers(kTmpBytes / 2);
-  memory.push_back(tmp);
   auto* const a_device = on_device(a_ptr);
   auto* const b_device = on_device(b_ptr);
   auto* const index_device = on_device(index);
@@ -132,7 +129,6 @@ void probe(const Work& work) {
     p.batch.segment_start = view(start_device, DType::kInt32, {segments + 1});
     for (int s = 0; s < slices; ++s) p.slice_offsets[s + 1] = p.slice_offsets[s] + work.widths[s];
     p.layer_idx = set;
-    p.tmp = view(tmp, DType::kUInt8, {kTmpBytes});
     if (work.slot > 0) {
       p.b_row_stride = work.slot;
       p.a_layer_stride = work.slot * work.h_in;

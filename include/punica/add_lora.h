@@ -86,10 +86,6 @@ struct AddLoraParams {
   // it, but a row's bits do not depend on it.
   int64_t max_rank = kMaxLoraRank;
 
-  // uint8 [bytes], aligned to 16 bytes. Where there is one of add_lora_tmp_size() bytes or more, some shapes are faster;
-  // the bits are the same. The CPU needs none.
-  std::optional<TensorView> tmp;
-
   int num_slices() const { return static_cast<int>(a_ptr.shape[0]); }
   int64_t num_adapters() const { return a_ptr.shape[1]; }
   int64_t max_segments() const { return batch.segment_adapter.shape[0]; }

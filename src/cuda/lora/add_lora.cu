@@ -69,10 +69,6 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   args.width = static_cast<int>(p.y.shape[1]);
   args.rows_32 = static_cast<int>(args.rows);
   args.num_adapters_32 = static_cast<int>(std::min<int64_t>(args.num_adapters, INT32_MAX));
-  if (p.tmp) {
-    args.workspace = p.tmp->data;
-    args.workspace_bytes = p.tmp->shape[0];
-  }
   args.early_reads = context.early_reads;
   args.x_vectors = rows_aligned(p.x);
   args.y_vectors = rows_aligned(p.y);
@@ -83,7 +79,6 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
   return on_device("add_lora", p.y.device, context, [&](const Launcher& launcher) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
     if (fused_lora::is_tiles(launcher, args)) return fused_lora::launch_tiles(launcher, p.y.dtype, args);
-    if (fused_lora::is_stream(launcher, args)) return fused_lora::launch_stream(launcher, p.y.dtype, args);
     args.team_bits = team_bits(launcher, args);
     return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
                                         : fused_lora::launch_ring_bfloat16(launcher, args);

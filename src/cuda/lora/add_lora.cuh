@@ -43,9 +43,6 @@ struct Args {
   int slice_begin[kMaxLoraSlices + 1];
   bool early_reads;
   bool x_vectors, y_vectors;  // rows start at multiples of 16 bytes
-  // Where there is one: of the two kernels of add_lora_stream.cuh.
-  void* workspace;
-  int64_t workspace_bytes;
 };
 
 // Enough tiles of n rows for segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most m.
@@ -60,9 +57,6 @@ Status launch_ring_float16(const Launcher& launcher, const Args& args);
 Status launch_ring_bfloat16(const Launcher& launcher, const Args& args);
 bool is_tiles(const Launcher& launcher, const Args& args);
 Status launch_tiles(const Launcher& launcher, DType dtype, const Args& args);
-bool is_stream(const Launcher& launcher, const Args& args);
-Status launch_stream(const Launcher& launcher, DType dtype, const Args& args);
-int64_t stream_workspace_bytes(const Args& args);
 Status launch_float32(const Launcher& launcher, const Args& args);
 
 // ---- The rows of a block -------------------------------------------------------------------------------------------

@@ -88,128 +88,6 @@ __device__ __forceinline__ uint2 split_two(float v0, float v1) {
   return r;
 }
 
-// Row g of a tile of 16 ranks is this rank, row g + 8 the one two behind it.
-template <int kTileBits>
-__device__ __forceinline__ int plain_rank_of(int tile, int g) {
-  return kTileBits == 0 ? (g >> 1) * 4 + (g & 1) : 32 * (tile >> 1) + 4 * (tile & 1) + (g >> 1) * 8 + (g & 1);
-}
-
-// v as operands: words 2q and 2q + 1 of tile q.
-template <int kTiles>
-struct PlainOperands {
-  uint32_t high[2 * kTiles], low[2 * kTiles];
-  float factors[2];
-};
-
-// Of the sums of the shrink, which `v` holds as fragments.
-template <class T, int kTileBits>
-__device__ __forceinline__ void make_operands(float4 (&v)[1 << kTileBits], int rank, float scale, int lane,
-                                              PlainOperands<1 << kTileBits>& o) {
-  constexpr int kTiles = 1 << kTileBits;
-  const int g = lane >> 2;
-  o.factors[0] = o.factors[1] = scale;
-#pragma unroll
-  for (int q = 0; q < kTiles; ++q) {
-    // What stands behind A in the sums may be anything.
-    const int r = plain_rank_of<kTileBits>(q, g);
-    if (r >= rank) v[q].x = v[q].y = 0;
-    if (r + 2 >= rank) v[q].z = v[q].w = 0;
-  }
-  if constexpr (std::is_same_v<T, __half>) {
-    float largest[2] = {};
-    const auto size = [](float value) { return isfinite(value) ? fabsf(value) : 0.0f; };
-#pragma unroll
-    for (int q = 0; q < kTiles; ++q) {
-      largest[0] = fmaxf(largest[0], fmaxf(size(v[q].x), size(v[q].z)));
-      largest[1] = fmaxf(largest[1], fmaxf(size(v[q].y), size(v[q].w)));
-    }
-    float down[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        largest[e] = fmaxf(largest[e], __shfl_xor_sync(0xffffffffu, largest[e], lanes));
-      }
-      const int exponent = row_exponent(largest[e]);
-      down[e] = down_scale(exponent);
-      o.factors[e] *= up_scale(exponent);
-    }
-#pragma unroll
-    for (int q = 0; q < kTiles; ++q) {
-      v[q].x *= down[0], v[q].z *= down[0];
-      v[q].y *= down[1], v[q].w *= down[1];
-    }
-  }
-  float largest = 0;
-#pragma unroll
-  for (int q = 0; q < kTiles; ++q) {
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(v[q].x), fabsf(v[q].y)), fmaxf(fabsf(v[q].z), fabsf(v[q].w))));
-  }
-  // Where a number is beyond the range or infinite: one by one.
-  const bool large = __any_sync(0xffffffffu, largest >= (std::is_same_v<T, __half> ? 65504.0f : 3.3e38f));
-  const auto turn = [&](int q, const uint2& upper, const uint2& lower) {
-    o.high[2 * q] = turn_round(upper.x), o.high[2 * q + 1] = turn_round(lower.x);
-    o.low[2 * q] = turn_round(upper.y), o.low[2 * q + 1] = turn_round(lower.y);
-  };
-  if (!large) [[likely]] {
-#pragma unroll
-    for (int q = 0; q < kTiles; ++q) turn(q, split_two<T>(v[q].x, v[q].y), split_two<T>(v[q].z, v[q].w));
-  } else {
-#pragma unroll
-    for (int q = 0; q < kTiles; ++q) {
-      turn(q, split_two_large<T>(v[q].x, v[q].y), split_two_large<T>(v[q].z, v[q].w));
-    }
-  }
-}
-
-// Products of the outputs of a unit of B: 4 >> kTileBits tiles of 16.
-template <class T, int kTileBits>
-__device__ __forceinline__ void multiply_unit(uint32_t at, int lane, const PlainOperands<1 << kTileBits>& v,
-                                              float (&sums)[4 >> kTileBits][4]) {
-  constexpr int kMTiles = 4 >> kTileBits, kCount = 2 * kMTiles, kTiles = 1 << kTileBits;
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int i = 0; i < kMTiles; ++i) {
-    if constexpr (kTileBits == 0) {
-      uint2 w[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(w[h].x), "=r"(w[h].y)
-                     : "r"(at + 16 * place<1>(8 * g + 2 * i + h, t / 2) + t % 2 * 8)
-                     : "memory");
-      }
-      mma_m16n8k16<T>(sums[i], {w[0].x, w[1].x, w[0].y, w[1].y}, {v.high[0], v.high[1]});
-      mma_m16n8k16<T>(sums[i], {w[0].x, w[1].x, w[0].y, w[1].y}, {v.low[0], v.low[1]});
-    } else {
-      const int row = kCount * g + 2 * i;
-#pragma unroll
-      for (int c = 0; c < kTiles / 2; ++c) {
-        const uint4 w0 = load_shared_16(at + 16 * place<1 + kTileBits>(row, 4 * c + t));
-        const uint4 w1 = load_shared_16(at + 16 * place<1 + kTileBits>(row + 1, 4 * c + t));
-        mma_m16n8k16<T>(sums[i], {w0.x, w1.x, w0.y, w1.y}, {v.high[4 * c], v.high[4 * c + 1]});
-        mma_m16n8k16<T>(sums[i], {w0.x, w1.x, w0.y, w1.y}, {v.low[4 * c], v.low[4 * c + 1]});
-        mma_m16n8k16<T>(sums[i], {w0.z, w1.z, w0.w, w1.w}, {v.high[4 * c + 2], v.high[4 * c + 3]});
-        mma_m16n8k16<T>(sums[i], {w0.z, w1.z, w0.w, w1.w}, {v.low[4 * c + 2], v.low[4 * c + 3]});
-      }
-    }
-  }
-}
-
-// Adds the outputs of row 2t + e to y, of which `before` is what stood there.
-template <class T, int kMTiles>
-__device__ __forceinline__ void add_outputs(T* y, const bgmv::Words<kMTiles>& before, const float (&sums)[kMTiles][4],
-                                            float factor, int e) {
-  Vec<T, 2 * kMTiles> after;
-#pragma unroll
-  for (int i = 0; i < 2 * kMTiles; ++i) {
-    const uint16_t bits = static_cast<uint16_t>(before.values[i / 2] >> (16 * (i % 2)));
-    after.values[i] =
-        from_float<T>(fmaf(factor, sums[i / 2][2 * (i % 2) + e], to_float(*reinterpret_cast<const T*>(&bits))));
-  }
-  store<T, 2 * kMTiles>(y, after);
-}
-
 template <Arch kArch, class T, int kTeamBits, int kTileBits, bool kLong>
 struct PlainBlock {
   static constexpr int kShareBits = 3 - kTileBits;               // log2 of the warps that share a tile of ranks
@@ -234,7 +112,10 @@ struct PlainBlock {
   __device__ __forceinline__ int tile() const { return warp >> kShareBits; }
   __device__ __forceinline__ int share() const { return warp & ((1 << kShareBits) - 1); }
   __device__ __forceinline__ uint32_t place_of(int unit) const { return ring + (unit & (kDepth - 1)) * kUnitBytes; }
-  __device__ __forceinline__ static int rank_of(int tile, int g) { return plain_rank_of<kTileBits>(tile, g); }
+  // Row g of the warp's tile is this rank, row g + 8 the one two behind it.
+  __device__ __forceinline__ static int rank_of(int tile, int g) {
+    return kTileBits == 0 ? (g >> 1) * 4 + (g & 1) : 32 * (tile >> 1) + 4 * (tile & 1) + (g >> 1) * 8 + (g & 1);
+  }
 
   // ---- A
   // ---------------------------------------------------------------------------------------------------------------
@@ -532,10 +413,16 @@ struct PlainBlock {
     }
   }
 
-  using Operands = PlainOperands<kTiles>;
+  // v as operands: words 2q and 2q + 1 of tile q.
+  struct Operands {
+    uint32_t high[2 * kTiles], low[2 * kTiles];
+    float factors[2];
+  };
   __device__ __forceinline__ void load_v(Operands& o) const {
+    const int g = lane >> 2, rank = work.slices[0].rank;
     const bool there = has_rows();
     const uint32_t at = receive + 16 * lane;
+    o.factors[0] = o.factors[1] = work.slices[0].scale;
     float4 v[kTiles];
 #pragma unroll
     for (int q = 0; q < kTiles; ++q) {
@@ -544,8 +431,56 @@ struct PlainBlock {
       if constexpr (kTeamBits >= 1) v[q] = v[q] + part(1);
       if constexpr (kTeamBits >= 2) v[q] = v[q] + (part(2) + part(3));
       if constexpr (kTeamBits >= 3) v[q] = v[q] + ((part(4) + part(5)) + (part(6) + part(7)));
+      // What stands behind A in the sums may be anything.
+      const int r = rank_of(q, g);
+      if (r >= rank) v[q].x = v[q].y = 0;
+      if (r + 2 >= rank) v[q].z = v[q].w = 0;
     }
-    make_operands<T, kTileBits>(v, work.slices[0].rank, work.slices[0].scale, lane, o);
+    if constexpr (std::is_same_v<T, __half>) {
+      float largest[2] = {};
+      const auto size = [](float value) { return isfinite(value) ? fabsf(value) : 0.0f; };
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) {
+        largest[0] = fmaxf(largest[0], fmaxf(size(v[q].x), size(v[q].z)));
+        largest[1] = fmaxf(largest[1], fmaxf(size(v[q].y), size(v[q].w)));
+      }
+      float down[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          largest[e] = fmaxf(largest[e], __shfl_xor_sync(0xffffffffu, largest[e], lanes));
+        }
+        const int exponent = row_exponent(largest[e]);
+        down[e] = down_scale(exponent);
+        o.factors[e] *= up_scale(exponent);
+      }
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) {
+        v[q].x *= down[0], v[q].z *= down[0];
+        v[q].y *= down[1], v[q].w *= down[1];
+      }
+    }
+    float largest = 0;
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+      largest = fmaxf(largest, fmaxf(fmaxf(fabsf(v[q].x), fabsf(v[q].y)), fmaxf(fabsf(v[q].z), fabsf(v[q].w))));
+    }
+    // Where a number is beyond the range or infinite: one by one.
+    const bool large = __any_sync(0xffffffffu, largest >= (std::is_same_v<T, __half> ? 65504.0f : 3.3e38f));
+    const auto turn = [&](int q, const uint2& upper, const uint2& lower) {
+      o.high[2 * q] = turn_round(upper.x), o.high[2 * q + 1] = turn_round(lower.x);
+      o.low[2 * q] = turn_round(upper.y), o.low[2 * q + 1] = turn_round(lower.y);
+    };
+    if (!large) [[likely]] {
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) turn(q, split_two<T>(v[q].x, v[q].y), split_two<T>(v[q].z, v[q].w));
+    } else {
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) {
+        turn(q, split_two_large<T>(v[q].x, v[q].y), split_two_large<T>(v[q].z, v[q].w));
+      }
+    }
   }
 
   // ---- Expand
@@ -586,11 +521,43 @@ struct PlainBlock {
       __syncwarp();
       const uint32_t at = place_of(unit);
       float sums[kMTiles][4] = {};
-      multiply_unit<T, kTileBits>(at, lane, v, sums);
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) {
+        if constexpr (kTileBits == 0) {
+          uint2 w[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(w[h].x), "=r"(w[h].y)
+                         : "r"(at + 16 * place<1>(8 * g + 2 * i + h, t / 2) + t % 2 * 8)
+                         : "memory");
+          }
+          mma_m16n8k16<T>(sums[i], {w[0].x, w[1].x, w[0].y, w[1].y}, {v.high[0], v.high[1]});
+          mma_m16n8k16<T>(sums[i], {w[0].x, w[1].x, w[0].y, w[1].y}, {v.low[0], v.low[1]});
+        } else {
+          const int row = kCount * g + 2 * i;
+#pragma unroll
+          for (int c = 0; c < kTiles / 2; ++c) {
+            const uint4 w0 = load_shared_16(at + 16 * place<kPieceBits>(row, 4 * c + t));
+            const uint4 w1 = load_shared_16(at + 16 * place<kPieceBits>(row + 1, 4 * c + t));
+            mma_m16n8k16<T>(sums[i], {w0.x, w1.x, w0.y, w1.y}, {v.high[4 * c], v.high[4 * c + 1]});
+            mma_m16n8k16<T>(sums[i], {w0.x, w1.x, w0.y, w1.y}, {v.low[4 * c], v.low[4 * c + 1]});
+            mma_m16n8k16<T>(sums[i], {w0.z, w1.z, w0.w, w1.w}, {v.high[4 * c + 2], v.high[4 * c + 3]});
+            mma_m16n8k16<T>(sums[i], {w0.z, w1.z, w0.w, w1.w}, {v.low[4 * c + 2], v.low[4 * c + 3]});
+          }
+        }
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (has_row[e] && column < width) {
-          add_outputs<T, kMTiles>(y[e], held[e], sums, v.factors[e], e);
+          Vec<T, kCount> after;
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const uint16_t bits = static_cast<uint16_t>(held[e].values[i / 2] >> (16 * (i % 2)));
+            after.values[i] = from_float<T>(
+                fmaf(v.factors[e], sums[i / 2][2 * (i % 2) + e], to_float(*reinterpret_cast<const T*>(&bits))));
+          }
+          store<T, kCount>(y[e], after);
         }
       }
       if (output + kUnitRows >= width) break;

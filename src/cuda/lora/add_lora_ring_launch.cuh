@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "src/cuda/lora/add_lora_ring.cuh"
 
@@ -14,11 +13,6 @@ Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shap
   // Also for what goes the general way in the end.
   shape.shared_bytes =
       std::max(shape.shared_bytes, kHeadBytes + fragment_bytes + size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
-  if (const char* pad = std::getenv("PAD"); pad != nullptr) {
-    const size_t blocks = size_t{shape.grid.x} * shape.grid.y, sms = launcher.num_multiprocessors();
-    const size_t room = blocks <= sms ? 116 * 1024 : blocks <= 2 * sms ? 80 * 1024 : 0;
-    if (pad[0] == '1' || !args.early_reads) shape.shared_bytes = std::max(shape.shared_bytes, room);
-  }
   return args.leaf_pieces > 1
              ? launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, true>>(shape, args, fragment_bytes)
              : launcher.launch<add_lora_plain_kernel<kArch, T, kTeamBits, false>>(shape, args, fragment_bytes);
