@@ -472,7 +472,8 @@ void garbage_case(int turn) {
   g_case = "garbage " + std::to_string(turn);
   announce(g_case);
   Random random{static_cast<uint64_t>(turn) * 77 + 5};
-  const int64_t rows = 1 + random.next() % 40, capacity = rows + random.next() % 9, h_in = 96, width = 80;
+  const int64_t rows = 1 + random.next() % (turn % 4 == 3 ? 200 : 40), capacity = rows + random.next() % 9, h_in = 96,
+                width = 80;
   const int64_t segments = turn % 3 == 0 ? 200 : 1 + random.next() % 40, adapters = 3;
   const auto any = [&] {
     const uint32_t kind = random.next() % 8;
@@ -527,35 +528,42 @@ __global__ void late_writer(float* to, float to_value, uint16_t* bits, size_t co
   const long long begin = clock64();
   while (clock64() - begin < 60000) {
   }
-  if (to != nullptr && threadIdx.x == 0) *to = to_value;
-  for (size_t i = threadIdx.x; i < count; i += blockDim.x) bits[i] = word;
+  for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+    if (to != nullptr) to[i] = to_value;
+    if (bits != nullptr) bits[i] = word;
+  }
 }
 
 // Everything is one; `what` is written by the kernel ahead.
-void ordering_case(const char* what, bool early_reads) {
+// `adapters`, all with the same weights, take turns.
+void ordering_case(const char* what, bool early_reads, int64_t rows, int adapters) {
   if (!in_part()) return;
   using T = __nv_bfloat16;
   g_case = std::string("order ") + what;
   announce(g_case);
-  const int64_t rows = 5, h_in = 256, width = 128;
+  const int64_t h_in = 256, width = 128;
   const int rank = 16;
   const auto ones = [](size_t count, float v) { return std::vector<T>(count, from<T>(v)); };
   OnDevice<T> a(ones(rank * h_in, 1)), b(ones(width * rank, 1)), x(ones(rows * h_in, 1)), y(ones(rows * width, 1));
-  OnDevice<int64_t> a_ptr({reinterpret_cast<int64_t>(a.data)}), b_ptr({reinterpret_cast<int64_t>(b.data)});
-  OnDevice<int32_t> ranks({rank});
-  OnDevice<float> scales({1.0f});
-  const Batch batch(std::vector<int>(rows, 0));
+  OnDevice<int64_t> a_ptr(std::vector<int64_t>(adapters, reinterpret_cast<int64_t>(a.data)));
+  OnDevice<int64_t> b_ptr(std::vector<int64_t>(adapters, reinterpret_cast<int64_t>(b.data)));
+  OnDevice<int32_t> ranks(std::vector<int32_t>(adapters, rank));
+  OnDevice<float> scales(std::vector<float>(adapters, 1.0f));
+  std::vector<int> of_row(rows);
+  for (int64_t t = 0; t < rows; ++t) of_row[t] = static_cast<int>(t % adapters);
+  const Batch batch(of_row);
+  const auto segments = static_cast<int64_t>(batch.adapter.size());
   const OnDevice<int32_t> order(batch.order), adapter(batch.adapter), start(batch.start);
   punica::AddLoraParams p;
   p.y = view(y.data, kDType<T>, {rows, width});
   p.x = view(x.data, kDType<T>, {rows, h_in});
-  p.a_ptr = view(a_ptr.data, DType::kInt64, {1, 1});
-  p.b_ptr = view(b_ptr.data, DType::kInt64, {1, 1});
-  p.ranks = view(ranks.data, DType::kInt32, {1});
-  p.scales = view(scales.data, DType::kFloat32, {1});
+  p.a_ptr = view(a_ptr.data, DType::kInt64, {1, adapters});
+  p.b_ptr = view(b_ptr.data, DType::kInt64, {1, adapters});
+  p.ranks = view(ranks.data, DType::kInt32, {adapters});
+  p.scales = view(scales.data, DType::kFloat32, {adapters});
   p.batch.order = view(order.data, DType::kInt32, {rows});
-  p.batch.segment_adapter = view(adapter.data, DType::kInt32, {1});
-  p.batch.segment_start = view(start.data, DType::kInt32, {2});
+  p.batch.segment_adapter = view(adapter.data, DType::kInt32, {segments});
+  p.batch.segment_start = view(start.data, DType::kInt32, {segments + 1});
   p.slice_offsets[1] = width;
   p.max_rank = rank;
   punica::Context context;
@@ -571,7 +579,7 @@ void ordering_case(const char* what, bool early_reads) {
   if (which == "y") written(y);
   if (which == "A") written(a);
   if (which == "B") written(b);
-  if (which == "scale") late_writer<<<1, 256, 0, stream>>>(scales.data, 2.0f, nullptr, 0, 0);
+  if (which == "scale") late_writer<<<1, 256, 0, stream>>>(scales.data, 2.0f, nullptr, scales.count, 0);
   const punica::Status status = punica::cuda::add_lora(p, context);
   if (!status.ok()) fail(g_case + ": " + status.message());
   must(cudaStreamSynchronize(stream));
@@ -819,6 +827,41 @@ void run_many() {
   }
 }
 
+// Few rows an adapter, x and y aligned to 16 bytes: the plain way, with weights that are aligned or not.
+template <class T>
+void run_few() {
+  Random random{17};
+  int turn = 0;
+  for (const int64_t h_in : {8, 64, 1032, 4096, 6152}) {
+    for (const std::vector<int>& ranks :
+         {std::vector<int>{16, 16, 16}, {8}, {32, 32}, {64, 64, 64, 64, 64}, {8, 16, 32, 64, 1, 17, 40, 0}, {}}) {
+      if (g_small && h_in > 100) continue;
+      const int64_t rows[] = {1, 5, 16, 37, 64, 130};
+      for (int i = turn % 3; i < 6; i += 3) {
+        if (g_small && rows[i] > 40) continue;
+        Case c = {};
+        c.rows = rows[i];
+        c.h_in = h_in;
+        c.offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
+                    : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
+                                    : std::vector<int64_t>{0, 72, 1000};
+        c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
+        c.ranks = ranks;
+        if (ranks.empty()) c.ranks.assign(rows[i], turn % 2 == 0 ? 16 : 24);  // an adapter a row
+        c.rank_turn = turn / 2 % 2;
+        c.pattern = ranks.empty() ? 1 : (turn + i) % 4;
+        c.padded = turn % 4 == 1 ? 64 : turn % 7 == 6 ? 68 : 0;
+        c.early_reads = (turn + i) % 2 == 1;
+        c.null_address = ranks.size() > 2 && turn % 5 == 4;
+        c.spare = turn % 3;
+        c.max_rank = turn % 5 == 0 ? 64 : 0;
+        run_case<T>(c, random);
+        ++turn;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -840,6 +883,8 @@ int main(int argc, char**) {
     std::printf("%s: %d checks, %d failures so far\n", what, g_checks - before, g_failures);
     std::fflush(stdout);
   };
+  section("bfloat16, few rows an adapter", run_few<__nv_bfloat16>);
+  section("float16, few rows an adapter", run_few<__half>);
   section("bfloat16, many rows", run_many<__nv_bfloat16>);
   section("float16, many rows", run_many<__half>);
   section("bfloat16", run_all<__nv_bfloat16>);
@@ -848,7 +893,10 @@ int main(int argc, char**) {
   section("order", [] {
     if (g_small) return;  // a tool lets no kernel start before the one ahead has ended
     for (const char* what : {"x", "y", "A", "B", "scale"}) {
-      for (const bool early : {false, true}) ordering_case(what, early);
+      for (const bool early : {false, true}) {
+        ordering_case(what, early, 5, 1);
+        ordering_case(what, early, 130, 65);
+      }
     }
   });
   Cases::get().finish();
