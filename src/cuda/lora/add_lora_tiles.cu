@@ -2,10 +2,10 @@
 // written once, v in between on chip. The arithmetic is that of add_lora_ring.cuh, term by term.
 //
 // Clusters of two blocks, one block to a multiprocessor, take tiles of up to 64 rows of a segment, one after the other.
-// Eight warps of a block compute, in teams of two that take half of the rows each; four copy what the teams need into a
-// ring each in shared memory: for each piece of K of the chains of the team a stage of x (64 rows x 128 bytes) and A
-// (16 ranks a unit); then for each strip of 64 columns a stage of y and B. The copies do not wait for the sums, so that y, and x of the next tile, are on their way while the chains' sums meet, first in a block, then in the
-// cluster. What the copying warps do for a piece is what limits them: as few instructions as possible, and nothing in
+// Eight warps of a block compute, in teams of two that take half of the rows each; four copy, each for a team, into a
+// ring in shared memory: for each piece of K of the chains of the team a stage of x (64 rows x 128 bytes) and A; then
+// for each strip of 64 columns a stage of y and B. The copies do not wait for the sums, so that y, and x of the next
+// tile, are on their way while the chains' sums meet, first in a block, then in the cluster. As little as can be is in
 // local memory, which answers late while the rings are filled.
 #include <algorithm>
 
