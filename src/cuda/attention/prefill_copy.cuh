@@ -28,8 +28,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
     const int64_t head_offset = args.key_bytes + item.kv_head * args.head_bytes;
     const int kv_len = item.kv_len, tiles = item.tiles;
     const int first = item.first_tile * kPrefillKeys;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
+    barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
     // Where a box of keys of tile i lies; 0 behind the sequence.
     const auto find_box = [&](int i, int box) -> int64_t {
       const uint32_t at = static_cast<uint32_t>(first + i * kPrefillKeys + box * box_rows);

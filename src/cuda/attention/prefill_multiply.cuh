@@ -54,7 +54,7 @@ class Consumer : public Output<T, kDim> {
       if (item.kv_head < 0) return;
       attend(item, number, n, scores);
       number += item.tiles;
-      release(&shared_.item_empty[n % kItemsAhead]);
+      barrier_arrive(shared_address(&shared_.item_empty[n % kItemsAhead]));  // every thread has read it
     }
   }
 

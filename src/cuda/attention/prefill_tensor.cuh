@@ -37,8 +37,10 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
       hopper::barrier_init(shared_address(&shared.value_empty[i]), 4 * kPrefillGroups<kDim>);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
-      hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 4 * kPrefillGroups<kDim> + copy_warps);
+      // Every thread that writes or reads an item arrives by itself: racecheck sees no order where one lane arrives for
+      // its warp.
+      hopper::barrier_init(shared_address(&shared.item_full[i]), 32);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 128 * kPrefillGroups<kDim> + 32 * copy_warps);
     }
     hopper::barrier_init_fence();
   }
