@@ -69,7 +69,10 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len, bool counted
   cache.randomize();
   const Tables tables(cache);
   const int64_t batch = static_cast<int64_t>(kv_len.size());
-  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim, 8), o(c.dtype, batch, c.kv_heads * c.group, c.dim, 1);
+  // Queries that are aligned to 16 bytes, as nearly all are, and some that are not.
+  const int64_t shift = c.page_size == 100 ? 1 : 0;
+  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim, 8 - 3 * shift, shift);
+  Rows o(c.dtype, batch, c.kv_heads * c.group, c.dim, 1);
   q.randomize();
   const Buffer lse(batch * q.heads * 4);
   auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
@@ -412,6 +415,15 @@ void test_decode_merges(bool small) {
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(33, 2048));  // 8 splits a block of a device with 132
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(35, 1500));
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(9, 1024));
+    // A part of several sequences a block, one after the other: all blocks as many, the last ones fewer.
+    test_decode({t, 8, 4, 128, 16}, std::vector<int64_t>(128, 300));
+    test_decode({t, 8, 4, 128, 16}, std::vector<int64_t>(127, 280));
+    test_decode({t, 2, 17, 128, 16}, std::vector<int64_t>(130, 100));
+    // Without the room for a table of all sequences in shared memory; alike and not.
+    test_decode({t, 1, 1, 64, 16}, std::vector<int64_t>(1300, 20));
+    std::vector<int64_t> unlike(1300, 20);
+    unlike[700] = 600;
+    test_decode({t, 1, 1, 64, 16}, unlike);
   }
   if (!in_part()) return;
   announce("decode again");
