@@ -28,7 +28,7 @@ class ItemFinder {
       load();
     }
     if (first_sequence_ >= args_.num_sequences) {
-      if (threadIdx.x % 32 == 0) item->kv_head = -1;
+      if (threadIdx.x % 32 == 0) item->kv_head = -1, item->tiles = item->rows = 0;
     } else {
       const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
       if (threadIdx.x % 32 == owner) write(index, item);

@@ -23,7 +23,9 @@ inline constexpr int kPrefillRows = 64 * kPrefillGroups<kDim>;
 template <int kDim>
 inline constexpr int kPrefillThreads = 128 * (1 + kPrefillGroups<kDim>);
 inline constexpr int kCopyWarps = 3;
-inline constexpr int kItemsAhead = 2;  // more would be taken from blocks that are done sooner
+// The one whose output is written, the one that is computed, and the next. More would be taken from blocks that are
+// done sooner.
+inline constexpr int kItemsAhead = 3;
 // Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
 inline constexpr int kAddressBits = 31;
 
