@@ -104,10 +104,21 @@ class ItemFinder {
   int q_len_, kv_len_, first_page_, first_row_, splits_;  // of the lane's sequence
 };
 
+// Asks for an item's queries, which the groups copy later, to be brought into the second-level cache. By a whole warp.
+__device__ __forceinline__ void prefetch_queries(const AttentionArgs& args, const PrefillItem& item) {
+  const uint32_t group = args.group_size, bytes = group * args.head_dim * 2;
+  const int queries = (item.first_head + item.rows + group - 1) / group;
+  const uint16_t* const q = static_cast<const uint16_t*>(args.q) + item.first_query * args.q_stride +
+                            item.kv_head * static_cast<int64_t>(group) * args.head_dim;
+  for (int i = threadIdx.x % 32; i < queries; i += 32) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(q + i * args.q_stride), "r"(bytes) : "memory");
+  }
+}
+
 // Ahead of the warps that take the items by up to kItemsAhead. Items behind the first are counted up in `next_item` by
 // whoever is free, or, without it, each block has every gridDim.x-th.
 template <int kDim>
-__device__ __forceinline__ void find_items(const AttentionArgs& args, unsigned* next_item,
+__device__ __forceinline__ void find_items(const AttentionArgs& args, bool wide_q, unsigned* next_item,
                                            PrefillShared<kDim>& shared) {
   ItemFinder<kPrefillRows<kDim>> finder(args);
 #pragma unroll 1
@@ -124,6 +135,7 @@ __device__ __forceinline__ void find_items(const AttentionArgs& args, unsigned* 
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
     __syncwarp();
     if (item.kv_head < 0) return;
+    if (wide_q) prefetch_queries(args, item);
   }
 }
 

@@ -48,7 +48,8 @@ struct PrefillShared {
   alignas(1024) unsigned char queries[kPrefillRows<kDim> * kDim * 2];
   unsigned char keys[kPrefillStages][kTileBytes];
   unsigned char values[kPrefillStages][kTileBytes];
-  float saved[kDim / 2][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
+  float4 saved[kDim / 8][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
+  float2 saved_states[kPrefillRows<kDim>];              // maximum and weight of each row
   uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
   uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];

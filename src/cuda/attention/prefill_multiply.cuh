@@ -23,17 +23,11 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return __fsub_rn(1.0f, __fdividef(2.0f, __fadd_rn(1.0f, e)));
 }
 
-// Of two rows: what turns scores into weights.
-struct Softening {
-  float limit[2];  // a score beyond it moves the reference
-  float shift[2];  // the reference, times the factor
-};
-
 template <class T, int kDim>
 class Consumer : public Output<T, kDim> {
  public:
   using Base = Output<T, kDim>;
-  using Base::args_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::warp_, Base::t_;
+  using Base::args_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::row_, Base::t_;
   using Base::split_row, Base::merge;
   static constexpr int kSums = kDim / 2;
   static constexpr int kColumns = kDim / 64;
@@ -64,10 +58,7 @@ class Consumer : public Output<T, kDim> {
     products_commit();
     products_wait<0>();
 
-    RowPair state, saved;
-    bool any_saved = false;
-    int ends[2] = {0, 0};
-    const int row = group_ * 64 + warp_ * 16 + lane_ / 4;
+    RowPair state;
     uint32_t number = 0;  // of tiles before the item
 #pragma unroll 1
     for (uint32_t n = 0;; ++n) {
@@ -81,17 +72,14 @@ class Consumer : public Output<T, kDim> {
       products_wait<0>();
       pin(sums);
       if (n > 0) {
-        finish(shared_.items[(n - 1) % kItemsAhead], number, row, ends, state, saved, any_saved, sums);
+        finish(shared_.items[(n - 1) % kItemsAhead], number, state, sums);
         release(&shared_.item_empty[(n - 1) % kItemsAhead]);
       }
       if (item.kv_head < 0) break;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-      state = saved = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}};
-      any_saved = false;
-      ends[0] = row_end(item, row);
-      ends[1] = row_end(item, row + 8);
-      attend(item, number, n, ends, state, saved, any_saved, scores, weights, sums);
+      state.clear();
+      attend(item, number, n, state, scores, weights, sums);
 
       // The first scores of the next item beside the last products of this one.
       const PrefillItem& next = shared_.items[(n + 1) % kItemsAhead];
@@ -167,14 +155,15 @@ class Consumer : public Output<T, kDim> {
   }
 
   // Scores of the tile whose keys begin at `first`: capped, and -inf where a row does not see the key.
-  __device__ __forceinline__ void mask(int first, const int (&ends)[2], float (&scores)[64]) const {
+  __device__ __forceinline__ void mask(const PrefillItem& item, int first, float (&scores)[64]) const {
     if (args_.cap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) scores[i] = tanh_fast(__fmul_rn(scores[i], args_.scale));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int end = ends[r] - first - 2 * t_, begin = first_key(ends[r]) - first - 2 * t_;
+      const int row = row_end(item, row_ + 8 * r);
+      const int end = row - first - 2 * t_, begin = first_key(row) - first - 2 * t_;
 #pragma unroll
       for (int i = 2 * r; i < 64; i += i % 2 == 0 ? 1 : 3) {
         const int key = i / 4 * 8 + i % 2;
@@ -183,49 +172,40 @@ class Consumer : public Output<T, kDim> {
     }
   }
 
-  // A row's weights are relative to its reference: the maximum as it was when the row last had a score beyond the
-  // limit. Whether one of the warp's references moves, and the factor by which the sums so far shrink.
-  __device__ __forceinline__ bool find_reference(const float (&scores)[64], RowPair& state, float (&decay)[2],
-                                                 Softening& s) const {
+  // Whether one of the warp's references moves: then the factors by which the sums so far shrink; the rows' weights do
+  // so here.
+  __device__ __forceinline__ bool find_reference(const float (&scores)[64], RowPair& state, float (&decay)[2]) const {
     float top[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) top[i / 2][i % 2] = scores[i];
 #pragma unroll
     for (int i = 4; i < 64; ++i) top[i / 2 % 2][i % 2] = fmaxf(top[i / 2 % 2][i % 2], scores[i]);
     const float own[2] = {fmaxf(top[0][0], top[0][1]), fmaxf(top[1][0], top[1][1])};
-    decay[0] = decay[1] = 1.0f;
-    if (!__any_sync(~0u, own[0] > s.limit[0] || own[1] > s.limit[1])) return false;
+    const auto beyond = [&](int r, float maximum) { return maximum > __fadd_rn(state.maximum[r], slack_); };
+    if (!__any_sync(~0u, beyond(0, own[0]) || beyond(1, own[1]))) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float maximum = quad_max(own[r]);
-      if (maximum > s.limit[r]) {
+      decay[r] = 1.0f;
+      if (beyond(r, maximum)) {
         decay[r] = exp2_fast(__fmul_rn(__fsub_rn(state.maximum[r], maximum), factor_));
         state.maximum[r] = maximum;
-        s.limit[r] = __fadd_rn(maximum, slack_);
-        s.shift[r] = __fmul_rn(maximum, factor_);
+        state.weight[r] = __fmul_rn(state.weight[r], decay[r]);
       }
     }
     return true;
   }
 
-  static __device__ __forceinline__ void clear(RowPair& state, Softening& s) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      state.maximum[r] = s.limit[r] = minus_infinity();
-      state.weight[r] = s.shift[r] = 0.0f;
-    }
-  }
-
   // Step k of the eight of a tile: scores of 16 keys to weights, in place, and their sums.
-  __device__ __forceinline__ void soften(int k, float (&scores)[64], const Softening& s, float (&total)[2]) const {
+  __device__ __forceinline__ void soften(int k, float (&scores)[64], const float (&shift)[2], RowPair& state) const {
 #pragma unroll
     for (int i = 8 * k; i < 8 * k + 8; ++i) {
-      scores[i] = exp2_fast(__fmaf_rn(scores[i], factor_, -s.shift[i / 2 % 2]));
+      scores[i] = exp2_fast(__fmaf_rn(scores[i], factor_, -shift[i / 2 % 2]));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const e = scores + 8 * k + 2 * r;
-      total[r] = __fadd_rn(total[r], __fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[4], e[5])));
+      state.weight[r] = __fadd_rn(state.weight[r], __fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[4], e[5])));
     }
   }
 
@@ -292,9 +272,8 @@ class Consumer : public Output<T, kDim> {
   }
 
   // From the scores of the item's first tile to the weights of its last.
-  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n, const int (&ends)[2],
-                                         RowPair& state, RowPair& saved, bool& any_saved, float (&scores)[64],
-                                         uint32_t (&weights)[8][4], float (&sums)[kSums]) {
+  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n, RowPair& state,
+                                         float (&scores)[64], uint32_t (&weights)[8][4], float (&sums)[kSums]) {
     const int tiles = item.tiles, first_tile = item.first_tile;
     if (tiles == 0 || group_ * 64 >= item.rows) {  // without rows a group only passes tiles on
       for (int i = 1; i < tiles; ++i) {
@@ -316,18 +295,22 @@ class Consumer : public Output<T, kDim> {
     const int full_begin = args_.cap > 0.0f ? tiles : (most_begin + kPrefillKeys - 1) / kPrefillKeys - first_tile;
     const int full_end = least_end / kPrefillKeys - first_tile;
 
-    Softening s;
-    clear(state, s);
-    float decay[2], total[2] = {0.0f, 0.0f};
-    if (0 < full_begin || 0 >= full_end) mask(first_tile * kPrefillKeys, ends, scores);
-    find_reference(scores, state, decay, s);
+    float decay[2];
+    const auto shifts = [&](float (&shift)[2]) {
+      shift[0] = __fmul_rn(finite_or_zero(state.maximum[0]), factor_);
+      shift[1] = __fmul_rn(finite_or_zero(state.maximum[1]), factor_);
+    };
+    {
+      if (0 < full_begin || 0 >= full_end) mask(item, first_tile * kPrefillKeys, scores);
+      find_reference(scores, state, decay);
+      float shift[2];
+      shifts(shift);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      soften(k, scores, s, total);
-      pack_step(k, scores, weights);
+      for (int k = 0; k < 8; ++k) {
+        soften(k, scores, shift, state);
+        pack_step(k, scores, weights);
+      }
     }
-    state.weight[0] = total[0];
-    state.weight[1] = total[1];
 
 #pragma unroll 1
     for (int i = 1; i < tiles; ++i) {
@@ -339,12 +322,15 @@ class Consumer : public Output<T, kDim> {
       pin(scores);
       release(&shared_.key_empty[stage]);
       if (i + 1 == tiles) load_next_queries(n);
-      const bool fresh = (first_tile + i) % kPrefillSplitTiles == 0;
-      RowPair split = state;
-      if (fresh) clear(state, s);
-      if (i < full_begin || i >= full_end) mask((first_tile + i) * kPrefillKeys, ends, scores);
-      const bool moved = find_reference(scores, state, decay, s);
-      total[0] = total[1] = 0.0f;
+      if ((first_tile + i) % kPrefillSplitTiles == 0) {
+        products_wait<0>();
+        pin(sums);
+        this->keep((first_tile + i) / kPrefillSplitTiles - 1 > first_tile / kPrefillSplitTiles, state, sums);
+      }
+      if (i < full_begin || i >= full_end) mask(item, (first_tile + i) * kPrefillKeys, scores);
+      const bool moved = find_reference(scores, state, decay);
+      float shift[2];
+      shifts(shift);
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         if (k == kWaitStep) {
@@ -355,31 +341,23 @@ class Consumer : public Output<T, kDim> {
 #pragma unroll
           for (int j = 0; j < k; ++j) pack_step(j, scores, weights);
         }
-        soften(k, scores, s, total);
+        soften(k, scores, shift, state);
         if (k >= kWaitStep) pack_step(k, scores, weights);
       }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) state.weight[r] = __fmaf_rn(state.weight[r], decay[r], total[r]);
-      if (fresh) {
-        merge(saved, any_saved, split, sums);
-        this->keep(sums);
-        any_saved = true;
-      } else if (moved) {
-        shrink(sums, decay);
-      }
+      if (moved) shrink(sums, decay);
     }
   }
 
   // The item's result, when its last products have ended; `number` counts its tiles too.
-  __device__ __forceinline__ void finish(const PrefillItem& item, uint32_t number, int row, const int (&ends)[2],
-                                         RowPair& state, RowPair& saved, bool any_saved, float (&sums)[kSums]) const {
+  __device__ __forceinline__ void finish(const PrefillItem& item, uint32_t number, RowPair& state,
+                                         float (&sums)[kSums]) const {
     if (item.tiles > 0) release(&shared_.value_empty[(number - 1) % kPrefillStages]);
     if (group_ * 64 >= item.rows) return;
-    merge(saved, any_saved, state, sums);
+    merge((item.first_tile + item.tiles - 1) / kPrefillSplitTiles > item.first_tile / kPrefillSplitTiles, state, sums);
     if (item.splits == 0) {
-      this->store(item, row, ends, saved, sums);
+      this->store(item, state, sums);
     } else if (item.tiles > 0) {
-      this->store_partial(item, row, saved, sums);
+      this->store_partial(item, state, sums);
     }
   }
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
     if (threadIdx.x < 32 * kCopyWarps) {
       prefill::copy_items<kDim>(args, &map, box_rows, shared);
     } else {
-      prefill::find_items<kDim>(args, next_item, shared);
+      prefill::find_items<kDim>(args, wide_q, next_item, shared);
     }
   } else {
     hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
