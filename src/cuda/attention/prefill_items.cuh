@@ -40,6 +40,18 @@ struct PrefillItem {
   int32_t rows, tiles;
   int32_t splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
   int32_t kv_head;  // -1: there are no more items
+  // Where keys have been rotated: pages of the sequences before. -1: they have not been.
+  int32_t pages_before;
+};
+
+// One call, beyond AttentionArgs.
+struct PrefillCall {
+  int box_rows;         // rows that lie together in a page and in a tile
+  bool wide_q, wide_o;  // rows of q, o allow accesses of 16 bytes
+  // Items taken beyond each block's first; null: a block has every gridDim.x-th.
+  unsigned* next_item;
+  // Keys rotated ahead, [pages of all sequences, N, P, D]; null: there are none.
+  const unsigned char* rotated;
 };
 
 template <int kDim>
@@ -54,6 +66,7 @@ struct PrefillShared {
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
   uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
   PrefillItem items[kItemsAhead];
+  uint64_t turns[kDim / 2];  // RopeTable
 };
 
 #ifdef __CUDACC__

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "src/cuda/attention/prefill_output.cuh"
+#include "src/cuda/attention/prefill_rotate.cuh"
 #include "src/cuda/common/mma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -23,7 +24,7 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return __fsub_rn(1.0f, __fdividef(2.0f, __fadd_rn(1.0f, e)));
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kRope>
 class Consumer : public Output<T, kDim> {
  public:
   using Base = Output<T, kDim>;
@@ -37,8 +38,8 @@ class Consumer : public Output<T, kDim> {
   // Weights may grow to 2^8 before their reference moves.
   static constexpr float kSlack = 8.0f;
 
-  __device__ __forceinline__ Consumer(const AttentionArgs& args, bool wide_q, bool wide_o, PrefillShared<kDim>& shared)
-      : Base(args, wide_o, shared), wide_q_(wide_q) {}
+  __device__ __forceinline__ Consumer(const AttentionArgs& args, const PrefillCall& call, PrefillShared<kDim>& shared)
+      : Base(args, call.wide_o, shared), wide_q_(call.wide_q) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == kGroups - 1) pass_turn();
@@ -50,8 +51,8 @@ class Consumer : public Output<T, kDim> {
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = 0;
-    wait_queries();
-    if (shared_.items[0].tiles > 0) wait_tile(shared_.key_full, 0);
+    wait_queries(shared_.items[0]);
+    wait_first_keys(shared_.items[0], 0);
     pin(scores);
     products_fence();
     multiply_keys(0, scores);
@@ -83,7 +84,7 @@ class Consumer : public Output<T, kDim> {
 
       // The first scores of the next item beside the last products of this one.
       const PrefillItem& next = shared_.items[(n + 1) % kItemsAhead];
-      wait_queries();
+      wait_queries(next);
       number += tiles;
       if (tiles > 0) {
         wait_tile(shared_.value_full, number - 1);
@@ -92,7 +93,7 @@ class Consumer : public Output<T, kDim> {
           clear_tail((number - 1) % kPrefillStages, left, item.rows);
         }
       }
-      if (next.tiles > 0) wait_tile(shared_.key_full, number);
+      wait_first_keys(next, number);
       multiply(number, scores, weights, sums);
     }
     if (group_ == 0) take_turn();  // the last one that was passed
@@ -254,10 +255,37 @@ class Consumer : public Output<T, kDim> {
     pass_turn();
   }
 
-  __device__ __forceinline__ void wait_queries() const {
+  __device__ __forceinline__ void wait_queries(const PrefillItem& item) const {
     copy_wait<0>();
+    if constexpr (kRope) {
+      named_barrier_sync(kQueries + group_, 128);
+      rotate_queries(item);
+    }
     fence_async_proxy();
     named_barrier_sync(kQueries + group_, 128);
+  }
+
+  __device__ __forceinline__ void wait_first_keys(const PrefillItem& item, uint32_t number) const {
+    if (item.tiles == 0) return;
+    wait_tile(shared_.key_full, number);
+    if (kRope && item.pages_before < 0 && group_ * 64 < item.rows) rotate_keys(item, number, 0);
+  }
+
+  __device__ __forceinline__ void rotate_queries(const PrefillItem& item) const {
+    const int rows = min(item.rows - group_ * 64, 64);
+    if (rows <= 0) return;
+    const auto place = split_row(item, group_ * 64);
+    prefill::rotate_queries<T, kDim>(shared_.turns, item.first_position + place.query, place.head, rows,
+                                     args_.group_size, shared_.queries + group_ * (64 * kDim * 2), thread_);
+  }
+
+  // Tile i of the item, whose first is `number`, by the groups that have rows.
+  __device__ __forceinline__ void rotate_keys(const PrefillItem& item, uint32_t number, int i) const {
+    const int threads = (min(item.rows, kPrefillRows<kDim>) + 63) / 64 * 128;
+    prefill::rotate_keys<T, kDim>(shared_.turns, (item.first_tile + i) * kPrefillKeys,
+                                  shared_.keys[(number + i) % kPrefillStages], group_ * 128 + thread_, threads);
+    fence_async_proxy();
+    named_barrier_sync(kTail, threads);
   }
 
   // As soon as the queries of this item are no longer needed: those of the next.
@@ -316,6 +344,7 @@ class Consumer : public Output<T, kDim> {
     for (int i = 1; i < tiles; ++i) {
       const uint32_t stage = (number + i) % kPrefillStages, before = (number + i - 1) % kPrefillStages;
       wait_tile(shared_.key_full, number + i);
+      if (kRope && item.pages_before < 0) rotate_keys(item, number, i);
       wait_tile(shared_.value_full, number + i - 1);
       multiply(number + i, scores, weights, sums);
       products_wait<1>();
