@@ -593,9 +593,11 @@ void ordering_case(const char* what, bool early_reads, int64_t rows, int adapter
   const bool sm90 = punica::cuda::last_arch() != nullptr && std::string(punica::cuda::last_arch()) == "sm_90" &&
                     writer.ptxVersion >= 90;
   const float expected = value(from<T>(late && sm90 ? stale : fresh));
+  // Early reads allow B to be read early; how much of it is asked for by then depends on the team.
+  const float also = late && which == "B" && adapters > 1 ? value(from<T>(fresh)) : expected;
   ++g_checks;
   for (const T& got : y.get()) {
-    if (value(got) != expected) {
+    if (value(got) != expected && value(got) != also) {
       fail(g_case + (early_reads ? " with" : " without") + " early reads: " + std::to_string(value(got)) +
            ", expected " + std::to_string(expected));
       break;
