@@ -175,12 +175,10 @@ Status batch_prefill(const BatchPrefillParams& params, const Context& context) {
   if (params.q.numel() == 0 || params.kv.num_sequences() == 0) return {};
   const AttentionArgs args = make_args(params, params.qo_indptr.as<const int32_t>());
   return on_device("batch_prefill", params.q.device, context, [&](const Launcher& launcher) {
-    if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args);
-    if (serves_prefill_mma(params)) {
-      return launch_prefill_mma(
-          launcher, params, args,
-          params.rope_theta ? &rope_table(*params.rope_theta, params.rope_scale, args.head_dim) : nullptr);
-    }
+    const RopeTable* const rope =
+        params.rope_theta ? &rope_table(*params.rope_theta, params.rope_scale, args.head_dim) : nullptr;
+    if (serves_prefill(launcher.arch, params)) return launch_prefill(launcher, params, args, rope);
+    if (serves_prefill_mma(params)) return launch_prefill_mma(launcher, params, args, rope);
     // Each sequence may have one tile that is not full.
     const int64_t tiles = (args.num_rows * args.group_size + kTileRows - 1) / kTileRows + args.num_sequences;
     return attend(launcher, params, args, std::min(tiles * args.num_kv_heads, kMaxPrefillBlocks));

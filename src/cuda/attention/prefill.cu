@@ -8,6 +8,7 @@
 
 #include "src/cuda/attention/counter.cuh"
 #include "src/cuda/attention/prefill.h"
+#include "src/cuda/attention/prefill_mma.h"
 #include "src/cuda/attention/prefill_tensor.cuh"
 
 namespace punica::cuda {
@@ -59,6 +60,9 @@ constexpr int64_t kFewItems = 132;
 // From so many items on blocks count them up in the workspace: items differ, and shares fixed ahead would too.
 constexpr int64_t kCountedItems = 2 * kFewItems;
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
+// Keys are rotated ahead where each is multiplied in so many items or more, on an average, and in no more memory.
+constexpr int64_t kRotatesFrom = 4;
+constexpr int64_t kMaxRotatedBytes = int64_t{512} << 20;
 constexpr int64_t kAlignment = 16;  // the workspace may start anywhere
 
 // Positions, rows times a group, and items of a sequence are 32-bit numbers in the kernel.
@@ -81,7 +85,7 @@ bool serves_shape(const BatchPrefillParams& params) {
       static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(page_size) > kLimit) {
     return false;
   }
-  return params.q.dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128) && !params.rope_theta.has_value() &&
+  return params.q.dtype != DType::kFloat32 && (head_dim == 64 || head_dim == 128) &&
          !(params.sm_scale.has_value() && *params.sm_scale <= 0);
 }
 
@@ -105,13 +109,26 @@ int64_t num_slots(const BatchPrefillParams& params) {
   return static_cast<int64_t>(std::min(most, static_cast<double>(kMaxPartialBytes / slot_bytes(params))));
 }
 
+// Of keys rotated ahead; 0: none are.
+int64_t rotated_bytes(const BatchPrefillParams& params) {
+  const int64_t group_size = params.q.shape[1] / params.kv.num_kv_heads, sequences = params.kv.num_sequences();
+  const int64_t head_bytes = params.kv.page_size * params.q.shape[2] * 2;
+  const double all = static_cast<double>(params.kv.kv_ptrs.shape[0]) * static_cast<double>(params.kv.num_kv_heads) *
+                     static_cast<double>(head_bytes);
+  if (!params.rope_theta.has_value() || all > kMaxRotatedBytes ||
+      max_tiles(params.q.shape[2], params.q.shape[0], group_size, sequences) < (kRotatesFrom + 1) * sequences) {
+    return 0;
+  }
+  return params.kv.kv_ptrs.shape[0] * params.kv.num_kv_heads * head_bytes;
+}
+
 template <class T, int kDim>
-Status launch(const Launcher& launcher, const AttentionArgs& args, int64_t items, unsigned* next_item) {
+Status launch(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope, int64_t items,
+              PrefillCall call) {
   const int64_t page_size = args.page_size;
-  // Rows that lie together in a page and in a tile.
-  const int box_rows = static_cast<int>(std::min<int64_t>(page_size & -page_size, kPrefillKeys));
+  call.box_rows = static_cast<int>(std::min<int64_t>(page_size & -page_size, kPrefillKeys));
   CUtensorMap map;
-  if (const cudaError_t error = tensor_map(kDim, box_rows, &map); error != cudaSuccess) {
+  if (const cudaError_t error = tensor_map(kDim, call.box_rows, &map); error != cudaSuccess) {
     return to_status(launcher.op(), error);
   }
   const int processors = launcher.num_multiprocessors();
@@ -119,12 +136,15 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, int64_t items
   const auto wide = [](const void* tensor, int64_t stride) {
     return reinterpret_cast<uintptr_t>(tensor) % 16 == 0 && stride % 8 == 0;
   };
+  call.wide_q = wide(args.q, args.q_stride);
+  call.wide_o = wide(args.o, args.o_stride);
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(std::min<int64_t>(items, processors));
   shape.block.x = kPrefillThreads<kDim>;
   shape.shared_bytes = sizeof(PrefillShared<kDim>);
-  PUNICA_RETURN_IF_ERROR((launcher.launch<prefill_kernel<Arch::kSm90, T, kDim>>(
-      shape, args, map, box_rows, wide(args.q, args.q_stride), wide(args.o, args.o_stride), next_item)));
+  PUNICA_RETURN_IF_ERROR(
+      rope == nullptr ? (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, false>>(shape, args, map, call, NoRope{}))
+                      : (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, true>>(shape, args, map, call, *rope)));
   if (args.num_slots == 0) return {};
   constexpr int64_t kHeadsABlock = kPrefillMergeThreads / 32;
   LaunchShape merge;
@@ -134,39 +154,69 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, int64_t items
   return launcher.launch<prefill_merge_kernel<Arch::kSm90, T, kDim>>(merge, args);
 }
 
+// Where a workspace's parts are, in bytes from its beginning: the counter of items or partial results, never both, then
+// rotated keys.
+struct Layout {
+  int64_t slots, first_bytes, rotated_bytes;
+  bool counted;
+};
+
+Layout make_layout(const BatchPrefillParams& params) {
+  Layout layout = {};
+  if (params.q.numel() == 0 || params.kv.num_sequences() == 0 || !serves_shape(params)) return layout;
+  layout.counted = max_items(params) >= kCountedItems;
+  layout.slots = num_slots(params);
+  layout.first_bytes = layout.counted ? kAlignment : layout.slots * slot_bytes(params);
+  layout.first_bytes = (layout.first_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  layout.rotated_bytes = rotated_bytes(params);
+  return layout;
+}
+
 }  // namespace
 
 bool serves_prefill(Arch arch, const BatchPrefillParams& params) { return arch == Arch::kSm90 && serves_shape(params); }
 
 int64_t prefill_workspace_bytes(const BatchPrefillParams& params) {
-  if (params.q.numel() == 0 || params.kv.num_sequences() == 0 || !serves_shape(params)) return 0;
-  if (max_items(params) >= kCountedItems) return static_cast<int64_t>(sizeof(unsigned)) + kAlignment;
-  const int64_t slots = num_slots(params);
-  return slots == 0 ? 0 : slots * slot_bytes(params) + kAlignment;
+  const Layout layout = make_layout(params);
+  const int64_t all = layout.first_bytes + layout.rotated_bytes;
+  return all == 0 ? 0 : all + kAlignment;
 }
 
-Status launch_prefill(const Launcher& launcher, const BatchPrefillParams& params, const AttentionArgs& call) {
+Status launch_prefill(const Launcher& launcher, const BatchPrefillParams& params, const AttentionArgs& call,
+                      const RopeTable* rope) {
   AttentionArgs args = call;
-  // Without a workspace splits stay together.
-  args.num_slots = params.tmpbuf.has_value() ? num_slots(params) : 0;
-  const int64_t items = max_items(params);
-  const int64_t workspace = (reinterpret_cast<int64_t>(params.tmpbuf.data) + kAlignment - 1) / kAlignment * kAlignment;
-  unsigned* next_item = nullptr;
-  if (params.tmpbuf.has_value() && items >= kCountedItems) {
-    next_item = reinterpret_cast<unsigned*>(workspace);
-    PUNICA_RETURN_IF_ERROR(reset_counter(launcher, next_item));
-  } else if (args.num_slots > 0) {
-    args.partial_sums = reinterpret_cast<float*>(workspace);
-    args.partial_states =
-        reinterpret_cast<float2*>(args.partial_sums + args.num_slots * args.num_heads() * args.head_dim);
+  PrefillCall prefill = {};
+  // Without a workspace splits stay together, and keys are rotated each time that they are multiplied.
+  if (params.tmpbuf.has_value()) {
+    const Layout layout = make_layout(params);
+    const int64_t address = reinterpret_cast<int64_t>(params.tmpbuf.data);
+    unsigned char* const workspace =
+        reinterpret_cast<unsigned char*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    if (layout.counted) prefill.next_item = reinterpret_cast<unsigned*>(workspace);
+    if (layout.slots > 0) {
+      args.num_slots = layout.slots;
+      args.partial_sums = reinterpret_cast<float*>(workspace);
+      args.partial_states =
+          reinterpret_cast<float2*>(args.partial_sums + args.num_slots * args.num_heads() * args.head_dim);
+    }
+    if (layout.rotated_bytes > 0) {
+      MmaCall rotation = {};
+      rotation.rotated = workspace + layout.first_bytes;
+      rotation.next_item = prefill.next_item;
+      prefill.rotated = rotation.rotated;
+      PUNICA_RETURN_IF_ERROR(launch_rotate_keys(launcher, params.q.dtype, args, rotation, *rope));
+    } else if (prefill.next_item != nullptr) {
+      PUNICA_RETURN_IF_ERROR(reset_counter(launcher, prefill.next_item));
+    }
   }
+  const int64_t items = max_items(params);
   const bool half = params.q.dtype == DType::kFloat16;
   if (args.head_dim == 64) {
-    return half ? launch<__half, 64>(launcher, args, items, next_item)
-                : launch<__nv_bfloat16, 64>(launcher, args, items, next_item);
+    return half ? launch<__half, 64>(launcher, args, rope, items, prefill)
+                : launch<__nv_bfloat16, 64>(launcher, args, rope, items, prefill);
   }
-  return half ? launch<__half, 128>(launcher, args, items, next_item)
-              : launch<__nv_bfloat16, 128>(launcher, args, items, next_item);
+  return half ? launch<__half, 128>(launcher, args, rope, items, prefill)
+              : launch<__nv_bfloat16, 128>(launcher, args, rope, items, prefill);
 }
 
 }  // namespace punica::cuda

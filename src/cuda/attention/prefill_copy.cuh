@@ -10,12 +10,13 @@ namespace punica::cuda::prefill {
 using namespace hopper;
 
 // By kCopyWarps warps, or one for each box of a tile if those are fewer: a box takes a warp some 65 cycles to ask for.
-template <int kDim>
-__device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUtensorMap* map, int box_rows,
+// kRope: keys may have been rotated ahead.
+template <int kDim, bool kRope>
+__device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUtensorMap* map, const PrefillCall& call,
                                            PrefillShared<kDim>& shared) {
   constexpr int kColumns = kDim / 64, kColumnBytes = kPrefillKeys * 128;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int boxes = kPrefillKeys / box_rows, box_bytes = box_rows * 128;
+  const int box_rows = call.box_rows, boxes = kPrefillKeys / box_rows, box_bytes = box_rows * 128;
   if (warp >= boxes) return;
   const uint32_t page_size = static_cast<uint32_t>(args.page_size);
   uint32_t number = 0;  // of tiles so far
@@ -28,13 +29,23 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
     const int64_t head_offset = args.key_bytes + item.kv_head * args.head_bytes;
     const int kv_len = item.kv_len, tiles = item.tiles;
     const int first = item.first_tile * kPrefillKeys;
+    const bool rotated = kRope && item.pages_before >= 0;
+    const int64_t rotated_keys = reinterpret_cast<int64_t>(call.rotated) +
+                                 (int64_t{item.pages_before} * args.num_kv_heads + item.kv_head) * args.head_bytes;
     barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
-    // Where a box of keys of tile i lies; 0 behind the sequence.
-    const auto find_box = [&](int i, int box) -> int64_t {
+    // Where a box of keys of tile i lies, and the one of its values; 0 behind the sequence.
+    struct Place {
+      int64_t keys, values;
+    };
+    const auto find_box = [&](int i, int box) -> Place {
       const uint32_t at = static_cast<uint32_t>(first + i * kPrefillKeys + box * box_rows);
-      if (i >= tiles || box >= boxes || at >= static_cast<uint32_t>(kv_len)) return 0;
+      if (i >= tiles || box >= boxes || at >= static_cast<uint32_t>(kv_len)) return {0, 0};
       const uint32_t page = at / page_size;
-      return page_table[page] + head_offset + static_cast<int64_t>(at - page * page_size) * (kDim * 2);
+      const int64_t offset = static_cast<int64_t>(at - page * page_size) * (kDim * 2);
+      const int64_t keys = page_table[page] + head_offset + offset;
+      if (!rotated) return {keys, keys + args.value_bytes};
+      return {rotated_keys + static_cast<int64_t>(page) * args.num_kv_heads * args.head_bytes + offset,
+              keys + args.value_bytes};
     };
     const auto copy = [&](int i, int64_t address, int box, unsigned char* to, uint64_t* full) {
       if (box == 0) {
@@ -55,30 +66,29 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
     };
     const int warps = min(kCopyWarps, boxes);
     // A lane has one box of a tile, and with boxes of a row, of which there are more than lanes, up to two.
-    const auto copy_tile = [&](int i, int64_t address, int64_t offset, unsigned char* to, uint64_t* full) {
-      copy(i, address == 0 ? 0 : address + offset, lane * warps + warp, to, full);
+    const auto copy_tile = [&](int i, const Place& place, int64_t Place::* part, unsigned char* to, uint64_t* full) {
+      copy(i, place.*part, lane * warps + warp, to, full);
       if (boxes > 32 * warps) {
         const int box = (lane + 32) * warps + warp;
-        const int64_t other = find_box(i, box);
-        copy(i, other == 0 ? 0 : other + offset, box, to, full);
+        copy(i, find_box(i, box).*part, box, to, full);
       }
     };
-    const auto copy_keys = [&](int i, int64_t address) {
+    const auto copy_keys = [&](int i, const Place& place) {
       const uint32_t at = number + i, stage = at % kPrefillStages, parity = (at / kPrefillStages & 1) ^ 1;
       barrier_wait(shared_address(&shared.key_empty[stage]), parity);
-      copy_tile(i, address, 0, shared.keys[stage], &shared.key_full[stage]);
+      copy_tile(i, place, &Place::keys, shared.keys[stage], &shared.key_full[stage]);
     };
-    int64_t address = find_box(0, lane * warps + warp);
-    if (tiles > 0) copy_keys(0, address);
+    Place place = find_box(0, lane * warps + warp);
+    if (tiles > 0) copy_keys(0, place);
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       // Keys are taken a tile before the values that belong to them.
-      const int64_t next = find_box(i + 1, lane * warps + warp);
+      const Place next = find_box(i + 1, lane * warps + warp);
       if (i + 1 < tiles) copy_keys(i + 1, next);
       const uint32_t at = number + i, stage = at % kPrefillStages, parity = (at / kPrefillStages & 1) ^ 1;
       barrier_wait(shared_address(&shared.value_empty[stage]), parity);
-      copy_tile(i, address, args.value_bytes, shared.values[stage], &shared.value_full[stage]);
-      address = next;
+      copy_tile(i, place, &Place::values, shared.values[stage], &shared.value_full[stage]);
+      place = next;
     }
     number += tiles;
   }

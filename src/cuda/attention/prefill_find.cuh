@@ -9,13 +9,23 @@ namespace punica::cuda::prefill {
 
 using namespace hopper;
 
+// Whether there is room for the keys of all sequences, which malformed tables may count twice: as rotate_keys_kernel
+// decides. By a whole warp; all get the same.
+__device__ __forceinline__ bool fits_rotated(const AttentionArgs& args) {
+  int64_t pages = 0;
+  for (int64_t i = threadIdx.x % 32; i < args.num_sequences; i += 32) pages += args.pages(i).num_pages;
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) pages += __shfl_xor_sync(~0u, pages, lane);
+  return pages <= args.num_page_ptrs;
+}
+
 // Finds items in ascending order of their index; the sequences before are not looked at again. A lane knows one of 32
 // sequences at a time.
 template <int kRows>
 class ItemFinder {
  public:
-  __device__ __forceinline__ explicit ItemFinder(const AttentionArgs& args)
-      : args_(args), splits_apart_(prefill_splits_apart(args)) {
+  __device__ __forceinline__ ItemFinder(const AttentionArgs& args, bool rotated)
+      : args_(args), splits_apart_(prefill_splits_apart(args)), rotated_(rotated) {
     load();
   }
 
@@ -24,11 +34,12 @@ class ItemFinder {
     while (first_sequence_ < args_.num_sequences && index >= __shfl_sync(~0u, end_, 31)) {
       before_ = __shfl_sync(~0u, end_, 31);
       slots_before_ = __shfl_sync(~0u, slots_end_, 31);
+      pages_before_ = __shfl_sync(~0u, pages_end_, 31);
       first_sequence_ += 32;
       load();
     }
     if (first_sequence_ >= args_.num_sequences) {
-      if (threadIdx.x % 32 == 0) item->kv_head = -1;
+      if (threadIdx.x % 32 == 0) item->kv_head = -1, item->tiles = item->rows = 0;
       return false;
     }
     const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
@@ -50,6 +61,7 @@ class ItemFinder {
     item->first_slot = slots_end_ + static_cast<int64_t>(static_cast<int>(query) - q_len_) * splits + split;
     item->first_page = first_page_;
     item->kv_len = kv_len_;
+    item->pages_before = rotated_ ? static_cast<int>(pages_end_ - num_pages_) : -1;
     item->first_query = first_row_ + static_cast<int>(query);
     item->first_position = first;
     item->first_head = head;
@@ -74,7 +86,7 @@ class ItemFinder {
   __device__ __forceinline__ void load() {
     const int lane = threadIdx.x % 32;
     const int64_t sequence = first_sequence_ + lane;
-    q_len_ = kv_len_ = first_page_ = first_row_ = 0;
+    q_len_ = kv_len_ = first_page_ = num_pages_ = first_row_ = 0;
     splits_ = 1;
     if (sequence < args_.num_sequences) {
       const SequencePages pages = args_.pages(sequence);
@@ -82,48 +94,65 @@ class ItemFinder {
       first_row_ = static_cast<int>(args_.row_begin(sequence));
       kv_len_ = static_cast<int>(pages.kv_len);
       first_page_ = static_cast<int>(pages.first_page);
+      num_pages_ = static_cast<int>(pages.num_pages);
       if (splits_apart_) splits_ = static_cast<int>(prefill_splits(kv_len_));
     }
     end_ = static_cast<int64_t>(row_tiles(q_len_) * static_cast<uint32_t>(splits_ * args_.num_kv_heads));
     slots_end_ = static_cast<int64_t>(q_len_) * splits_;
+    pages_end_ = num_pages_;  // together no more than the table has, where keys have been rotated
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int64_t other = __shfl_up_sync(~0u, end_, distance);
       const int64_t other_slots = __shfl_up_sync(~0u, slots_end_, distance);
-      if (lane >= distance) end_ += other, slots_end_ += other_slots;
+      const uint32_t other_pages = __shfl_up_sync(~0u, pages_end_, distance);
+      if (lane >= distance) end_ += other, slots_end_ += other_slots, pages_end_ += other_pages;
     }
     end_ += before_;
     slots_end_ += slots_before_;
+    pages_end_ += pages_before_;
   }
 
   const AttentionArgs& args_;
-  const bool splits_apart_;
+  const bool splits_apart_, rotated_;
   // Items and slots before the 32 sequences, and up to the end of the lane's.
   int64_t before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
   int64_t first_sequence_ = 0;
-  int q_len_, kv_len_, first_page_, first_row_, splits_;  // of the lane's sequence
+  uint32_t pages_before_ = 0, pages_end_ = 0;
+  int q_len_, kv_len_, first_page_, num_pages_, first_row_, splits_;  // of the lane's sequence
 };
 
-// Ahead of the warps that take the items by up to kItemsAhead. Items behind the first are counted up in `next_item` by
+// Asks for an item's queries, which the groups copy later, to be brought into the second-level cache. By a whole warp.
+__device__ __forceinline__ void prefetch_queries(const AttentionArgs& args, const PrefillItem& item) {
+  const uint32_t group = args.group_size, bytes = group * args.head_dim * 2;
+  const int queries = (item.first_head + item.rows + group - 1) / group;
+  const uint16_t* const q = static_cast<const uint16_t*>(args.q) + item.first_query * args.q_stride +
+                            item.kv_head * static_cast<int64_t>(group) * args.head_dim;
+  for (int i = threadIdx.x % 32; i < queries; i += 32) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(q + i * args.q_stride), "r"(bytes) : "memory");
+  }
+}
+
+// Ahead of the warps that take the items by up to kItemsAhead. Items behind the first are counted up in next_item by
 // whoever is free, or, without it, each block has every gridDim.x-th.
 template <int kDim>
-__device__ __forceinline__ void find_items(const AttentionArgs& args, unsigned* next_item,
+__device__ __forceinline__ void find_items(const AttentionArgs& args, const PrefillCall& call,
                                            PrefillShared<kDim>& shared) {
-  ItemFinder<kPrefillRows<kDim>> finder(args);
+  ItemFinder<kPrefillRows<kDim>> finder(args, call.rotated != nullptr && fits_rotated(args));
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
     PrefillItem& item = shared.items[n % kItemsAhead];
     barrier_wait(shared_address(&shared.item_empty[n % kItemsAhead]), (n / kItemsAhead & 1) ^ 1);
     int64_t index = blockIdx.x + static_cast<int64_t>(n) * gridDim.x;
-    if (next_item != nullptr && n > 0) {
+    if (call.next_item != nullptr && n > 0) {
       unsigned taken = 0;
-      if (threadIdx.x % 32 == 0) taken = atomicAdd(next_item, 1u);
+      if (threadIdx.x % 32 == 0) taken = atomicAdd(call.next_item, 1u);
       index = int64_t{gridDim.x} + __shfl_sync(~0u, taken, 0);
     }
     const bool found = finder.find(index, &item);
     barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
     __syncwarp();
     if (!found) return;
+    if (call.wide_q) prefetch_queries(args, item);
   }
 }
 

@@ -23,7 +23,9 @@ inline constexpr int kPrefillRows = 64 * kPrefillGroups<kDim>;
 template <int kDim>
 inline constexpr int kPrefillThreads = 128 * (1 + kPrefillGroups<kDim>);
 inline constexpr int kCopyWarps = 3;
-inline constexpr int kItemsAhead = 2;  // more would be taken from blocks that are done sooner
+// The one whose output is written, the one that is computed, and the next. More would be taken from blocks that are
+// done sooner.
+inline constexpr int kItemsAhead = 3;
 // Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
 inline constexpr int kAddressBits = 31;
 
@@ -38,6 +40,18 @@ struct PrefillItem {
   int32_t rows, tiles;
   int32_t splits;   // of the sequence, where each is an item of its own; otherwise 0, and the item writes its output
   int32_t kv_head;  // -1: there are no more items
+  // Where keys have been rotated: pages of the sequences before. -1: they have not been.
+  int32_t pages_before;
+};
+
+// One call, beyond AttentionArgs.
+struct PrefillCall {
+  int box_rows;         // rows that lie together in a page and in a tile
+  bool wide_q, wide_o;  // rows of q, o allow accesses of 16 bytes
+  // Items taken beyond each block's first; null: a block has every gridDim.x-th.
+  unsigned* next_item;
+  // Keys rotated ahead, [pages of all sequences, N, P, D]; null: there are none.
+  const unsigned char* rotated;
 };
 
 template <int kDim>
@@ -46,11 +60,13 @@ struct PrefillShared {
   alignas(1024) unsigned char queries[kPrefillRows<kDim> * kDim * 2];
   unsigned char keys[kPrefillStages][kTileBytes];
   unsigned char values[kPrefillStages][kTileBytes];
-  float saved[kDim / 2][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
+  float4 saved[kDim / 8][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
+  float2 saved_states[kPrefillRows<kDim>];              // maximum and weight of each row
   uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
   uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
   PrefillItem items[kItemsAhead];
+  uint64_t turns[kDim / 2];  // RopeTable
 };
 
 #ifdef __CUDACC__

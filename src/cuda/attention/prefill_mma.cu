@@ -88,22 +88,6 @@ Plan make_plan(const BatchPrefillParams& params) {
   });
 }
 
-Status launch_rotate(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,
-                     const RopeTable& rope) {
-  // Each sequence may have one tile that is not full.
-  const int64_t tiles = args.num_page_ptrs * args.page_size / kRotateTokens + args.num_sequences;
-  LaunchShape shape;
-  shape.grid.x =
-      static_cast<unsigned>(std::min(tiles, int64_t{launcher.num_multiprocessors()} * kRotateBlocksPerMultiprocessor));
-  shape.block.x = kRotateThreads;
-  return with_arch(launcher.arch, [&](auto arch) {
-    constexpr Arch kArch = decltype(arch)::value;
-    return dtype == DType::kFloat16
-               ? launcher.launch<rotate_keys_kernel<kArch, __half>>(shape, args, call, rope)
-               : launcher.launch<rotate_keys_kernel<kArch, __nv_bfloat16>>(shape, args, call, rope);
-  });
-}
-
 Status launch_merge(const Launcher& launcher, DType dtype, const AttentionArgs& args) {
   constexpr int64_t kHeadsABlock = kMmaMergeThreads / 32;
   LaunchShape shape;
@@ -127,6 +111,22 @@ bool serves_shape(const BatchPrefillParams& params) {
 }
 
 }  // namespace
+
+Status launch_rotate_keys(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,
+                          const RopeTable& rope) {
+  // Each sequence may have one tile that is not full.
+  const int64_t tiles = args.num_page_ptrs * args.page_size / kRotateTokens + args.num_sequences;
+  LaunchShape shape;
+  shape.grid.x =
+      static_cast<unsigned>(std::min(tiles, int64_t{launcher.num_multiprocessors()} * kRotateBlocksPerMultiprocessor));
+  shape.block.x = kRotateThreads;
+  return with_arch(launcher.arch, [&](auto arch) {
+    constexpr Arch kArch = decltype(arch)::value;
+    return dtype == DType::kFloat16
+               ? launcher.launch<rotate_keys_kernel<kArch, __half>>(shape, args, call, rope)
+               : launcher.launch<rotate_keys_kernel<kArch, __nv_bfloat16>>(shape, args, call, rope);
+  });
+}
 
 bool serves_prefill_mma(const BatchPrefillParams& params) {
   if (!serves_shape(params)) return false;
@@ -177,7 +177,7 @@ Status launch_prefill_mma(const Launcher& launcher, const BatchPrefillParams& pa
   const unsigned blocks = static_cast<unsigned>(
       std::min<int64_t>(plan.blocks, int64_t{launcher.num_multiprocessors()} * kBlocksPerMultiprocessor));
   if (mma.rotated != nullptr) {
-    PUNICA_RETURN_IF_ERROR(launch_rotate(launcher, params.q.dtype, args, mma, *rope));
+    PUNICA_RETURN_IF_ERROR(launch_rotate_keys(launcher, params.q.dtype, args, mma, *rope));
   } else if (mma.next_item != nullptr) {
     PUNICA_RETURN_IF_ERROR(reset_counter(launcher, mma.next_item));
   }

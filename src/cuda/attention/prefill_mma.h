@@ -20,6 +20,10 @@ int64_t prefill_mma_workspace_bytes(const BatchPrefillParams& params);
 Status launch_prefill_mma(const Launcher& launcher, const BatchPrefillParams& params, const AttentionArgs& args,
                           const RopeTable* rope);
 
+// Rotates the keys of all sequences into call.rotated, and sets *call.next_item to 0.
+Status launch_rotate_keys(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,
+                          const RopeTable& rope);
+
 // Launches the kernel for head dims up to kDim (prefill_mma_*.cu).
 template <int kDim>
 Status launch_mma(const Launcher& launcher, DType dtype, const AttentionArgs& args, const MmaCall& call,

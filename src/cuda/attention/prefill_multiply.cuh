@@ -2,13 +2,16 @@
 #pragma once
 
 #include "src/cuda/attention/prefill_output.cuh"
+#include "src/cuda/attention/prefill_rotate.cuh"
 #include "src/cuda/common/mma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 namespace punica::cuda::prefill {
 
-enum NamedBarrier : int { kTail = 1, kQueries = 2 };
+// Hardware barriers: of the groups that clear a tile's tail, of each group whose queries are there, of each group whose
+// turn it is.
+enum NamedBarrier : int { kTail = 1, kQueries = 2, kTurn = 5 };
 
 __device__ __forceinline__ float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
@@ -21,41 +24,79 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return __fsub_rn(1.0f, __fdividef(2.0f, __fadd_rn(1.0f, e)));
 }
 
-// Of a tile: what turns scores into weights, and what has been added up of these.
-struct Softening {
-  float shift[2];
-  float total[2];
-};
-
-template <class T, int kDim>
+template <class T, int kDim, bool kRope>
 class Consumer : public Output<T, kDim> {
  public:
   using Base = Output<T, kDim>;
-  using Base::args_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::warp_, Base::t_;
+  using Base::args_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::row_, Base::t_;
   using Base::split_row, Base::merge;
   static constexpr int kSums = kDim / 2;
   static constexpr int kColumns = kDim / 64;
-  static constexpr int kEarlySteps = 4, kWaitStep = 6;
+  static constexpr int kGroups = kPrefillGroups<kDim>;
+  // Of the eight steps of a tile's weights: before this one the products of the tile before have ended.
+  static constexpr int kWaitStep = 1;
+  // Weights may grow to 2^8 before their reference moves.
+  static constexpr float kSlack = 8.0f;
 
-  __device__ __forceinline__ Consumer(const AttentionArgs& args, bool wide_q, bool wide_o, PrefillShared<kDim>& shared)
-      : Base(args, wide_o, shared), wide_q_(wide_q) {}
+  __device__ __forceinline__ Consumer(const AttentionArgs& args, const PrefillCall& call, PrefillShared<kDim>& shared)
+      : Base(args, call.wide_o, shared), wide_q_(call.wide_q) {}
 
   __device__ __forceinline__ void run() {
+    if (group_ == kGroups - 1) pass_turn();
     barrier_wait(shared_address(&shared_.item_full[0]), 0);
     load_queries(shared_.items[0]);
-    uint32_t number = 0;
-    float scores[64];
-    start(shared_.items[0], number, scores);
+    float scores[64], sums[kSums];
+    uint32_t weights[8][4];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = 0;
+    wait_queries(shared_.items[0]);
+    wait_first_keys(shared_.items[0], 0);
+    pin(scores);
+    products_fence();
+    multiply_keys(0, scores);
+    products_commit();
+    products_wait<0>();
+
+    RowPair state;
+    uint32_t number = 0;  // of tiles before the item
 #pragma unroll 1
     for (uint32_t n = 0;; ++n) {
+      // On their way: the scores of the item's first tile, and behind them the last products of the item before.
       const PrefillItem& item = shared_.items[n % kItemsAhead];
-      products_wait<0>();
+      const int tiles = item.tiles;
+      products_wait<1>();
       pin(scores);
-      if (item.kv_head < 0) return;
-      attend(item, number, n, scores);
-      number += item.tiles;
-      barrier_arrive(shared_address(&shared_.item_empty[n % kItemsAhead]));  // every thread has read it
+      if (tiles > 0) release(&shared_.key_empty[number % kPrefillStages]);
+      if (tiles <= 1 && item.kv_head >= 0) load_next_queries(n);
+      products_wait<0>();
+      pin(sums);
+      if (n > 0) {
+        finish(shared_.items[(n - 1) % kItemsAhead], number, state, sums);
+        barrier_arrive(shared_address(&shared_.item_empty[(n - 1) % kItemsAhead]));  // every thread has read it
+      }
+      if (item.kv_head < 0) break;
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+      state.clear();
+      attend(item, number, n, state, scores, weights, sums);
+
+      // The first scores of the next item beside the last products of this one.
+      const PrefillItem& next = shared_.items[(n + 1) % kItemsAhead];
+      wait_queries(next);
+      number += tiles;
+      if (tiles > 0) {
+        wait_tile(shared_.value_full, number - 1);
+        const int left = item.kv_len - (item.first_tile + tiles - 1) * kPrefillKeys;
+        if (left < kPrefillKeys && group_ * 64 < item.rows) {
+          clear_tail((number - 1) % kPrefillStages, left, item.rows);
+        }
+      }
+      wait_first_keys(next, number);
+      multiply(number, scores, weights, sums);
     }
+    if (group_ == 0) take_turn();  // the last one that was passed
   }
 
  private:
@@ -115,14 +156,15 @@ class Consumer : public Output<T, kDim> {
   }
 
   // Scores of the tile whose keys begin at `first`: capped, and -inf where a row does not see the key.
-  __device__ __forceinline__ void mask(int first, const int (&ends)[2], float (&scores)[64]) const {
+  __device__ __forceinline__ void mask(const PrefillItem& item, int first, float (&scores)[64]) const {
     if (args_.cap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) scores[i] = tanh_fast(__fmul_rn(scores[i], args_.scale));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int end = ends[r] - first - 2 * t_, begin = first_key(ends[r]) - first - 2 * t_;
+      const int row = row_end(item, row_ + 8 * r);
+      const int end = row - first - 2 * t_, begin = first_key(row) - first - 2 * t_;
 #pragma unroll
       for (int i = 2 * r; i < 64; i += i % 2 == 0 ? 1 : 3) {
         const int key = i / 4 * 8 + i % 2;
@@ -131,51 +173,41 @@ class Consumer : public Output<T, kDim> {
     }
   }
 
-  // The new maximum of the rows, and the factor by which sums so far shrink.
-  __device__ __forceinline__ void find_maximum(const float (&scores)[64], RowPair& state, float (&decay)[2],
-                                               Softening& s) const {
+  // Whether one of the warp's references moves: then the factors by which the sums so far shrink; the rows' weights do
+  // so here.
+  __device__ __forceinline__ bool find_reference(const float (&scores)[64], RowPair& state, float (&decay)[2]) const {
     float top[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) top[i / 2][i % 2] = scores[i];
 #pragma unroll
     for (int i = 4; i < 64; ++i) top[i / 2 % 2][i % 2] = fmaxf(top[i / 2 % 2][i % 2], scores[i]);
+    const float own[2] = {fmaxf(top[0][0], top[0][1]), fmaxf(top[1][0], top[1][1])};
+    const auto beyond = [&](int r, float maximum) { return maximum > __fadd_rn(state.maximum[r], slack_); };
+    if (!__any_sync(~0u, beyond(0, own[0]) || beyond(1, own[1]))) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float maximum = fmaxf(state.maximum[r], quad_max(fmaxf(top[r][0], top[r][1])));
-      const float used = finite_or_zero(maximum);
-      decay[r] = exp2_fast(__fmul_rn(__fsub_rn(state.maximum[r], used), factor_));
-      state.maximum[r] = maximum;
-      s.shift[r] = __fmul_rn(used, factor_);
-      s.total[r] = 0.0f;
+      const float maximum = quad_max(own[r]);
+      decay[r] = 1.0f;
+      if (beyond(r, maximum)) {
+        decay[r] = exp2_fast(__fmul_rn(__fsub_rn(state.maximum[r], maximum), factor_));
+        state.maximum[r] = maximum;
+        state.weight[r] = __fmul_rn(state.weight[r], decay[r]);
+      }
     }
+    return true;
   }
 
-  // Step k of the eight of a tile: scores of 16 keys to weights, in place.
-  __device__ __forceinline__ void soften(int k, float (&scores)[64], Softening& s) const {
+  // Step k of the eight of a tile: scores of 16 keys to weights, in place, and their sums.
+  __device__ __forceinline__ void soften(int k, float (&scores)[64], const float (&shift)[2], RowPair& state) const {
 #pragma unroll
     for (int i = 8 * k; i < 8 * k + 8; ++i) {
-      // In this order, between products: `volatile` keeps the compiler from gathering them at one end.
-      asm volatile("ex2.approx.ftz.f32 %0, %1;"
-                   : "=f"(scores[i])
-                   : "f"(__fmaf_rn(scores[i], factor_, -s.shift[i / 2 % 2])));
+      scores[i] = exp2_fast(__fmaf_rn(scores[i], factor_, -shift[i / 2 % 2]));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const e = scores + 8 * k + 2 * r;
-      s.total[r] = __fadd_rn(s.total[r], __fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[4], e[5])));
+      state.weight[r] = __fadd_rn(state.weight[r], __fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[4], e[5])));
     }
-  }
-
-  static __device__ __forceinline__ void add_weights(const float (&decay)[2], const Softening& s, RowPair& state) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      state.weight[r] = __fmaf_rn(state.weight[r], decay[r], s.total[r]);
-    }
-  }
-
-  static __device__ __forceinline__ void pack_weights(const float (&scores)[64], uint32_t (&weights)[8][4]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
   static __device__ __forceinline__ void pack_step(int k, const float (&scores)[64], uint32_t (&weights)[8][4]) {
@@ -201,20 +233,59 @@ class Consumer : public Output<T, kDim> {
     named_barrier_sync(kTail, threads);
   }
 
-  // The scores of an item's first tile, on their way when this returns. Its queries have been asked for.
-  __device__ __forceinline__ void start(const PrefillItem& item, uint32_t number, float (&scores)[64]) const {
+  // Groups take turns at asking for products, so that the weights of one are computed beside the products of another.
+  __device__ __forceinline__ void take_turn() const { named_barrier_sync(kTurn + group_, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    named_barrier_arrive(kTurn + (group_ == kGroups - 1 ? 0 : group_ + 1), 256);
+  }
+
+  // Asks for the scores of tile `tile`, and behind them for the products of the tile before.
+  __device__ __forceinline__ void multiply(uint32_t tile, float (&scores)[64], const uint32_t (&weights)[8][4],
+                                           float (&sums)[kSums]) const {
+    take_turn();
+    pin(scores);
+    pin(sums);
+    products_fence();
+    multiply_keys(tile % kPrefillStages, scores);
+    products_commit();
+    const Descriptor v = values((tile - 1) % kPrefillStages);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) multiply_values(k, v, weights, sums);
+    products_commit();
+    pass_turn();
+  }
+
+  __device__ __forceinline__ void wait_queries(const PrefillItem& item) const {
     copy_wait<0>();
+    if constexpr (kRope) {
+      named_barrier_sync(kQueries + group_, 128);
+      rotate_queries(item);
+    }
     fence_async_proxy();
     named_barrier_sync(kQueries + group_, 128);
-    // Without keys too, of whatever there is: products in flight may not depend on a condition.
-    const uint32_t stage = number % kPrefillStages;
-    if (item.kv_head >= 0 && item.tiles > 0) {
-      barrier_wait(shared_address(&shared_.key_full[stage]), number / kPrefillStages & 1);
-    }
-    pin(scores);
-    products_fence();
-    multiply_keys(stage, scores);
-    products_commit();
+  }
+
+  __device__ __forceinline__ void wait_first_keys(const PrefillItem& item, uint32_t number) const {
+    if (item.tiles == 0) return;
+    wait_tile(shared_.key_full, number);
+    if (kRope && item.pages_before < 0 && group_ * 64 < item.rows) rotate_keys(item, number, 0);
+  }
+
+  __device__ __forceinline__ void rotate_queries(const PrefillItem& item) const {
+    const int rows = min(item.rows - group_ * 64, 64);
+    if (rows <= 0) return;
+    const auto place = split_row(item, group_ * 64);
+    prefill::rotate_queries<T, kDim>(shared_.turns, item.first_position + place.query, place.head, rows,
+                                     args_.group_size, shared_.queries + group_ * (64 * kDim * 2), thread_);
+  }
+
+  // Tile i of the item, whose first is `number`, by the groups that have rows.
+  __device__ __forceinline__ void rotate_keys(const PrefillItem& item, uint32_t number, int i) const {
+    const int threads = (min(item.rows, kPrefillRows<kDim>) + 63) / 64 * 128;
+    prefill::rotate_keys<T, kDim>(shared_.turns, (item.first_tile + i) * kPrefillKeys,
+                                  shared_.keys[(number + i) % kPrefillStages], group_ * 128 + thread_, threads);
+    fence_async_proxy();
+    named_barrier_sync(kTail, threads);
   }
 
   // As soon as the queries of this item are no longer needed: those of the next.
@@ -228,137 +299,94 @@ class Consumer : public Output<T, kDim> {
     barrier_wait(shared_address(&full[tile % kPrefillStages]), tile / kPrefillStages & 1);
   }
 
-  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n, float (&scores)[64]) {
-    const int row = group_ * 64 + warp_ * 16 + lane_ / 4;
-    const int ends[2] = {row_end(item, row), row_end(item, row + 8)};
-    const int tiles = item.tiles;
-    const int first_tile = item.first_tile;
-    float sums[kSums];
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    RowPair state = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}}, saved = state;
-    bool any_saved = false;
-
+  // From the scores of the item's first tile to the weights of its last.
+  __device__ __forceinline__ void attend(const PrefillItem& item, uint32_t number, uint32_t n, RowPair& state,
+                                         float (&scores)[64], uint32_t (&weights)[8][4], float (&sums)[kSums]) {
+    const int tiles = item.tiles, first_tile = item.first_tile;
     if (tiles == 0 || group_ * 64 >= item.rows) {  // without rows a group only passes tiles on
-      load_next_queries(n);
-      for (int i = 0; i < tiles; ++i) {
+      for (int i = 1; i < tiles; ++i) {
+        take_turn();
+        pass_turn();
         wait_tile(shared_.key_full, number + i);
         release(&shared_.key_empty[(number + i) % kPrefillStages]);
-        wait_tile(shared_.value_full, number + i);
-        release(&shared_.value_empty[(number + i) % kPrefillStages]);
-      }
-    } else {
-      // Tiles [full_begin, full_end), counted from the item's first, are seen whole by all rows of the group, or by
-      // none of those that count.
-      const int group_rows = min(item.rows - group_ * 64, 64);
-      const int least_end = row_end(item, group_ * 64),
-                most_begin = first_key(row_end(item, group_ * 64 + group_rows - 1));
-      const int full_begin = args_.cap > 0.0f ? tiles : (most_begin + kPrefillKeys - 1) / kPrefillKeys - first_tile;
-      const int full_end = least_end / kPrefillKeys - first_tile;
-      const auto masked = [&](int i) { return i < full_begin || i >= full_end; };
-
-      uint32_t weights[8][4];
-      float decay[2];
-      Softening s;
-      release(&shared_.key_empty[number % kPrefillStages]);
-      if (tiles == 1) load_next_queries(n);
-      if (masked(0)) mask(first_tile * kPrefillKeys, ends, scores);
-      find_maximum(scores, state, decay, s);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) soften(k, scores, s);
-      add_weights(decay, s, state);
-      pack_weights(scores, weights);
-      decay[0] = decay[1] = 1.0f;
-
-      // kPlain: every row of the group sees the whole tile, and it is not the item's last.
-      const auto step = [&](int i, auto constant) {
-        constexpr bool kPlain = decltype(constant)::value;
-        const uint32_t stage = (number + i) % kPrefillStages, before = (number + i - 1) % kPrefillStages;
-        wait_tile(shared_.key_full, number + i);
-        pin(scores);
-        products_fence();
-        multiply_keys(stage, scores);
-        products_commit();
-        // Mostly nothing shrinks: times one changes no bit.
-        if (__any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) shrink(sums, decay);
         wait_tile(shared_.value_full, number + i - 1);
-        products_wait<0>();
-        pin(scores);
-        release(&shared_.key_empty[stage]);
-        if (!kPlain && i + 1 == tiles) load_next_queries(n);
-        pin(sums);
-        products_fence();
-        const Descriptor v = values(before);
-#pragma unroll
-        for (int k = 0; k < kEarlySteps; ++k) multiply_values(k, v, weights, sums);
-        const bool fresh = (first_tile + i) % kPrefillSplitTiles == 0;
-        RowPair split = state;
-        if (fresh) state = {{minus_infinity(), minus_infinity()}, {0.0f, 0.0f}};
-        if (kEarlySteps == 8) products_commit();
-        if (!kPlain && masked(i)) mask((first_tile + i) * kPrefillKeys, ends, scores);
-        find_maximum(scores, state, decay, s);
-        // The products of the values are asked for one by one: what is not asked for does not keep the warp waiting.
-        products_fence();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          if (k == kWaitStep) {
-            products_wait<0>();
-            pin(sums);
-            release(&shared_.value_empty[before]);
-          }
-          soften(k, scores, s);
-          if (k >= kWaitStep) {
-            for (int j = (k - kWaitStep) * kWaitStep / (8 - kWaitStep);
-                 j < (k - kWaitStep + 1) * kWaitStep / (8 - kWaitStep); ++j)
-              pack_step(j, scores, weights);
-            pack_step(k, scores, weights);
-          }
-          if (k + kEarlySteps < 8) {
-            products_fence();
-            multiply_values(k + kEarlySteps, v, weights, sums);
-            if (k + kEarlySteps == 7) products_commit();
-          }
-        }
-        add_weights(decay, s, state);
-        if (fresh) {
-          merge(saved, any_saved, split, sums);
-          this->keep(sums);
-          any_saved = true;
-          decay[0] = decay[1] = 1.0f;
-        }
-      };
-      // The rare steps have code of their own, so that what is repeated lies together.
-      const int plain_begin = max(full_begin, 1), plain_end = min(full_end, tiles - 1);
-#pragma unroll 1
-      for (int i = 1; i < tiles; ++i) {
-        if (kDim == 64 && i >= plain_begin) {  // with D = 128 that is 1% slower
-#pragma unroll 1
-          for (; i < plain_end; ++i) step(i, std::true_type());
-        }
-        step(i, std::false_type());
+        release(&shared_.value_empty[(number + i - 1) % kPrefillStages]);
+        if (i + 1 == tiles) load_next_queries(n);
       }
-
-      const uint32_t last = (number + tiles - 1) % kPrefillStages;
-      wait_tile(shared_.value_full, number + tiles - 1);
-      const int left = item.kv_len - (first_tile + tiles - 1) * kPrefillKeys;
-      if (left < kPrefillKeys) clear_tail(last, left, item.rows);
-      shrink(sums, decay);
-      pin(sums);
-      products_fence();
-      const Descriptor v = values(last);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) multiply_values(k, v, weights, sums);
-      products_commit();
-      products_wait<0>();
-      pin(sums);
-      release(&shared_.value_empty[last]);
+      return;
     }
-    start(shared_.items[(n + 1) % kItemsAhead], number + tiles, scores);
-    merge(saved, any_saved, state, sums);
+    // Tiles [full_begin, full_end), counted from the item's first, are seen whole by all rows of the group, or by none
+    // of those that count.
+    const int group_rows = min(item.rows - group_ * 64, 64);
+    const int least_end = row_end(item, group_ * 64),
+              most_begin = first_key(row_end(item, group_ * 64 + group_rows - 1));
+    const int full_begin = args_.cap > 0.0f ? tiles : (most_begin + kPrefillKeys - 1) / kPrefillKeys - first_tile;
+    const int full_end = least_end / kPrefillKeys - first_tile;
+
+    float decay[2];
+    const auto shifts = [&](float (&shift)[2]) {
+      shift[0] = __fmul_rn(finite_or_zero(state.maximum[0]), factor_);
+      shift[1] = __fmul_rn(finite_or_zero(state.maximum[1]), factor_);
+    };
+    {
+      if (0 < full_begin || 0 >= full_end) mask(item, first_tile * kPrefillKeys, scores);
+      find_reference(scores, state, decay);
+      float shift[2];
+      shifts(shift);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        soften(k, scores, shift, state);
+        pack_step(k, scores, weights);
+      }
+    }
+
+#pragma unroll 1
+    for (int i = 1; i < tiles; ++i) {
+      const uint32_t stage = (number + i) % kPrefillStages, before = (number + i - 1) % kPrefillStages;
+      wait_tile(shared_.key_full, number + i);
+      if (kRope && item.pages_before < 0) rotate_keys(item, number, i);
+      wait_tile(shared_.value_full, number + i - 1);
+      multiply(number + i, scores, weights, sums);
+      products_wait<1>();
+      pin(scores);
+      release(&shared_.key_empty[stage]);
+      if (i + 1 == tiles) load_next_queries(n);
+      if ((first_tile + i) % kPrefillSplitTiles == 0) {
+        products_wait<0>();
+        pin(sums);
+        this->keep((first_tile + i) / kPrefillSplitTiles - 1 > first_tile / kPrefillSplitTiles, state, sums);
+      }
+      if (i < full_begin || i >= full_end) mask(item, (first_tile + i) * kPrefillKeys, scores);
+      const bool moved = find_reference(scores, state, decay);
+      float shift[2];
+      shifts(shift);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k == kWaitStep) {
+          products_wait<0>();
+          pin(sums);
+          pin(scores);
+          release(&shared_.value_empty[before]);
+#pragma unroll
+          for (int j = 0; j < k; ++j) pack_step(j, scores, weights);
+        }
+        soften(k, scores, shift, state);
+        if (k >= kWaitStep) pack_step(k, scores, weights);
+      }
+      if (moved) shrink(sums, decay);
+    }
+  }
+
+  // The item's result, when its last products have ended; `number` counts its tiles too.
+  __device__ __forceinline__ void finish(const PrefillItem& item, uint32_t number, RowPair& state,
+                                         float (&sums)[kSums]) const {
+    if (item.tiles > 0) release(&shared_.value_empty[(number - 1) % kPrefillStages]);
+    if (group_ * 64 >= item.rows) return;
+    merge((item.first_tile + item.tiles - 1) / kPrefillSplitTiles > item.first_tile / kPrefillSplitTiles, state, sums);
     if (item.splits == 0) {
-      this->store(item, row, ends, saved, sums);
-    } else if (tiles > 0) {
-      this->store_partial(item, row, saved, sums);
+      this->store(item, state, sums);
+    } else if (item.tiles > 0) {
+      this->store_partial(item, state, sums);
     }
   }
 
@@ -369,6 +397,7 @@ class Consumer : public Output<T, kDim> {
 
   const bool wide_q_;
   const float factor_ = args_.cap > 0.0f ? args_.cap : args_.scale;
+  const float slack_ = fminf(__fdiv_rn(kSlack, factor_), 0x1p126f);  // of scores
   const int window_ =
       args_.window_left < 0 || args_.window_left > INT32_MAX ? INT32_MAX : static_cast<int>(args_.window_left);
 };

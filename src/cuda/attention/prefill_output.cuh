@@ -13,8 +13,15 @@ using namespace hopper;
 // Rows g and g + 8 of a warp's 16, of which a thread has a quarter: the weights of its columns are not yet summed up
 // over the four.
 struct RowPair {
-  float maximum[2];  // of the scores before the factor
+  // What the weights are relative to, before the factor: the greatest score as it was when one was last greater by
+  // more than a factor of 2^8. So sums seldom have to shrink.
+  float maximum[2];
   float weight[2];
+
+  __device__ __forceinline__ void clear() {
+    maximum[0] = maximum[1] = minus_infinity();
+    weight[0] = weight[1] = 0.0f;
+  }
 };
 
 __device__ __forceinline__ float quad_sum(float v) {
@@ -42,56 +49,75 @@ class Output {
     return {static_cast<int>(query), static_cast<int>(at - query * args_.group_size)};
   }
 
-  // Adds the saved splits to a finished one, which becomes the sum of all: RowState::merge for two rows.
-  __device__ __forceinline__ void merge(RowPair& saved, bool any_saved, RowPair& split, float (&sums)[kSums]) const {
+  // A split is finished: the weights are summed up, the maximum is that of the scores after the factor. Adds the saved
+  // splits before it, if there are any: RowState::merge for two rows.
+  __device__ __forceinline__ void merge(bool any_saved, RowPair& state, float (&sums)[kSums]) const {
     const float factor = args_.cap > 0.0f ? args_.cap : args_.scale;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      state.weight[r] = quad_sum(state.weight[r]);
+      state.maximum[r] = __fmul_rn(state.maximum[r], factor);
+    }
+    if (!any_saved) return;
     // A side that saw nothing changes no bit of the other.
     bool before_alone[2], split_alone[2];
     float decay[2], split_decay[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      split.weight[r] = quad_sum(split.weight[r]);
-      split.maximum[r] = __fmul_rn(split.maximum[r], factor);
-      split_alone[r] = !any_saved || saved.weight[r] == 0.0f;
-      before_alone[r] = split.weight[r] == 0.0f;
+      const float2 saved = shared_.saved_states[row_ + 8 * r];
+      split_alone[r] = saved.y == 0.0f;
+      before_alone[r] = state.weight[r] == 0.0f;
       decay[r] = split_decay[r] = 1.0f;
-      if (split_alone[r]) {
-        saved.maximum[r] = split.maximum[r];
-        saved.weight[r] = split.weight[r];
-      } else if (!before_alone[r]) {
-        const float top = fmaxf(saved.maximum[r], split.maximum[r]);
-        decay[r] = exp2_fast(__fsub_rn(saved.maximum[r], finite_or_zero(top)));
-        split_decay[r] = exp2_fast(__fsub_rn(split.maximum[r], finite_or_zero(top)));
-        saved.maximum[r] = top;
-        saved.weight[r] = __fmaf_rn(split.weight[r], split_decay[r], __fmul_rn(saved.weight[r], decay[r]));
+      if (split_alone[r]) continue;
+      if (before_alone[r]) {
+        state.maximum[r] = saved.x;
+        state.weight[r] = saved.y;
+      } else {
+        const float top = fmaxf(saved.x, state.maximum[r]);
+        decay[r] = exp2_fast(__fsub_rn(saved.x, finite_or_zero(top)));
+        split_decay[r] = exp2_fast(__fsub_rn(state.maximum[r], finite_or_zero(top)));
+        state.maximum[r] = top;
+        state.weight[r] = __fmaf_rn(state.weight[r], split_decay[r], __fmul_rn(saved.y, decay[r]));
       }
     }
-    if (!any_saved) return;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int r = i / 2 % 2;
-      const float before = shared_.saved[i][threadIdx.x - 128];
-      const float both = __fmaf_rn(sums[i], split_decay[r], __fmul_rn(before, decay[r]));
-      sums[i] = split_alone[r] ? sums[i] : before_alone[r] ? before : both;
+    for (int j = 0; j < kSums / 4; ++j) {
+      const float4 four = shared_.saved[j][threadIdx.x - 128];
+      const float before[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i / 2;
+        float& sum = sums[4 * j + i];
+        const float both = __fmaf_rn(sum, split_decay[r], __fmul_rn(before[i], decay[r]));
+        sum = split_alone[r] ? sum : before_alone[r] ? before[i] : both;
+      }
     }
   }
 
-  // Saves the sums; a split begins with zeros.
-  __device__ __forceinline__ void keep(float (&sums)[kSums]) const {
+  // Saves a finished split with those before it; the next one begins with nothing.
+  __device__ __forceinline__ void keep(bool any_saved, RowPair& state, float (&sums)[kSums]) const {
+    merge(any_saved, state, sums);
+    __syncwarp();  // all have read
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      shared_.saved[i][threadIdx.x - 128] = sums[i];
-      sums[i] = 0.0f;
+    for (int r = 0; r < 2; ++r) {
+      if (t_ == 0) shared_.saved_states[row_ + 8 * r] = make_float2(state.maximum[r], state.weight[r]);
     }
+#pragma unroll
+    for (int j = 0; j < kSums / 4; ++j) {
+      shared_.saved[j][threadIdx.x - 128] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+      sums[4 * j] = sums[4 * j + 1] = sums[4 * j + 2] = sums[4 * j + 3] = 0.0f;
+    }
+    state.clear();
+    __syncwarp();
   }
 
   // What prefill_merge_kernel reads.
-  __device__ __forceinline__ void store_partial(const PrefillItem& item, int row, const RowPair& state,
+  __device__ __forceinline__ void store_partial(const PrefillItem& item, const RowPair& state,
                                                 const float (&sums)[kSums]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= item.rows) continue;
-      const Row place = split_row(item, row + 8 * r);
+      if (row_ + 8 * r >= item.rows) continue;
+      const Row place = split_row(item, row_ + 8 * r);
       const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
       const int64_t index = (item.first_slot + int64_t{place.query} * item.splits) * args_.num_heads() + head;
       float2* const to = reinterpret_cast<float2*>(args_.partial_sums + index * kDim) + t_;
@@ -102,13 +128,14 @@ class Output {
   }
 
   // Rounded, through the warp's part of shared_.saved, which merge has read: an access to memory is whole rows.
-  __device__ __forceinline__ void store(const PrefillItem& item, int row, const int (&ends)[2], const RowPair& state,
+  __device__ __forceinline__ void store(const PrefillItem& item, const RowPair& state,
                                         const float (&sums)[kSums]) const {
     constexpr int kPieces = kDim / 8;  // of 16 bytes, of a row
     uint32_t words[2][kPieces];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const bool empty = ends[r] == 0;  // no key seen: zeros
+      const Row place = split_row(item, row_ + 8 * r);
+      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
       const float inverse = __fdiv_rn(1.0f, state.weight[r]);
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
@@ -117,17 +144,18 @@ class Output {
             pack<T>(__fmaf_rn(sums[4 * j + 2 * r], inverse, 0.0f), __fmaf_rn(sums[4 * j + 2 * r + 1], inverse, 0.0f));
         words[r][j] = empty ? 0 : word;
       }
-      if (args_.lse != nullptr && t_ == 0 && row + 8 * r < item.rows) {
-        const Row place = split_row(item, row + 8 * r);
+      if (args_.lse != nullptr && t_ == 0 && row_ + 8 * r < item.rows) {
         const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
         args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =
             empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
       }
     }
-    // Piece p of row r of the warp's 16: 128 bytes of a row lie together, turned so that no banks meet.
+    // Piece p of row r of the warp's 16: 128 bytes of a row lie together, turned so that no banks meet; four such lines
+    // are what a warp has of a row of shared_.saved.
     const uint32_t base = shared_address(&shared_.saved[0][threadIdx.x - 128 - lane_]);
     const auto place_of = [&](int r, int p) {
-      return base + (r * (kDim / 64) + p / 8) * static_cast<uint32_t>(sizeof(shared_.saved[0])) + (p ^ r) % 8 * 16;
+      const int line = r * (kDim / 64) + p / 8;
+      return base + line / 4 * static_cast<uint32_t>(sizeof(shared_.saved[0])) + line % 4 * 128 + (p ^ r) % 8 * 16;
     };
     __syncwarp();
 #pragma unroll
@@ -137,7 +165,7 @@ class Output {
     }
     __syncwarp();
     // Each of 16 lanes knows where one of the rows goes.
-    const int first_row = group_ * 64 + warp_ * 16, known_row = first_row + lane_ % 16;
+    const int first_row = row_ - lane_ / 4, known_row = first_row + lane_ % 16;
     const Row known = split_row(item, min(known_row, item.rows - 1));
     const int64_t known_offset = (int64_t{item.first_query} + known.query) * args_.o_stride +
                                  (item.kv_head * static_cast<int64_t>(args_.group_size) + known.head) * kDim;
@@ -167,8 +195,9 @@ class Output {
   const bool wide_o_;
   // 2^32 / group_size, rounded up: quotients by multiplication are exact for what is asked (serves_prefill).
   const uint32_t group_inverse_ = 0xffffffffu / args_.group_size + 1;
-  const int thread_ = threadIdx.x % 128, lane_ = threadIdx.x % 32, warp_ = thread_ / 32, t_ = lane_ % 4;
+  const int thread_ = threadIdx.x % 128, lane_ = threadIdx.x % 32, t_ = lane_ % 4;
   const int group_ = static_cast<int>(uniform(threadIdx.x / 128)) - 1;
+  const int row_ = group_ * 64 + thread_ / 32 * 16 + lane_ / 4;  // of the item; the other one is 8 behind
 };
 
 }  // namespace punica::cuda::prefill

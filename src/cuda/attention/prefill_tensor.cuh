@@ -19,17 +19,18 @@
 namespace punica::cuda {
 
 // Grid: as many blocks as multiprocessors, or items if they are fewer.
-template <Arch kArch, class T, int kDim>
+template <Arch kArch, class T, int kDim, bool kRope>
 __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
-    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map, int box_rows,
-                   bool wide_q, bool wide_o, unsigned* next_item) {
+    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map,
+                   const __grid_constant__ PrefillCall call,
+                   const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   static_assert(kArch == Arch::kSm90);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char prefill_shared[];
   PrefillShared<kDim>& shared = *reinterpret_cast<PrefillShared<kDim>*>(prefill_shared);
   launch_dependents<kArch>();
   if (threadIdx.x == 0) {
-    const int copy_warps = min(kCopyWarps, kPrefillKeys / box_rows);
+    const int copy_warps = min(kCopyWarps, kPrefillKeys / call.box_rows);
     for (int i = 0; i < kPrefillStages; ++i) {
       hopper::barrier_init(shared_address(&shared.key_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
@@ -44,19 +45,22 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
     }
     hopper::barrier_init_fence();
   }
+  if constexpr (kRope) {
+    for (int d = threadIdx.x; d < kDim / 2; d += kPrefillThreads<kDim>) shared.turns[d] = rope.turns[d];
+  }
   __syncthreads();
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {
     hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
-      prefill::copy_items<kDim>(args, &map, box_rows, shared);
+      prefill::copy_items<kDim, kRope>(args, &map, call, shared);
     } else {
-      prefill::find_items<kDim>(args, next_item, shared);
+      prefill::find_items<kDim>(args, call, shared);
     }
   } else {
     hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
-    prefill::Consumer<T, kDim>(args, wide_q, wide_o, shared).run();
+    prefill::Consumer<T, kDim, kRope>(args, call, shared).run();
   }
 #endif
 }

@@ -460,7 +460,15 @@ void test_fast_prefill(bool small) {
       test_prefill({t, 2, 4, dim, 16, std::nullopt, 1.0, 0}, kv_len, q_len);
       test_prefill({t, 2, 4, dim, 16, std::nullopt, 1.0, 100}, kv_len, q_len);
       test_prefill({t, 1, 4, dim, 8, std::nullopt, 1.0, -1, 5.0, 0.5}, kv_len, q_len);
+      // Rotated in shared memory; with long prompts, keys ahead.
+      for (const int64_t group : {1, 4, 7}) test_prefill({t, 2, group, dim, 16, 1e4}, kv_len, q_len, 3);
+      test_prefill({t, 1, 2, dim, 5, 1e4, 4.0, 40}, {330, 290}, {330, 290}, 7);
       if (small) continue;
+      test_prefill({t, 2, 4, dim, 16, 1e4}, {700, 930}, {700, 930}, 13);
+      test_prefill({t, 1, 3, dim, 48, 1e4}, {2300, 4097}, {30, 4}, 5);
+      test_prefill({t, 1, 4, dim, 16, 5e5, 8.0, 2200}, {4700}, {600}, 17);
+      // Scores so large that the greatest one keeps growing by more than what weights allow.
+      test_prefill({t, 2, 4, dim, 16, std::nullopt, 1.0, -1, 0.0, 4.0}, {2100, 700, 5000}, {60, 300, 40});
       test_prefill({t, 2, 4, dim, 16}, {2100, 2048, 5000, 2049}, {60, 40, 33, 1});
       test_prefill({t, 1, 3, dim, 48}, {2300, 4097}, {30, 4});
       test_prefill({t, 1, 2, dim, 1, std::nullopt, 1.0, 2200}, {2300, 4700}, {30, 300});
@@ -468,7 +476,10 @@ void test_fast_prefill(bool small) {
       test_prefill({t, 1, 2, dim, 16}, std::vector<int64_t>(70, 7), std::vector<int64_t>(70, 3));
     }
     test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
+    test_chunks({t, 1, 4, 128, 16, 1e4}, small ? 40 : 600);
     if (!small) {
+      test_chunks({t, 1, 4, 64, 16, 1e4, 1.0, 500}, 1300, 200);
+      test_chunks({t, 1, 4, 128, 16, std::nullopt, 1.0, -1, 0.0, 3.0}, 2500, 300);
       test_chunks({t, 1, 4, 128, 16}, 4200);
       test_chunks({t, 1, 4, 64, 16, std::nullopt, 1.0, 700, 20.0, 0.3}, 2500);
     }
