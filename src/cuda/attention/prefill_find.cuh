@@ -19,6 +19,11 @@ __device__ __forceinline__ bool fits_rotated(const AttentionArgs& args) {
   return pages <= args.num_page_ptrs;
 }
 
+// What of an item says where its queries lie.
+struct PrefillQueries {
+  int first_query, first_head, rows, kv_head;
+};
+
 // Finds items in ascending order of their index; the sequences before are not looked at again. A lane knows one of 32
 // sequences at a time.
 template <int kRows>
@@ -29,8 +34,9 @@ class ItemFinder {
     load();
   }
 
-  // By the whole warp; the lane of the item's sequence writes it. Whether there is one.
-  __device__ __forceinline__ bool find(int64_t index, PrefillItem* item) {
+  // By the whole warp; the lane of the item's sequence writes it. Whether there is one; its queries are then known to
+  // all lanes.
+  __device__ __forceinline__ bool find(int64_t index, PrefillItem* item, PrefillQueries* queries) {
     while (first_sequence_ < args_.num_sequences && index >= __shfl_sync(~0u, end_, 31)) {
       before_ = __shfl_sync(~0u, end_, 31);
       slots_before_ = __shfl_sync(~0u, slots_end_, 31);
@@ -43,7 +49,14 @@ class ItemFinder {
       return false;
     }
     const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
-    if (threadIdx.x % 32 == owner) write(index, item);
+    if (threadIdx.x % 32 == owner) {
+      write(index, item);
+      *queries = {item->first_query, item->first_head, item->rows, item->kv_head};
+    }
+    queries->first_query = __shfl_sync(~0u, queries->first_query, owner);
+    queries->first_head = __shfl_sync(~0u, queries->first_head, owner);
+    queries->rows = __shfl_sync(~0u, queries->rows, owner);
+    queries->kv_head = __shfl_sync(~0u, queries->kv_head, owner);
     return true;
   }
 
@@ -122,7 +135,7 @@ class ItemFinder {
 };
 
 // Asks for an item's queries, which the groups copy later, to be brought into the second-level cache. By a whole warp.
-__device__ __forceinline__ void prefetch_queries(const AttentionArgs& args, const PrefillItem& item) {
+__device__ __forceinline__ void prefetch_queries(const AttentionArgs& args, const PrefillQueries& item) {
   const uint32_t group = args.group_size, bytes = group * args.head_dim * 2;
   const int queries = (item.first_head + item.rows + group - 1) / group;
   const uint16_t* const q = static_cast<const uint16_t*>(args.q) + item.first_query * args.q_stride +
@@ -148,11 +161,12 @@ __device__ __forceinline__ void find_items(const AttentionArgs& args, const Pref
       if (threadIdx.x % 32 == 0) taken = atomicAdd(call.next_item, 1u);
       index = int64_t{gridDim.x} + __shfl_sync(~0u, taken, 0);
     }
-    const bool found = finder.find(index, &item);
+    PrefillQueries queries = {};
+    const bool found = finder.find(index, &item, &queries);
     barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
     __syncwarp();
     if (!found) return;
-    if (call.wide_q) prefetch_queries(args, item);
+    if (call.wide_q) prefetch_queries(args, queries);
   }
 }
 

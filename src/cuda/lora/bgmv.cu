@@ -67,7 +67,9 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
   args.resident = std::min(args.steps, kChunk);
   if (args.resident < args.steps) args.group_rows = 1;  // kRing
-  const bool single = args.group_rows == 1;
+  // One output a warp is for so few blocks that rows are not grouped, and whole steps in a ring are more than fit.
+  constexpr bool kMayGroup = kRanks > 1 && !(kWhole && kRing);
+  if (!kMayGroup) args.group_rows = 1;
   return for_parts(
       args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits), kMaxRowsY,
       [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
@@ -75,12 +77,14 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
         shape.grid = dim3(tile_count, row_blocks(part, rows));
         shape.block = dim3(32 * kWarps);
         shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
-        return single
-                   ? launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, true>>(
-                         shape, part)
-                   : launcher
-                         .launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, false>>(
-                             shape, part);
+        if constexpr (kMayGroup) {
+          if (part.group_rows > 1) {
+            return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, false>>(
+                shape, part);
+          }
+        }
+        return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, true>>(shape,
+                                                                                                                  part);
       });
 }
 
@@ -284,7 +288,7 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
         } else {
           shape.block = dim3(kBulkThreads);
           shape.shared_bytes = bulk_short_shared_bytes<false>(part.h_in, kRounds);
-          if constexpr (kSteps == 0) {
+          if constexpr (kSteps == 0 && kRounds == 1) {  // more rounds are for more blocks
             // Its blocks take few registers; where there are many, those of too many kernels of a
             // chain would ask for weights before the first has what it needs.
             if (part.group_rows == 1 && static_cast<int64_t>(rows) * tiles < kFewBlocks) {

@@ -50,6 +50,20 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
   }
   for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1}) EXPECT(o.untouched(row), what);
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact() && cache.pool.guards_intact(), what);
+
+  // Dense and aligned rows, which have ways of their own: the same bits.
+  if (c.dim % 8 != 0) return;
+  Rows dense_q(c.dtype, rows, q.heads, c.dim), dense_o(c.dtype, rows, q.heads, c.dim);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memcpy(dense_q.at(row), q.at(row), static_cast<size_t>(q.row_bytes()));
+  }
+  p.q = dense_q.view();
+  p.o = dense_o.view();
+  run(cuda::batch_prefill(p, {}), what);
+  for (int64_t row = 0; row < rows; ++row) {
+    EXPECT(row < 2 || row >= qo.back() ? dense_o.untouched(row) : dense_o.same(row, o, row), what + ", aligned");
+  }
+  EXPECT(dense_o.padding_intact() && tmpbuf.guards_intact() && cache.pool.guards_intact(), what + ", aligned");
 }
 
 // Gives all sets of counters (decode_arrive.cuh) to workspaces that are none. New ones get none from here on.
