@@ -21,7 +21,7 @@ namespace punica::cuda {
 // Grid: as many blocks as multiprocessors, or items if they are fewer.
 template <Arch kArch, class T, int kDim, bool kRope>
 __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
-    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map,
+    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ PrefillMaps maps,
                    const __grid_constant__ PrefillCall call,
                    const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   static_assert(kArch == Arch::kSm90);
@@ -36,6 +36,10 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.key_empty[i]), 4 * kPrefillGroups<kDim>);
       hopper::barrier_init(shared_address(&shared.value_empty[i]), 4 * kPrefillGroups<kDim>);
+    }
+    for (int i = 0; i < kPrefillGroups<kDim>; ++i) {
+      hopper::barrier_init(shared_address(&shared.query_full[i]), 1);
+      hopper::barrier_init(shared_address(&shared.query_empty[i]), 4);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
       hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
@@ -52,13 +56,13 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
   if (threadIdx.x < 128) {
     hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
-      prefill::copy_items<kDim, kRope>(args, &map, call, shared);
+      prefill::copy_items<kDim, kRope>(args, maps, call, shared);
     } else {
       prefill::find_items<kDim>(args, call, shared);
     }
   } else {
     hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
-    prefill::Consumer<T, kDim, kRope>(args, call, shared).run();
+    prefill::Consumer<T, kDim, kRope>(args, call, maps.outputs, shared).run();
   }
 #endif
 }
