@@ -69,34 +69,30 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const Pref
       return {rotated_keys + static_cast<int64_t>(page) * args.num_kv_heads * args.head_bytes + offset,
               keys + args.value_bytes};
     };
-    // Boxes box, box + warps, .. below `valid`; lane j knows where the j-th lies.
-    const int warps = min(kCopyWarps, boxes);
-    const auto copy_boxes = [&](int64_t address, int box, int valid, unsigned char* to, uint64_t* full) {
-      const uint64_t at = static_cast<uint64_t>(address) >> 4;
-      const int low = static_cast<int>(at & ((uint64_t{1} << kAddressBits) - 1)),
-                high = static_cast<int>(at >> kAddressBits);
-#pragma unroll 1
-      for (int j = 0; j < 32 && box < valid; ++j, box += warps) {
-        const int box_low = __shfl_sync(~0u, low, j), box_high = __shfl_sync(~0u, high, j);
-        if (lane == 0) {
+    const auto copy = [&](int i, int64_t address, int box, unsigned char* to, uint64_t* full) {
+      if (box == 0) {
+        const int left = kv_len - first - i * kPrefillKeys;
+        const int valid = left < kPrefillKeys ? (left + box_rows - 1) / box_rows : boxes;
+        barrier_expect(shared_address(full), valid * box_bytes * kColumns);
+      }
+      if (address != 0) {
+        const uint64_t at = static_cast<uint64_t>(address) >> 4;
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, &maps.memory, c * 64, 0, box_low,
-                     box_high, shared_address(full));
-          }
+        for (int c = 0; c < kColumns; ++c) {
+          copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, &maps.memory, c * 64, 0,
+                   static_cast<int>(at & ((uint64_t{1} << kAddressBits) - 1)), static_cast<int>(at >> kAddressBits),
+                   shared_address(full));
         }
       }
       __syncwarp();
     };
+    const int warps = min(kCopyWarps, boxes);
     // A lane has one box of a tile, and with boxes of a row, of which there are more than lanes, up to two.
     const auto copy_tile = [&](int i, const Place& place, int64_t Place::* part, unsigned char* to, uint64_t* full) {
-      const int left = kv_len - first - i * kPrefillKeys;
-      const int valid = left < kPrefillKeys ? (left + box_rows - 1) / box_rows : boxes;
-      if (warp == 0 && lane == 0) barrier_expect(shared_address(full), valid * box_bytes * kColumns);
-      copy_boxes(place.*part, warp, valid, to, full);
+      copy(i, place.*part, lane * warps + warp, to, full);
       if (boxes > 32 * warps) {
-        const int64_t other = find_box(i, (lane + 32) * warps + warp).*part;
-        copy_boxes(other, 32 * warps + warp, valid, to, full);
+        const int box = (lane + 32) * warps + warp;
+        copy(i, find_box(i, box).*part, box, to, full);
       }
     };
     const auto copy_keys = [&](int i, const Place& place) {

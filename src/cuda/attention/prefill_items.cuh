@@ -80,6 +80,9 @@ struct PrefillShared {
 };
 
 #ifdef __CUDACC__
+// What sums are times in the end, wherever splits are merged. Within 1 ulp; a weight is far from 2^126.
+__device__ __forceinline__ float inverse_weight(float weight) { return __fdividef(1.0f, weight); }
+
 // Splits of a sequence, at least one.
 __device__ __forceinline__ int64_t prefill_splits(int64_t kv_len) {
   return kv_len > 0 ? (kv_len - 1) / kPrefillSplitTokens + 1 : 1;

@@ -166,14 +166,23 @@ class Consumer : public Output<T, kDim> {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row_end(item, row_ + 8 * r);
-      const int end = row - first - 2 * t_, begin = first_key(row) - first - 2 * t_;
+      const int end = row_end(item, row_ + 8 * r);
+      const int first_seen = scores_below(first_key(end) - first - 2 * t_),
+                end_seen = scores_below(end - first - 2 * t_);
+      uint32_t seen;
+      asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(seen) : "r"(first_seen), "r"(max(end_seen - first_seen, 0)));
 #pragma unroll
-      for (int i = 2 * r; i < 64; i += i % 2 == 0 ? 1 : 3) {
-        const int key = i / 4 * 8 + i % 2;
-        if (key >= end || key < begin) scores[i] = minus_infinity();
+      for (int i = 0; i < 32; ++i) {
+        float& score = scores[i / 2 * 4 + 2 * r + i % 2];
+        score = seen >> i & 1 ? score : minus_infinity();
       }
     }
+  }
+
+  // Of the 32 scores that a thread has of a row, keys 8 i and 8 i + 1, how many are those of keys below `keys`.
+  static __device__ __forceinline__ int scores_below(int keys) {
+    const int some = min(max(keys, 0), kPrefillKeys);
+    return some / 8 * 2 + min(some % 8, 2);
   }
 
   // Whether one of the warp's references moves: then the factors by which the sums so far shrink; the rows' weights do

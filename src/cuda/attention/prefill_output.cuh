@@ -136,19 +136,18 @@ class Output {
     uint32_t words[2][kPieces];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Row place = split_row(item, row_ + 8 * r);
-      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
-      const float inverse = __fdiv_rn(1.0f, state.weight[r]);
+      const float inverse = inverse_weight(state.weight[r]);
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         // + 0: tiles of zero weights turn -0 into 0, wherever they are.
         words[r][j] =
             pack<T>(__fmaf_rn(sums[4 * j + 2 * r], inverse, 0.0f), __fmaf_rn(sums[4 * j + 2 * r + 1], inverse, 0.0f));
       }
-      if (__any_sync(~0u, empty)) {
+      if (item.first_position >= 0 && args_.lse == nullptr) continue;
+      const Row place = split_row(item, row_ + 8 * r);
+      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
 #pragma unroll
-        for (int j = 0; j < kPieces; ++j) words[r][j] = empty ? 0 : words[r][j];
-      }
+      for (int j = 0; j < kPieces; ++j) words[r][j] = empty ? 0 : words[r][j];
       if (args_.lse != nullptr && t_ == 0 && row_ + 8 * r < item.rows) {
         const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
         args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =

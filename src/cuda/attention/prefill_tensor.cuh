@@ -54,14 +54,14 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
+    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 56 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
       prefill::copy_items<kDim, kRope>(args, maps, call, shared);
     } else {
       prefill::find_items<kDim>(args, call, shared);
     }
   } else {
-    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
+    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 224 : 160>();
     prefill::Consumer<T, kDim, kRope>(args, call, maps.outputs, shared).run();
   }
 #endif
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kPrefillMergeThreads)
           if (from + i < end) total.merge(parts[i]);
         }
       }
-      const float inverse = position < 0 ? 0.0f : __fdiv_rn(1.0f, total.weight);
+      const float inverse = position < 0 ? 0.0f : inverse_weight(total.weight);
       Vec<T, kColumns> out;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
