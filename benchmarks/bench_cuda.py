@@ -1,9 +1,11 @@
 """Measures the CUDA backend in one run: kernel floors, our operations, and torch's ways of doing the same.
 
-    python benchmarks/bench_cuda.py [--only WORD] [--grid] [--output FOLDER]
+    python benchmarks/bench_cuda.py [--only WORD,...] [--grid] [--output FOLDER]
 
 Prints a line a row; writes cuda.json and cuda.md (with --grid: cuda_grid.json and cuda_grid.md) into
-benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg and cuda.png, which needs no GPU.
+benchmarks/results. `--plot benchmarks/results/cuda.json` draws cuda.svg, add_lora.svg and the same as png, which needs
+no GPU. Rivals that are not torch's, vLLM, SGLang and FlashInfer, are measured where their files are given:
+cuda_peers.py, cuda_flashinfer.py.
 
 bfloat16. Weights, x and y rotate and are cold in the second-level cache; index and pointer tables are the same small
 tensors in every call, as in an engine, so they are warm: "ours, tables cold" is the figure without that. How time is
@@ -136,15 +138,18 @@ def write(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="measure only groups whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="measure only groups whose name contains this, or one of these (a,b)"
+    )
     parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
     parser.add_argument("--output", type=Path, default=None, help="default: results, for whole runs")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of such a file, beside it")
     arguments = parser.parse_args()
     if arguments.plot is not None:
-        paths = [arguments.plot.with_suffix(suffix) for suffix in (".svg", ".png")]
-        cuda_report.plot(json.loads(arguments.plot.read_text()), paths)
+        result = json.loads(arguments.plot.read_text())
+        cuda_report.plot(result, [arguments.plot.with_suffix(suffix) for suffix in (".svg", ".png")])
+        cuda_report.plot_add_lora(result, [arguments.plot.with_name(f"add_lora.{kind}") for kind in ("svg", "png")])
         return 0
     if not torch.cuda.is_available() or not pk.has_cuda():
         print("bench_cuda: torch finds no CUDA device" if pk.has_cuda() else "bench_cuda: built without CUDA",
@@ -161,7 +166,7 @@ def main() -> int:
     else:
         rows: list[dict[str, Any]] = []
         for group, make in {**GROUPS, OVERHEAD: None}.items():
-            if arguments.only.lower() not in group.lower():
+            if not any(word in group.lower() for word in arguments.only.lower().split(",")):
                 continue
             for row in overhead_rows(floors) if make is None else map(row_of, make(floors)):
                 rows.append(row)

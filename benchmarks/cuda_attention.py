@@ -3,15 +3,18 @@
 Pages of 16 tokens lie scattered over a pool; the KV caches of the calls of a graph rotate. Decode is a matter of
 bytes: its floor is a kernel that only reads those of the keys and values. Prefill is a matter of tensor cores: its
 floor is the time of as many operations at the rate of an 8192^3 matrix product measured in the same run, and torch's
-attention (cuDNN, FlashAttention-2) has its keys and values in contiguous tensors.
+attention (cuDNN, FlashAttention-2) has its keys and values in contiguous tensors. FlashInfer, where its modules are
+given (cuda_flashinfer.py), reads the same pages.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 
 import punica_kernels as pk
 import torch
 import torch.nn.functional as F
+from cuda_flashinfer import CUDA_CORES, FA3, PLAN, TENSOR_CORES, Flashinfer, compare
 from cuda_harness import FloorLibrary, early, time_graph
 from cuda_works import ITEM, Row, measured, random
 from torch import Tensor
@@ -35,6 +38,7 @@ class Caches:
         self.pool = random(copies * sum(pages), *shape, scale=0.5)
         step = self.pool[0].numel() * ITEM
         order = torch.randperm(copies * sum(pages)).view(copies, sum(pages))
+        self.indices, self.kv_heads, self.page_size = order.int().cuda(), kv_heads, page_size
         self.kv_ptrs = (self.pool.data_ptr() + order * step).cuda()
         self.kv_indptr = int32([sum(pages[:i]) for i in range(len(pages) + 1)])
         self.last = int32([length - (n - 1) * page_size for length, n in zip(lengths, pages, strict=True)])
@@ -55,6 +59,33 @@ def zipf_lengths() -> list[int]:
     return [max(1, 32768 // rank) for rank in range(1, 65)]
 
 
+def by_flashinfer(
+    floors: FloorLibrary, flashinfer: Flashinfer, way: str, ours: Callable[[int], None], o: Tensor, q: Tensor,
+    qo_indptr: Tensor, caches: Caches, calls: int,
+) -> dict[str, float]:  # fmt: skip
+    """Its time a call and that of its plan, after its result has been compared with ours."""
+    if flashinfer.module(way, q.shape[-1]) is None:
+        return {}
+    heads = (q.shape[1], caches.kv_heads)
+    try:
+        call, plan = flashinfer.attention(
+            way, o, q, qo_indptr, caches.pool, caches.indices, caches.kv_indptr, caches.last, heads, caches.page_size
+        )
+        call(1)
+    except RuntimeError as error:
+        print(f"{way} is not measured: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return {}
+    theirs = o.clone()
+    ours(1)
+    compare(way, o, theirs)
+
+    def run() -> None:
+        for i in range(calls):
+            call(i % caches.copies)
+
+    return {way: time_graph(floors, run, calls), f"{way}: {PLAN}": plan}
+
+
 def decode_rows(floors: FloorLibrary) -> Iterator[Row]:
     cases = [  # name, lengths, heads, KV heads, goal in us or share of the streaming read
         ("B=1, ctx 4096, 32/8", [4096], 32, 8, 8.0),
@@ -65,20 +96,27 @@ def decode_rows(floors: FloorLibrary) -> Iterator[Row]:
         ("B=256, ctx 1024, 64/8", [1024] * 256, 64, 8, 0.92),
         ("Zipf lengths, B=64, 32/8", zipf_lengths(), 32, 8, 0.85),
     ]
+    flashinfer = Flashinfer()
     for name, lengths, heads, kv_heads, goal in cases:
         caches = Caches(lengths, kv_heads, 128, copies_for(lengths, kv_heads, 128))
         q = random(len(lengths), heads, 128)
         o = torch.empty_like(q)
         calls = max(16, caches.copies)
 
-        def run(caches: Caches = caches, q: Tensor = q, o: Tensor = o, calls: int = calls) -> None:
+        def call(i: int, caches: Caches = caches, q: Tensor = q, o: Tensor = o) -> None:
+            pk.batch_decode(o, q, *caches.tables(i), None, *caches.scalars)
+
+        def run(call: Callable[[int], None] = call, calls: int = calls) -> None:
             for i in range(calls):
-                pk.batch_decode(o, q, *caches.tables(i), None, *caches.scalars)
+                call(i)
 
         floor = floors.floor(((caches.bytes, 0),), early=False)
         allowed = goal if goal > 1 else floor / goal
-        row = measured(floors, "Decode attention", name, run, calls, floor, allowed,
-                       {"ours, early_reads": time_graph(floors, early(run), calls)}, bytes=caches.bytes)  # fmt: skip
+        rivals = {"ours, early_reads": time_graph(floors, early(run), calls)}
+        each = int32(list(range(len(lengths) + 1)))
+        for way in (CUDA_CORES, TENSOR_CORES):
+            rivals |= by_flashinfer(floors, flashinfer, way, call, o, q, each, caches, calls)
+        row = measured(floors, "Decode attention", name, run, calls, floor, allowed, rivals, bytes=caches.bytes)
         row.goal = row.given_goal = allowed
         yield row
         del caches
@@ -109,18 +147,23 @@ def contiguous_attention(floors: FloorLibrary, backend: SDPBackend, batch: int, 
     return time_graph(floors, run, 4)
 
 
-def prefill_case(length: int, q_len: int, batch: int, head_dim: int) -> tuple[Callable[[], None], int, int]:
-    caches = Caches([length] * batch, 8, head_dim, 2)
-    q = random(batch * q_len, 32, head_dim)
-    o = torch.empty_like(q)
-    indptr = int32([i * q_len for i in range(batch + 1)])
+class Prefill:
+    """Four calls, on two caches in turn."""
 
-    def run() -> None:
+    def __init__(self, length: int, q_len: int, batch: int, head_dim: int):
+        self.caches = Caches([length] * batch, 8, head_dim, 2)
+        self.q = random(batch * q_len, 32, head_dim)
+        self.o = torch.empty_like(self.q)
+        self.indptr = int32([i * q_len for i in range(batch + 1)])
+        seen = q_len * (length - q_len) + q_len * (q_len + 1) // 2
+        self.flop, self.bytes = 4 * batch * 32 * head_dim * seen, self.caches.bytes
+
+    def __call__(self, i: int) -> None:
+        pk.batch_prefill(self.o, self.q, self.indptr, *self.caches.tables(i), None, *self.caches.scalars)
+
+    def run(self) -> None:
         for i in range(4):
-            pk.batch_prefill(o, q, indptr, *caches.tables(i), None, *caches.scalars)
-
-    seen = q_len * (length - q_len) + q_len * (q_len + 1) // 2
-    return run, 4 * batch * 32 * head_dim * seen, caches.bytes
+            self(i)
 
 
 def prefill_rows(floors: FloorLibrary) -> Iterator[Row]:
@@ -128,10 +171,12 @@ def prefill_rows(floors: FloorLibrary) -> Iterator[Row]:
         (16, 1024, 128, 1.0), (4, 4096, 128, 1.05), (1, 16384, 128, 1.08),
         (16, 1024, 64, 1.0), (4, 4096, 64, 1.0), (1, 16384, 64, 1.0),
     ]  # fmt: skip
+    flashinfer = Flashinfer()
     rate = matmul_rate(floors)
     long_rate = 0.0
     for batch, length, head_dim, factor in cases:
-        run, flop, _ = prefill_case(length, length, batch, head_dim)
+        work = Prefill(length, length, batch, head_dim)
+        flop = work.flop
         rivals = {
             "torch: cuDNN, contiguous": contiguous_attention(
                 floors, SDPBackend.CUDNN_ATTENTION, batch, length, head_dim
@@ -140,19 +185,22 @@ def prefill_rows(floors: FloorLibrary) -> Iterator[Row]:
                 floors, SDPBackend.FLASH_ATTENTION, batch, length, head_dim
             ),
         }
+        rivals |= by_flashinfer(floors, flashinfer, FA3, work, work.o, work.q, work.indptr, work.caches, 4)
         goal = rivals["torch: cuDNN, contiguous"] / factor
-        row = measured(floors, "Prefill attention", f"{batch} x {length}, D={head_dim}", run, 4, flop / rate, goal,
+        row = measured(floors, "Prefill attention", f"{batch} x {length}, D={head_dim}", work.run, 4, flop / rate, goal,
                        rivals, flop=flop)  # fmt: skip
         row.goal = row.given_goal = goal
         if (length, head_dim) == (16384, 128):
             long_rate = flop / row.ours
         yield row
     for q_len, goal in ((512, 0.0), (4, 45.0), (16, 45.0)):
-        run, flop, nbytes = prefill_case(32768, q_len, 1, 128)
+        work = Prefill(32768, q_len, 1, 128)
+        flop, nbytes = work.flop, work.bytes
         few = q_len < 128
         floor = floors.floor(((nbytes, 0),), early=False) if few else flop / rate
         allowed = goal or flop / (0.9 * long_rate)
-        row = measured(floors, "Prefill attention", f"{q_len} queries, 32768 keys, D=128", run, 4, floor, allowed, {},
+        name = f"{q_len} queries, 32768 keys, D=128"
+        row = measured(floors, "Prefill attention", name, work.run, 4, floor, allowed, {},
                        flop=flop, bytes=nbytes if few else 0)  # fmt: skip
         row.goal = row.given_goal = allowed
         yield row

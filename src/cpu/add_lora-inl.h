@@ -150,24 +150,29 @@ HWY_INLINE void pack_expand(const T* HWY_RESTRICT b, int64_t b_stride, int64_t k
   }
 }
 
-// sums[i] = row i of b . v for i < n, b [n, rank] with rows b_stride apart; sums has room for n rounded up to kLanes.
-// What ExpandTile computes for one token, without packing: B is used once.
-template <class T>
-HWY_INLINE void expand_row(const T* HWY_RESTRICT b, int64_t b_stride, int64_t rank, int64_t n,
-                           const float* HWY_RESTRICT v, float* HWY_RESTRICT sums) {
+// sums[m * kExpandOutputs + i] = row i of b . v[m] for m < kTokens, i < n; b is [n, rank] with rows b_stride apart, and
+// each row of sums has room for n rounded up to kLanes. What ExpandTile computes, without packing: each column of B is
+// used once, by all tokens.
+template <class T, int64_t kTokens>
+HWY_INLINE void expand_rows(const T* HWY_RESTRICT b, int64_t b_stride, int64_t rank, int64_t n, const float* const* v,
+                            float* HWY_RESTRICT sums) {
   constexpr int64_t kBlock = ExpandTile<1>::kBlock;
   constexpr int64_t kAhead = (4 << 10) / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < n; i += kLanes) {
-    VF total = zero();
+    VF total[kTokens];
     prefetch(b + i * b_stride + kAhead, kLanes * b_stride);
     for (int64_t begin = 0; begin < rank; begin += kBlock) {
-      VF sum = zero();
+      VF sum[kTokens];
+      for (VF& s : sum) s = zero();
       for_columns(b + i * b_stride + begin, b_stride, std::min(kBlock, rank - begin), std::min(kLanes, n - i),
-                  [&](int64_t j, VF column)
-                      HWY_ATTR { sum = ExpandTile<1>::Step::dot(sum, column, broadcast(v[begin + j])); });
-      total = begin == 0 ? sum : hn::Add(total, sum);
+                  [&](int64_t j, VF column) HWY_ATTR {
+                    for (int64_t m = 0; m < kTokens; ++m) {
+                      sum[m] = ExpandTile<1>::Step::dot(sum[m], column, broadcast(v[m][begin + j]));
+                    }
+                  });
+      for (int64_t m = 0; m < kTokens; ++m) total[m] = begin == 0 ? sum[m] : hn::Add(total[m], sum[m]);
     }
-    store(total, sums + i);
+    for (int64_t m = 0; m < kTokens; ++m) store(total[m], sums + m * kExpandOutputs + i);
   }
 }
 
@@ -195,12 +200,26 @@ void expand_task(const AddLoraParams& params, const LoraTask& task) {
   alignas(64) float sums[std::max(kLoraTokens * kOutputs, 4 * kExpandOutputs)];
   const int64_t end = task.first + task.count;
 
-  if (item.num_tokens == 1) {
-    T* row = y + item.rows[0] * y_stride;
+  if (item.num_tokens <= 4) {  // too few to pay for packing
+    const float* v[4];
+    for (int64_t m = 0; m < 4; ++m) v[m] = item.v + std::min(m, item.num_tokens - 1) * rank;
     for (int64_t i = task.first; i < end; i += kExpandOutputs) {
       const int64_t n = std::min(kExpandOutputs, end - i);
-      expand_row(b + i * item.b_row_stride, item.b_row_stride, rank, n, item.v, sums);
-      accumulate_row<kNative>(row + i, sums, n, item.scale);
+      const T* rows = b + i * item.b_row_stride;
+      switch (item.num_tokens) {
+        case 1:
+          expand_rows<T, 1>(rows, item.b_row_stride, rank, n, v, sums);
+          break;
+        case 2:
+          expand_rows<T, 2>(rows, item.b_row_stride, rank, n, v, sums);
+          break;
+        default:
+          expand_rows<T, 4>(rows, item.b_row_stride, rank, n, v, sums);
+          break;
+      }
+      for (int64_t m = 0; m < item.num_tokens; ++m) {
+        accumulate_row<kNative>(y + item.rows[m] * y_stride + i, sums + m * kExpandOutputs, n, item.scale);
+      }
     }
     return;
   }

@@ -32,45 +32,58 @@ inline constexpr int64_t kDotBlock = kNative ? 1024 : 512;
 // Outputs that a chunk of sums holds.
 inline constexpr int64_t kSumsChunk = kDotOutputsPerTask;
 
-// sums[i] = dot product of x and row `row + i` of w, for i < n <= kSumsChunk; sums has room for n rounded up to 4.
-// w is [num_rows, k], x is [k].
-template <class T, bool kNative>
+// sums[m * kSumsChunk + i] = dot product of x[m] and row `row + i` of w, for m < kTokens, i < n <= kSumsChunk; sums has
+// room for n rounded up to 4. w is [num_rows, k], x[m] is [k].
+template <class T, bool kNative, int64_t kTokens>
 HWY_INLINE void dot_rows(const T* HWY_RESTRICT w, int64_t num_rows, int64_t k, int64_t row, int64_t n,
-                         const T* HWY_RESTRICT x, float* HWY_RESTRICT sums) {
+                         const T* const* x, float* HWY_RESTRICT sums) {
   using Step = DotStep<T, kNative>;
   const int64_t whole = k / Step::kStep * Step::kStep;
   const int64_t rest = k - whole;
   const T* w_end = w + num_rows * k;
-  typename Step::Operand x_rest{};
-  if (rest > 0) x_rest = Step::load_n(x + whole, rest, x + k);
   for (int64_t i = 0; i < n; i += 4) {
     // Rows behind the last are the last again: computed, never used.
     const T* row0 = w + (row + i) * k;
     const T* row1 = w + (row + std::min(i + 1, n - 1)) * k;
     const T* row2 = w + (row + std::min(i + 2, n - 1)) * k;
     const T* row3 = w + (row + std::min(i + 3, n - 1)) * k;
-    V4 total = hn::Zero(F32x4());
+    V4 total[kTokens];
+    for (V4& t : total) t = hn::Zero(F32x4());
     for (int64_t begin = 0; begin < k; begin += kDotBlock<kNative>) {
-      VF sum0 = zero(), sum1 = zero(), sum2 = zero(), sum3 = zero();
+      VF sum[kTokens][4];
+      for (auto& of_token : sum) {
+        for (VF& s : of_token) s = zero();
+      }
       const int64_t end = std::min(begin + kDotBlock<kNative>, whole);
       for (int64_t j = begin; j < end; j += Step::kStep) {
-        const auto xj = Step::load(x + j);
         // The next four rows, or what comes behind w: asking for it is harmless.
-        for (const T* row : {row0, row1, row2, row3}) hwy::Prefetch(row + 4 * k + j);
-        sum0 = Step::dot(sum0, Step::load(row0 + j), xj);
-        sum1 = Step::dot(sum1, Step::load(row1 + j), xj);
-        sum2 = Step::dot(sum2, Step::load(row2 + j), xj);
-        sum3 = Step::dot(sum3, Step::load(row3 + j), xj);
+        for (const T* p : {row0, row1, row2, row3}) hwy::Prefetch(p + 4 * k + j);
+        const auto w0 = Step::load(row0 + j), w1 = Step::load(row1 + j);
+        const auto w2 = Step::load(row2 + j), w3 = Step::load(row3 + j);
+        for (int64_t m = 0; m < kTokens; ++m) {
+          const auto xm = Step::load(x[m] + j);
+          sum[m][0] = Step::dot(sum[m][0], w0, xm);
+          sum[m][1] = Step::dot(sum[m][1], w1, xm);
+          sum[m][2] = Step::dot(sum[m][2], w2, xm);
+          sum[m][3] = Step::dot(sum[m][3], w3, xm);
+        }
       }
       if (rest > 0 && begin + kDotBlock<kNative> >= k) {
-        sum0 = Step::dot(sum0, Step::load_n(row0 + whole, rest, w_end), x_rest);
-        sum1 = Step::dot(sum1, Step::load_n(row1 + whole, rest, w_end), x_rest);
-        sum2 = Step::dot(sum2, Step::load_n(row2 + whole, rest, w_end), x_rest);
-        sum3 = Step::dot(sum3, Step::load_n(row3 + whole, rest, w_end), x_rest);
+        const auto w0 = Step::load_n(row0 + whole, rest, w_end), w1 = Step::load_n(row1 + whole, rest, w_end);
+        const auto w2 = Step::load_n(row2 + whole, rest, w_end), w3 = Step::load_n(row3 + whole, rest, w_end);
+        for (int64_t m = 0; m < kTokens; ++m) {
+          const auto xm = Step::load_n(x[m] + whole, rest, x[m] + k);
+          sum[m][0] = Step::dot(sum[m][0], w0, xm);
+          sum[m][1] = Step::dot(sum[m][1], w1, xm);
+          sum[m][2] = Step::dot(sum[m][2], w2, xm);
+          sum[m][3] = Step::dot(sum[m][3], w3, xm);
+        }
       }
-      total = hn::Add(total, reduce4(sum0, sum1, sum2, sum3));
+      for (int64_t m = 0; m < kTokens; ++m) {
+        total[m] = hn::Add(total[m], reduce4(sum[m][0], sum[m][1], sum[m][2], sum[m][3]));
+      }
     }
-    hn::StoreU(total, F32x4(), sums + i);
+    for (int64_t m = 0; m < kTokens; ++m) hn::StoreU(total[m], F32x4(), sums + m * kSumsChunk + i);
   }
 }
 
@@ -133,10 +146,23 @@ HWY_INLINE void dot_sums(const T* HWY_RESTRICT w, int64_t num_rows, int64_t d_in
   // Rows of W that are packed at a time: 32 KiB.
   constexpr int64_t kRows = 16;
 
-  // Too few tokens to pay for packing.
+  // Too few tokens to pay for packing: those that fit the registers share every load of W.
   if (num_tokens < 4) {
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      dot_rows<T, kNative>(w, num_rows, d_in, first, num_outputs, row_of(t), sums + t * kSumsChunk);
+    for (int64_t t = 0; t < num_tokens;) {
+      const int64_t left = num_tokens - t;
+      const T* x[3];
+      for (int64_t m = 0; m < left; ++m) x[m] = row_of(t + m);
+      float* to = sums + t * kSumsChunk;
+      if (kManyRegisters && left == 3) {
+        dot_rows<T, kNative, 3>(w, num_rows, d_in, first, num_outputs, x, to);
+        return;
+      }
+      if (left == 1) {
+        dot_rows<T, kNative, 1>(w, num_rows, d_in, first, num_outputs, x, to);
+        return;
+      }
+      dot_rows<T, kNative, 2>(w, num_rows, d_in, first, num_outputs, x, to);
+      t += 2;
     }
     return;
   }

@@ -6,10 +6,12 @@ Over 600 lines, in one file: all share the making of models, adapters and refere
 """
 
 import copy
+import gc
 import importlib.util
 import io
 import json
 import warnings
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -472,6 +474,43 @@ def test_adapters_come_and_go(pair, kernels, tmp_path):
     assert set(slots.index) == set(CONFIGS)
     with pytest.raises(ValueError, match="non-existing"):
         logits(ours, names)
+
+
+def test_a_deleted_adapter_is_let_go(pair, kernels):
+    model = pair[0]
+    logits(model)
+    weights = [weakref.ref(p) for name, p in model.named_parameters() if ".two." in name]
+    assert weights
+    model.delete_adapter("two")
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
+
+
+def test_names_without_hooks(pair, kernels):
+    """A model's names reach its layers, the last given first, and are gone behind the call."""
+    ours, theirs = pair
+    layer = next(module for module in ours.modules() if isinstance(module, accelerated.MixedLinear))
+    mine, other = ["two"] * 3, ["one", "__base__", "two"]
+    for model in pair:
+        with torch.no_grad(), model.base_model._enable_peft_forward_hooks(adapter_names=mine):
+            assert model is theirs or not layer._forward_pre_hooks
+            first = model.get_base_model()(tokens(model, 3)).logits
+            with model.base_model._enable_peft_forward_hooks(adapter_names=other):
+                second = model.get_base_model()(tokens(model, 3)).logits
+            third = model.get_base_model()(tokens(model, 3)).logits
+        assert torch.equal(first, third)
+        assert not torch.equal(first, second)
+        if model is ours:
+            expected = first, second
+        else:
+            close(expected[0], first)
+            close(expected[1], second)
+    assert not layer._mixed.given
+    counted = []
+    handle = layer.register_forward_pre_hook(lambda *_: counted.append(1))  # others work as ever
+    logits(ours)
+    handle.remove()
+    assert counted == [1]
 
 
 def test_hot_swap(pair, kernels, tmp_path):

@@ -87,8 +87,16 @@ def test_no_goal_is_left_out():
     assert not wanted - with_goals
 
 
+def test_no_goal_of_a_step_is_left_out():
+    rows = json.loads((RESULTS / "step_cuda.json").read_text())["rows"]
+    with_goals = {row["work"] for row in rows if row["group"] == "LoRA adds" and row["goal"] is not None}
+    assert with_goals == {f"64 rows, {adapters}" for adapters in ("64 adapters", "8 adapters", "1 adapter")}
+
+
 @pytest.mark.parametrize(
-    ("name", "module"), [("cpu", "report"), ("cuda", "cuda_report"), ("cuda_grid", "cuda_grid")], ids=lambda text: text
+    ("name", "module"),
+    [("cpu", "report"), ("cuda", "cuda_report"), ("cuda_grid", "cuda_grid"), ("step_cuda", "bench_step")],
+    ids=lambda text: text,
 )
 def test_the_markdown_is_made_of_the_figures(name, module):
     if module == "report":
@@ -97,7 +105,7 @@ def test_the_markdown_is_made_of_the_figures(name, module):
     assert importlib.import_module(module).markdown(result) == (RESULTS / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("program", ["bench_cpu", "bench_cuda", "bench_engine", "compare_devices"])
+@pytest.mark.parametrize("program", ["bench_cpu", "bench_cuda", "bench_engine", "bench_step", "compare_devices"])
 def test_the_programs_write_through_the_form(program):
     """So that a run says at once what is wrong with its file."""
     calls = [node for node in ast.walk(ast.parse((BENCHMARKS / f"{program}.py").read_text())) if is_call(node)]

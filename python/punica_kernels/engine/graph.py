@@ -7,6 +7,7 @@ rows too many are sequences without pages and without an adapter, which the kern
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,14 +99,20 @@ class DecodeGraphs:
         tables = StepTables(size, self.num_pages, self.page_size, device)
         lora = Lora(self.adapters, [], capacity=size)
         batch = Batch(tables.tokens, tables.positions, tables.pages, lora)
-        # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
-        # tables, those of adapters that come and go too, are written before a replay, in stream order.
-        with pk.early_reads():
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self.stream):
-                self.model.forward(batch)  # libraries initialise themselves in the first call
-            torch.cuda.current_stream(device).wait_stream(self.stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                logits = self.model.forward(batch)
+        graph, logits = capture(self.model, batch, self.stream, self.pool)
         return Captured(tables, lora, graph, logits)
+
+
+def capture(model: Llama, batch: Batch, stream: torch.cuda.Stream, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of `model.forward(batch)`, and the logits that its replays write."""
+    # Within a replay, the keys and values of the newest tokens are all that is written of what early reads cover;
+    # tables, those of adapters that come and go too, are written before a replay, in stream order.
+    with pk.early_reads():
+        stream.wait_stream(torch.cuda.current_stream(model.device))
+        with torch.cuda.stream(stream):
+            model.forward(batch)  # libraries initialise themselves in the first call
+        torch.cuda.current_stream(model.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            logits = model.forward(batch)
+    return graph, logits

@@ -27,22 +27,34 @@
 
 namespace punica::cuda {
 
-// Starts the copies of those tokens of a tile that have a bit in `rows`; zeros for tokens without an address.
+// Starts the copies of those tokens of a tile that have a bit in `rows`; zeros for tokens without an address. `whole`:
+// the tile is known to be one stretch of a page.
 template <int kDim>
 __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int tile, int64_t value_bytes,
-                                               uint32_t rows, const void* anywhere, uint64_t policy) {
+                                               uint32_t rows, const void* anywhere, uint64_t policy, bool whole) {
   constexpr int kChunks = kDim / 8, kValues = kTileTokens * kDim * 2;
   const int lane = threadIdx.x % 32;
-  // Most tiles are one stretch of a page.
   const int64_t first = __shfl_sync(0xffffffffu, address, tile % 2 * 16);
-  const bool follows = lane / 16 != tile % 2 || (address != 0 && address == first + lane % 16 * (kDim * 2));
-  if (rows == 0xffff && __all_sync(0xffffffffu, follows)) {
+  if (!whole) {
+    // Other tiles may be one stretch too.
+    const bool follows = lane / 16 != tile % 2 || (address != 0 && address == first + lane % 16 * (kDim * 2));
+    whole = __all_sync(0xffffffffu, follows);
+  }
+  if (rows == 0xffff && whole) {
     const unsigned char* key = reinterpret_cast<const unsigned char*>(first) + 16 * lane;
     const unsigned char* value = key + value_bytes;
+    const uint32_t begin = to + tile_offset<kDim>(lane / kChunks, lane % kChunks);
 #pragma unroll
     for (int i = 0; i < kChunks / 2; ++i) {
-      const int index = lane + 32 * i;
-      const uint32_t at = to + tile_offset<kDim>(index / kChunks, index % kChunks);
+      uint32_t at;
+      if constexpr (32 % kChunks == 0) {
+        // Rows are 32 / kChunks further each time, which the swizzle sees in bits that are zero in the first one: the
+        // same places as below, found with one instruction or none.
+        at = (begin ^ (32 / kChunks * i % 8 << 4)) + 512 * i;
+      } else {
+        const int index = lane + 32 * i;
+        at = to + tile_offset<kDim>(index / kChunks, index % kChunks);
+      }
       copy_chunk(at, key + 512 * i, policy);
       copy_chunk(at + kValues, value + 512 * i, policy);
     }
@@ -59,6 +71,32 @@ __device__ __forceinline__ void copy_tile_rows(uint32_t to, int64_t address, int
     const uint32_t at = to + tile_offset<kDim>(row, chunk);
     copy_chunk(at, from, valid, policy);
     copy_chunk(at + kValues, valid ? from + value_bytes : from, valid, policy);
+  }
+}
+
+// Starts the copies of a query's heads, by all threads: rows of a tile, zeros where there is no head.
+template <class T, int kDim, int kHeads, int kThreads>
+__device__ __forceinline__ void copy_query_rows(uint32_t to, const T* from, int num_heads, bool aligned) {
+  constexpr int kChunks = kDim / 8;
+#pragma unroll
+  for (int begin = 0; begin < kHeads * kChunks; begin += kThreads) {
+    const int index = begin + threadIdx.x, head = index / kChunks, chunk = index % kChunks;
+    if (kHeads * kChunks % kThreads != 0 && index >= kHeads * kChunks) continue;
+    const bool valid = head < num_heads;
+    const uint32_t at = to + tile_offset<kDim>(head, chunk);
+    if (aligned) {
+      copy_chunk(at, from + (valid ? 8 * index : 0), valid);
+    } else {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (valid)
+          words[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[8 * index + i]) << i % 2 * 16;
+      }
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
+    }
   }
 }
 
@@ -116,6 +154,7 @@ struct DecodeTotal {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (head(r) >= num_heads) continue;
+      const float inverse = __fdiv_rn(1.0f, weight[r]);  // one division for all dims, in every kernel that merges
       T* to = static_cast<T*>(args.o) + static_cast<int64_t>(split.sequence) * args.o_stride +
               (first_head + head(r)) * kDim;
 #pragma unroll
@@ -124,7 +163,7 @@ struct DecodeTotal {
         Vec<T, 4> values;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          values.values[i] = from_float<T>(empty ? 0.0f : __fdiv_rn(sums[r][4 * j + i], weight[r]));
+          values.values[i] = from_float<T>(empty ? 0.0f : __fmul_rn(sums[r][4 * j + i], inverse));
         }
         if (aligned) {
           store(to + dim(j), values);
@@ -156,24 +195,41 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * Shape::kRingBytes);
     float2* const states = reinterpret_cast<float2*>(all_sums + Shape::kSumBytes / 4);
-    DecodePiece* const notes = reinterpret_cast<DecodePiece*>(states + Shape::kStateBytes / 8);
-    float4* const angles = reinterpret_cast<float4*>(notes + Shape::kNoteBytes / 32);
+    DecodeNote* const notes = reinterpret_cast<DecodeNote*>(states + Shape::kStateBytes / 8);
+    static_assert(2 * sizeof(DecodeNote) == Shape::kNoteBytes);
+    float4* const angles = reinterpret_cast<float4*>(notes + 2);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const uint32_t ring = shared_address(dynamic_shared) + warp * Shape::kRingBytes;
     float* const warp_sums = all_sums + warp * Shape::kHeads * Shape::kSumRow;
     float4* const query_angles = reinterpret_cast<float4*>(warp_sums);
 
     launch_dependents<kArch>();
-    const float inverse_blocks = approximate_inverse(gridDim.x);
-    // The tables are on their way into the second-level cache while this waits.
-    if (kArch == Arch::kSm90 && !early_reads) {
-      const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
-      constexpr int64_t kPointers = kLineBytes / 8;
-      if (line * kPointers < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * kPointers);
-      if (line * kLineBytes / 4 < args.num_sequences) {
-        prefetch_line(args.kv_indptr + line * kLineBytes / 4);
-        prefetch_line(args.last_page_offset + line * kLineBytes / 4);
+    // What needs no memory that others write is done before the wait.
+    const DecodeScan scan = DecodeScan::prepare<Shape::kThreads>(args);
+    const uint32_t page_size = static_cast<uint32_t>(args.page_size);
+    const int page_shift = (page_size & (page_size - 1)) == 0 ? 31 - __clz(page_size) : -1;
+    const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 16 == 0) && args.q_stride % 8 == 0;
+    // Tiles of heads read the same keys.
+    const uint64_t policy = args.head_tiles == 1 ? read_once_policy() : read_again_policy();
+    if constexpr (kArch == Arch::kSm90) {
+      // The tables are on their way into the second-level cache while this waits.
+      if (!early_reads) {
+        const int64_t line = static_cast<int64_t>(blockIdx.x) * Shape::kThreads + thread;
+        constexpr int64_t kPointers = kLineBytes / 8;
+        if (line * kPointers < args.num_page_ptrs) prefetch_line(args.kv_ptrs + line * kPointers);
+        if (scan.begin < scan.end) {
+          prefetch_line(args.kv_indptr + scan.begin);
+          prefetch_line(args.last_page_offset + scan.begin);
+        }
+        if (thread == 0 && args.num_page_ptrs > 0) prefetch_line(args.kv_ptrs);
       }
+      // Every block does this, for its multiprocessor has to learn anew where things lie: keys and values have made it
+      // forget that.
+      const void* place = args.q;
+      if (warp == 1) place = args.o;
+      if (warp == 2 && args.num_slots > 0) place = args.partial_sums;
+      if (warp == 3 && merge.counters >= 0) place = decode_counter_sets[merge.counters];
+      if (lane == 0) prefetch_line(place);
     }
     uint64_t turns[(kDim / 2 + 31) / 32];  // of dims lane, lane + 32, ..
     if constexpr (kRope) {
@@ -187,28 +243,29 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     }
     if (!early_reads) grid_dependency_wait<kArch>();
 
-    DecodeWalk walk = find_share<Shape::kThreads>(args, group_bits, inverse_blocks, reinterpret_cast<int32_t*>(states));
+    // The sums of the warps are not there yet.
+    DecodeWalk walk = find_share<Shape::kThreads, Shape::kSumBytes / static_cast<int>(sizeof(DecodePages))>(
+        args, group_bits, scan, reinterpret_cast<int32_t*>(states), reinterpret_cast<DecodePages*>(all_sums));
     DecodeSplit split = walk.at, after, ahead;
+    const int32_t first_left = walk.left;
     Warp work;
-    const bool aligned_queries = (reinterpret_cast<uint64_t>(args.q) % 4 == 0) && args.q_stride % 2 == 0;
-    const auto load_queries = [&](const DecodeSplit& of) {
+    // Queries come to shared memory while the split before them is summed, two taking turns.
+    const uint32_t query_buffers = shared_address(notes) + Shape::kNoteBytes + Shape::kAngleBytes;
+    uint32_t query_buffer = query_buffers;
+    const auto copy_queries = [&](const DecodeSplit& of, uint32_t to) {
       const int kv_head = DecodeWalk::kv_head(args, of.part), head_tile = of.part - kv_head * args.head_tiles;
       const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
-      work.load_queries(
-          static_cast<const T*>(args.q) + static_cast<int64_t>(of.sequence) * args.q_stride + first_head * kDim,
-          min(args.group_size - head_tile * Shape::kHeads, Shape::kHeads), aligned_queries);
+      copy_query_rows<T, kDim, Shape::kHeads, Shape::kThreads>(
+          to, static_cast<const T*>(args.q) + static_cast<int64_t>(of.sequence) * args.q_stride + first_head * kDim,
+          args.group_size - head_tile * Shape::kHeads, aligned_queries);
     };
     // What the first tiles need besides copies is asked for before these: it would wait behind those of all blocks.
     Addresses here, next, later;
-    here.fetch(args, split);
-    walk.look_ahead();
-    walk.advance();
-    after = walk.at;
-    next.fetch(args, after);
-    if (!early_reads && split.valid) load_queries(split);
+    here.fetch(args, split, page_shift);
+    walk.look_ahead(args);
+    if (!early_reads && split.valid) copy_queries(split, query_buffer);
+    copy_commit();
     here.template finish<kDim>(args, split.part);
-    // Tiles of heads read the same keys.
-    const uint64_t policy = args.head_tiles == 1 ? read_once_policy() : read_again_policy();
     // Early reads: all but the newest token may be read now.
     const int newest = split.kv_len - 1 - split.base;  // from the split's base
     const auto newest_row = [&](int tile) {
@@ -219,26 +276,32 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       const uint32_t at = ring + i * 2 * Shape::kTileBytes;
-      const int row = newest_row(i);
+      const int row = newest_row(i), first = (i * Shape::kWarps + warp) * kTileTokens;
+      const bool whole = page_shift >= 4 && first >= split.begin && first + kTileTokens <= split.end;
       copy_tile_rows<kDim>(at, here.of_tile(i), i, args.value_bytes, row < 0 ? 0xffff : 0xffff ^ 1u << row,
-                           args.kv_ptrs, policy);
+                           args.kv_ptrs, policy, whole);
       waits = waits || row >= 0;
       copy_commit();
     }
+    walk.advance(args);
+    after = walk.at;
+    next.fetch(args, after, page_shift);
     if (early_reads) {
       grid_dependency_wait<kArch>();
-      if (split.valid) load_queries(split);
+      if (split.valid) copy_queries(split, query_buffer);
       if (waits) {
 #pragma unroll 1
         for (int i = 0; i < kStages; ++i) {
           const int row = newest_row(i);
           if (row < 0) continue;
           copy_tile_rows<kDim>(ring + i * 2 * Shape::kTileBytes, here.of_tile(i), i, args.value_bytes, 1u << row,
-                               args.kv_ptrs, policy);
+                               args.kv_ptrs, policy, false);
         }
-        copy_commit();
-        copy_wait<0>();
       }
+      copy_commit();
+      copy_wait<0>();
+    } else {
+      copy_wait<kStages>();  // the query
     }
 
     const bool aligned_outputs = (reinterpret_cast<uint64_t>(args.o) % 8 == 0) && args.o_stride % 4 == 0;
@@ -249,29 +312,44 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     total.clear();
     group.clear();
     int stage = 0;
+    bool fresh_query = true;
     bool has_start = false, has_group = false;  // of the query, of the group
-    bool queries_here = true;
     DecodePiece piece = {};
     const int parts = args.num_kv_heads * args.head_tiles;
     const bool by_query = merge.pieces != nullptr && args.num_sequences * parts <= gridDim.x;
     if (thread == 0) {
-      notes[0] = split.valid && split.index > 0
-                     ? DecodePiece{split.count, split.sequence, split.part, split.slot, walk.each, walk.more}
-                     : DecodePiece{};
+      notes[0] = notes[1] = {};
+      if (merge.counters >= 0 && !walk.whole_queries && split.valid && split.index > 0) {
+        notes[0] = DecodeNote::make(args, {split.count, split.sequence, split.part, split.slot, walk.each, walk.more},
+                                    group_bits);
+      }
     }
-    __syncthreads();  // the tables of angles are here, and `states` are free
+    int32_t left = first_left;  // splits of the block, with this one
+    __syncthreads();            // the tables of angles are here, and `states` are free
     while (split.valid) {
       next.template finish<kDim>(args, after.part);
-      walk.advance();
+      walk.advance(args);
       ahead = walk.at;
-      later.fetch(args, ahead);
+      later.fetch(args, ahead, page_shift);
 
       const int kv_head = DecodeWalk::kv_head(args, split.part), head_tile = split.part - kv_head * args.head_tiles;
       const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * Shape::kHeads;
       const int heads_left = args.group_size - head_tile * Shape::kHeads;
       const int num_heads = heads_left < Shape::kHeads ? heads_left : Shape::kHeads;
-      if (split.index == 0 && !queries_here) load_queries(split);
-      queries_here = false;
+      if (split.index == 0) {
+        if (thread == 0 && merge.counters >= 0 && !walk.whole && split.count > left) {
+          notes[1] = DecodeNote::make(args, {split.count, split.sequence, split.part, split.slot, walk.each, walk.more},
+                                      group_bits);
+        }
+      }
+      --left;
+      // Of a block's first split too where the query began before.
+      if (fresh_query) work.load_queries(query_buffer);
+      fresh_query = after.valid && after.index == 0;
+      if (fresh_query) {
+        query_buffer = query_buffers + (query_buffer == query_buffers ? Shape::kQueryBytes : 0);
+        copy_queries(after, query_buffer);
+      }
       work.clear();
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -301,11 +379,14 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         int64_t address = here.of_tile(of);
         if (!same) address = next.of_tile(of);
         if (its_first < its_end && its_first + kTileTokens > its_begin) {
-          copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs, policy);
+          const bool whole = page_shift >= 4 && its_first >= its_begin && its_first + kTileTokens <= its_end;
+          copy_tile_rows<kDim>(at, address, of, args.value_bytes, 0xffff, args.kv_ptrs, policy, whole);
         }
         copy_commit();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
+
+      if (fresh_query) copy_wait<kTiles - 1>();  // the next query, for all warps behind the barrier
 
       // The sums of the warps, in their order, go to the group of the split or to the workspace.
       const int group_index = split.in_group;
@@ -418,7 +499,6 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     if (merge.pieces != nullptr && !by_query && thread == 0) merge.pieces[blockIdx.x] = piece;
     if (merge.counters >= 0) {
       if (!walk.whole_queries) {
-        if (thread == 0) notes[1] = piece;
         ended = arrive_and_merge<T, kDim, Shape::kThreads>(
             args, notes, merge.counters, group_bits, Shape::kHeads, aligned_outputs, reinterpret_cast<int32_t*>(states),
             *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));

@@ -58,6 +58,19 @@ struct DecodeParts {
   }
 };
 
+// A query that begins or ends outside the block, in shared memory, and who has parts of it: found while the first
+// copies are on their way, for at the end others wait.
+struct alignas(16) DecodeNote {
+  DecodePiece piece;
+  int32_t first_owner, owners;  // blocks
+
+  __device__ __forceinline__ static DecodeNote make(const AttentionArgs& args, const DecodePiece& piece,
+                                                    int32_t group_bits) {
+    const DecodeParts parts(piece, args.num_kv_heads * args.head_tiles, group_bits);
+    return {piece, parts.first_owner, parts.last_owner - parts.first_owner + 1};
+  }
+};
+
 // What a block has in shared memory to merge a query: 32 parts at a time, one a lane of the warps that compute factors,
 // of as many heads as there are threads for, four dims each.
 template <int kDim, int kThreads>
@@ -152,7 +165,6 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
                                             int tile_heads, bool aligned, bool listed,
                                             MergeShared<kDim, kThreads>& shared) {
   constexpr int kHeads = MergeShared<kDim, kThreads>::kHeads;
-  const DecodeParts query(piece, args.num_kv_heads * args.head_tiles, group_bits);
   const int kv_head = DecodeWalk::kv_head(args, piece.part), head_tile = piece.part - kv_head * args.head_tiles;
   const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * tile_heads;
   const int num_heads = min(args.group_size - head_tile * tile_heads, tile_heads);
@@ -169,7 +181,9 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
     for (int from = 0; from < all; from += 32) {
       if (!listed) {
         __syncthreads();
-        if (warp == 0) list_parts(query, from, shared);
+        if (warp == 0) {
+          list_parts(DecodeParts(piece, args.num_kv_heads * args.head_tiles, group_bits), from, shared);
+        }
         __syncthreads();
       }
       listed = false;
@@ -179,13 +193,14 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       const float2* const states = args.partial_states + first + (part & kPartSplit) * stride;  // of its first head
       float2 state = warp < heads ? __ldcg(states + warp) : make_float2(0.0f, 0.0f);
       // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
-      if (its_head < heads) {
-        const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-          const int64_t split = shared.parts[i] & kPartSplit;
-          copy_chunk(shared_address(&shared.values[i][threadIdx.x]), values + split * stride * kDim);
-        }
+      // Each lane knows where one of the parts lies: quicker than the list in shared memory, which each would wait for.
+      const int64_t its_place = static_cast<int64_t>(part & kPartSplit) * (stride * kDim);
+      const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
+      const uint32_t to = shared_address(&shared.values[0][threadIdx.x]);
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const int64_t place = __shfl_sync(0xffffffffu, its_place, i);
+        if (its_head < heads) copy_chunk(to + i * static_cast<uint32_t>(sizeof(shared.values[0])), values + place);
       }
       copy_commit();
 #pragma unroll 1
@@ -195,7 +210,26 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       }
       copy_wait<0>();
       __syncthreads();
+      constexpr uint32_t kGroup = kBeginsGroup | kEndsGroup;
+      const bool groups = __all_sync(0xffffffffu, (part & kGroup) == kGroup);
       if (its_head >= heads) continue;
+      if (groups) {
+        // Every part is a group: no choice in the loop, so that loads run ahead of sums.
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+          const float4 f = shared.factors[its_head][i], v = shared.values[i][threadIdx.x];
+          const float value[4] = {v.x, v.y, v.z, v.w}, its_weight = shared.weights[its_head][i];
+          const bool run = i == 0 && (shared.parts[0] & kRun) != 0;
+          const float all_weights = __fmaf_rn(its_weight, f.w, __fmul_rn(weight, f.z));
+          weight = run ? its_weight : all_weights;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const float both = __fmaf_rn(value[c], f.w, __fmul_rn(sum[c], f.z));
+            sum[c] = run ? value[c] : both;
+          }
+        }
+        continue;
+      }
 #pragma unroll 4
       for (int i = 0; i < count; ++i) {
         const uint32_t part = shared.parts[i];
@@ -225,9 +259,10 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
     if (its_head >= heads) continue;
     const int64_t head = first_head + base + its_head;
     T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + head * kDim + dim;
+    const float inverse = __fdiv_rn(1.0f, weight);
     Vec<T, 4> output;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) output.values[i] = from_float<T>(__fdiv_rn(sum[i], weight));
+    for (int i = 0; i < 4; ++i) output.values[i] = from_float<T>(__fmul_rn(sum[i], inverse));
     if (aligned) {
       store(to, output);
     } else {
@@ -244,32 +279,30 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
 // it or behind it; notes[1]: the one that begins in it and ends behind it; counts of 0 where there is none. `flags`
 // holds 2 values in shared memory. Returns what count_block() does.
 template <class T, int kDim, int kThreads>
-__device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodePiece* notes, int set,
+__device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodeNote* notes, int set,
                                                      int group_bits, int tile_heads, bool aligned, int32_t* flags,
                                                      MergeShared<kDim, kThreads>& shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t before[2] = {}, blocks[2] = {};
+    uint32_t before[2] = {};
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (notes[i].count == 0) continue;
-      const DecodeParts parts(notes[i], args.num_kv_heads * args.head_tiles, group_bits);
-      blocks[i] = parts.last_owner - parts.first_owner + 1;
-      before[i] = atomicAdd(decode_counter_sets[set] + 1 + parts.first_owner, 1u);
+      if (notes[i].piece.count == 0) continue;
+      asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"
+                   : "=r"(before[i])
+                   : "l"(decode_counter_sets[set] + 1 + notes[i].first_owner)
+                   : "memory");
     }
-    bool last = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      flags[i] = blocks[i] != 0 && before[i] == blocks[i] - 1;
-      last = last || flags[i] != 0;
+      flags[i] = notes[i].piece.count != 0 && before[i] == static_cast<uint32_t>(notes[i].owners) - 1;
     }
-    if (last) asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   // Meanwhile another warp prepares to merge, in case that this block is the last one.
-  const int prepared = notes[0].count != 0 ? 0 : 1;
-  if (threadIdx.x / 32 == 1 && notes[prepared].count != 0) {
-    list_parts(DecodeParts(notes[prepared], args.num_kv_heads * args.head_tiles, group_bits), 0, shared);
+  const int prepared = notes[0].piece.count != 0 ? 0 : 1;
+  if (threadIdx.x / 32 == 1 && notes[prepared].piece.count != 0) {
+    list_parts(DecodeParts(notes[prepared].piece, args.num_kv_heads * args.head_tiles, group_bits), 0, shared);
   }
   __syncthreads();
   // The counts above have come back: none of this launch comes after the zeros.
@@ -277,7 +310,7 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     if (flags[i] != 0)
-      merge_parts<T, kDim, kThreads>(args, notes[i], group_bits, tile_heads, aligned, i == prepared, shared);
+      merge_parts<T, kDim, kThreads>(args, notes[i].piece, group_bits, tile_heads, aligned, i == prepared, shared);
   }
   return ended;
 }

@@ -14,8 +14,12 @@ namespace punica::cuda {
 inline constexpr int64_t kMergeInside = 4;  // queries and KV heads, from which on the last block of each merges it
 
 template <Arch kArch, class T, int kDim, int kColumns, bool kRope>
-Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args, const RopeTable* rope) {
+Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& call, const RopeTable* rope) {
   using Shape = DecodeShape<kArch, kDim, kColumns, kRope>;
+  AttentionArgs args = call;
+  // No window is the widest one, of 32 bits as all positions here (decode_serves()).
+  constexpr int64_t kWidest = INT32_MAX;
+  args.window_left = args.window_left < 0 ? kWidest : std::min(args.window_left, kWidest);
   // What there may be to do at most, as far as the host knows: all sequences but one may end in a split of their own.
   const double tokens = static_cast<double>(args.num_page_ptrs) * static_cast<double>(args.page_size);
   const int64_t parts = args.num_kv_heads * static_cast<int64_t>(args.head_tiles);
@@ -28,7 +32,7 @@ Status launch_decode_kernel(const Launcher& launcher, const AttentionArgs& args,
   shape.grid.x = static_cast<unsigned>(
       splits < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(splits)) : most);
   shape.block.x = Shape::kThreads;
-  shape.shared_bytes = Shape::kSharedBytes;
+  shape.shared_bytes = Shape::kLaunchBytes;
   DecodeMerge left = {nullptr, -1};
   if (args.num_slots > 0) {
     // A block merges a whole query: where there are few of them, a second launch has more blocks for each.

@@ -130,11 +130,12 @@ __global__ void __launch_bounds__(kThreads, kThreads == 128 && kDim <= 128 ? 8 :
         }
         __syncthreads();
       }
+      const float inverse = __fdiv_rn(1.0f, weight);
       T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + (first_head + h) * kDim;
 #pragma unroll
       for (int c = 0; c < kDims; ++c) {
         const int d = thread + c * kThreads;
-        if (d < kDim) to[d] = from_float<T>(__fdiv_rn(sum[c], weight));
+        if (d < kDim) to[d] = from_float<T>(__fmul_rn(sum[c], inverse));
       }
       if (args.lse != nullptr && thread == 0) {
         args.lse[piece.sequence * args.num_heads() + first_head + h] = __fadd_rn(maximum, log2f(weight));

@@ -126,30 +126,18 @@ struct DecodeWarp {
     }
   }
 
-  // Heads 0 .. num_heads - 1 from `from`; zeros in the columns of others.
-  __device__ __forceinline__ void load_queries(const T* from, int num_heads, bool aligned) {
-    if (aligned) {
-      load_queries(from, num_heads, [](const T* at) { return *reinterpret_cast<const uint32_t*>(at); });
-    } else {
-      load_queries(from, num_heads, [](const T* at) {
-        const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
-        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
-      });
-    }
-  }
-  template <class LoadPair>
-  __device__ __forceinline__ void load_queries(const T* from, int num_heads, LoadPair load_pair) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  // From rows of heads in shared memory, laid out as tiles of tokens are.
+  __device__ __forceinline__ void load_queries(uint32_t from) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int head = 8 * n + g;
-      const T* const row = from + head * kDim + 2 * t;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
+      for (int k = 0; k < kSteps; k += 2) {
+        // Both chunks of two products.
+        uint32_t b[4];
+        load_matrices(b, from + tile_offset<kDim>(8 * n + lane % 8, k + lane / 16 + lane / 8 % 2 * (kDim / 16)));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          query[k][n][half] = head < num_heads ? load_pair(row + 8 * k + half * (kDim / 2)) : 0;
-        }
+        for (int i = 0; i < 4; ++i) query[k + i / 2][n][i % 2] = b[i];
       }
     }
   }

@@ -53,8 +53,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const Pref
     const bool rotated = kRope && item.pages_before >= 0;
     const int64_t rotated_keys = reinterpret_cast<int64_t>(call.rotated) +
                                  (int64_t{item.pages_before} * args.num_kv_heads + kv_head) * args.head_bytes;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
+    barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
     // Where a box of keys of tile i lies, and the one of its values; 0 behind the sequence.
     struct Place {
       int64_t keys, values;

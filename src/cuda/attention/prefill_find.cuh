@@ -29,8 +29,8 @@ class ItemFinder {
     load();
   }
 
-  // By the whole warp; the lane of the item's sequence writes it.
-  __device__ __forceinline__ void find(int64_t index, PrefillItem* item) {
+  // By the whole warp; the lane of the item's sequence writes it. Whether there is one.
+  __device__ __forceinline__ bool find(int64_t index, PrefillItem* item) {
     while (first_sequence_ < args_.num_sequences && index >= __shfl_sync(~0u, end_, 31)) {
       before_ = __shfl_sync(~0u, end_, 31);
       slots_before_ = __shfl_sync(~0u, slots_end_, 31);
@@ -40,11 +40,11 @@ class ItemFinder {
     }
     if (first_sequence_ >= args_.num_sequences) {
       if (threadIdx.x % 32 == 0) item->kv_head = -1, item->tiles = item->rows = 0;
-    } else {
-      const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
-      if (threadIdx.x % 32 == owner) write(index, item);
+      return false;
     }
-    __syncwarp();
+    const int owner = __ffs(__ballot_sync(~0u, index < end_)) - 1;
+    if (threadIdx.x % 32 == owner) write(index, item);
+    return true;
   }
 
  private:
@@ -148,10 +148,10 @@ __device__ __forceinline__ void find_items(const AttentionArgs& args, const Pref
       if (threadIdx.x % 32 == 0) taken = atomicAdd(call.next_item, 1u);
       index = int64_t{gridDim.x} + __shfl_sync(~0u, taken, 0);
     }
-    finder.find(index, &item);
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
+    const bool found = finder.find(index, &item);
+    barrier_arrive(shared_address(&shared.item_full[n % kItemsAhead]));
     __syncwarp();
-    if (item.kv_head < 0) return;
+    if (!found) return;
     if (call.wide_q) prefetch_queries(args, item);
   }
 }

@@ -381,6 +381,9 @@ class MmaBlock {
       }
     }
     copy_wait<0>();
+    // Without a tile no barrier stands between the copies of queries, by all warps, and what store() writes in their
+    // place.
+    if (tiles_ == 0) __syncthreads();
     if (any_saved) {
       work.template fold_split<true>(saved, states, true, factor);
     } else {

@@ -75,7 +75,7 @@ class Consumer : public Output<T, kDim> {
       pin(sums);
       if (n > 0) {
         finish(shared_.items[(n - 1) % kItemsAhead], number, state, sums);
-        release(&shared_.item_empty[(n - 1) % kItemsAhead]);
+        barrier_arrive(shared_address(&shared_.item_empty[(n - 1) % kItemsAhead]));  // every thread has read it
       }
       if (item.kv_head < 0) break;
 #pragma unroll

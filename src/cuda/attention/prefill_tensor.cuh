@@ -42,8 +42,10 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
       hopper::barrier_init(shared_address(&shared.query_empty[i]), 4);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
-      hopper::barrier_init(shared_address(&shared.item_full[i]), 1);
-      hopper::barrier_init(shared_address(&shared.item_empty[i]), 4 * kPrefillGroups<kDim> + copy_warps);
+      // Every thread that writes or reads an item arrives by itself: racecheck sees no order where one lane arrives for
+      // its warp.
+      hopper::barrier_init(shared_address(&shared.item_full[i]), 32);
+      hopper::barrier_init(shared_address(&shared.item_empty[i]), 128 * kPrefillGroups<kDim> + 32 * copy_warps);
     }
     hopper::barrier_init_fence();
   }
@@ -75,7 +77,8 @@ template <Arch kArch, class T, int kDim>
 __global__ void __launch_bounds__(kPrefillMergeThreads)
     prefill_merge_kernel(const __grid_constant__ AttentionArgs args) {
   if constexpr (kCompiled<kArch>) {
-    constexpr int kColumns = kDim / 32, kBatch = 16;  // partial results whose loads are under way at once
+    // Partial results whose loads are under way at once. The code is run once a block: less of it is quicker.
+    constexpr int kColumns = kDim / 32, kBatch = 16;
     launch_dependents<kArch>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane < args.num_sequences) {
@@ -83,80 +86,108 @@ __global__ void __launch_bounds__(kPrefillMergeThreads)
       prefetch_line(args.qo_indptr + lane);
       prefetch_line(args.last_page_offset + lane);
     }
+    const bool aligned = reinterpret_cast<uint64_t>(args.o) % 8 == 0 && args.o_stride % 4 == 0;
     grid_dependency_wait<kArch>();
-    const int64_t row = blockIdx.x;
-    // Every warp by itself: the sequence of the row, the last one that claims it, and the slots before that.
-    int64_t sequence = -1, row_begin = 0, queries = 0, kv_len = 0, slots_before = 0, slots = 0;
+    const int row = blockIdx.x;
+    // Every warp by itself: the sequence of the row, the last one that claims it, and the slots before that. Positions
+    // and rows have 32 bits (serves_prefill).
+    int row_begin = -1, queries = 0, kv_len = 0;
+    int64_t slots_before = 0, slots = 0;
 #pragma unroll 1
     for (int64_t base = 0; base < args.num_sequences; base += 32) {
       const int64_t i = base + lane;
-      int64_t begin = 0, count = 0, length = 0, its = 0;
+      int begin = 0, count = 0, length = 0;
+      int64_t its = 0;
       if (i < args.num_sequences) {
-        begin = args.row_begin(i);
-        count = args.num_queries(i);
-        length = args.pages(i).kv_len;
+        begin = static_cast<int>(args.row_begin(i));
+        count = static_cast<int>(args.num_queries(i));
+        length = static_cast<int>(args.pages(i).kv_len);
         its = count * prefill_splits(length);
       }
       int64_t end = its;
+      if (args.num_sequences > 1) {
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int64_t other = __shfl_up_sync(~0u, end, distance);
-        if (lane >= distance) end += other;
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const int64_t other = __shfl_up_sync(~0u, end, distance);
+          if (lane >= distance) end += other;
+        }
       }
       const uint32_t claims = __ballot_sync(~0u, row >= begin && row < begin + count);
       if (claims != 0) {
         const int owner = 31 - __clz(claims);
-        sequence = base + owner;
         row_begin = __shfl_sync(~0u, begin, owner);
         queries = __shfl_sync(~0u, count, owner);
         kv_len = __shfl_sync(~0u, length, owner);
         slots_before = slots + __shfl_sync(~0u, end - its, owner);
       }
-      slots += __shfl_sync(~0u, end, 31);
+      slots += __shfl_sync(~0u, end, args.num_sequences > 1 ? 31 : 0);
     }
-    if (slots > args.num_slots || sequence < 0) return;
-    const int64_t splits = prefill_splits(kv_len);
+    if (slots > args.num_slots || row_begin < 0) return;
+    const int splits = static_cast<int>(prefill_splits(kv_len));
     if (splits == 1) return;
-    const int64_t query = row - row_begin;
-    const int64_t position = kv_len - queries + query;
-    const int64_t first_slot = slots_before + query * splits;
+    const int query = row - row_begin, position = kv_len - queries + query;
+    const int begin = position < 0 ? 0 : static_cast<int>(args.first_key(position)) / kPrefillSplitTokens;
+    const int end = position < 0 ? 0 : position / kPrefillSplitTokens + 1;
+    const int64_t first_slot = slots_before + int64_t{query} * splits + begin;
+    const int64_t stride = args.num_heads();  // from slot to slot
     constexpr int kWarps = kPrefillMergeThreads / 32;
+#pragma unroll 1
     for (int64_t head = int64_t{blockIdx.y} * kWarps + warp; head < args.num_heads();
          head += int64_t{gridDim.y} * kWarps) {
-      RowState<kColumns> total;
-      total.clear();
-      const int64_t begin = position < 0 ? 0 : args.first_key(position) / kPrefillSplitTokens;
-      const int64_t end = position < 0 ? 0 : position / kPrefillSplitTokens + 1;
+      const int64_t first = first_slot * stride + head;
+      const float* const from = args.partial_sums + first * kDim + lane * kColumns;
+      float maximum = minus_infinity(), weight = 0.0f, sums[kColumns] = {};
 #pragma unroll 1
-      for (int64_t from = begin; from < end; from += kBatch) {
-        RowState<kColumns> parts[kBatch];
+      for (int base = 0; base < end - begin; base += kBatch) {
+        const int count = min(end - begin - base, kBatch);
+        Vec<float, kColumns> parts[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (from + i >= end) continue;
-          const int64_t index = (first_slot + from + i) * args.num_heads() + head;
-          const float2 state = args.partial_states[index];
-          const auto part_sums = load<float, kColumns>(args.partial_sums + index * kDim + lane * kColumns);
-          parts[i].maximum = state.x;
-          parts[i].weight = state.y;
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) parts[i].sums[c] = part_sums.values[c];
+          parts[i] = load<float, kColumns>(from + (base + min(i, count - 1)) * (stride * kDim));
         }
+        // RowState::merge() of the parts in their order, the factors found a part a lane. Parts that saw nothing, where
+        // anything may lie, are left out; before the first other one there are zeros.
+        const float2 state =
+            lane < count ? args.partial_states[first + (base + lane) * stride] : make_float2(minus_infinity(), 0.0f);
+        const bool seen = state.y != 0.0f;
+        float top = seen ? state.x : minus_infinity();
+#pragma unroll
+        for (int distance = 1; distance < kBatch; distance *= 2) {
+          const float other = __shfl_up_sync(~0u, top, distance);
+          if (lane >= distance) top = fmaxf(other, top);
+        }
+        top = fmaxf(maximum, top);
+        float before = __shfl_up_sync(~0u, top, 1);
+        if (lane == 0) before = maximum;
+        const float decay = exp2_fast(__fsub_rn(before, finite_or_zero(top)));
+        const float its_decay = exp2_fast(__fsub_rn(state.x, finite_or_zero(top)));
+        const uint32_t all_seen = __ballot_sync(~0u, seen);
+        maximum = __shfl_sync(~0u, top, kBatch - 1);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (from + i < end) total.merge(parts[i]);
+          const float d = __shfl_sync(~0u, decay, i), e = __shfl_sync(~0u, its_decay, i);
+          const float w = __shfl_sync(~0u, state.y, i);
+          if ((all_seen >> i & 1) == 0) continue;
+          weight = __fmaf_rn(w, e, __fmul_rn(weight, d));
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) sums[c] = __fmaf_rn(parts[i].values[c], e, __fmul_rn(sums[c], d));
         }
       }
-      const float inverse = position < 0 ? 0.0f : inverse_weight(total.weight);
+      const float inverse = position < 0 ? 0.0f : inverse_weight(weight);
       Vec<T, kColumns> out;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        out.values[c] = from_float<T>(position < 0 ? 0.0f : __fadd_rn(__fmul_rn(total.sums[c], inverse), 0.0f));
+        out.values[c] = from_float<T>(position < 0 ? 0.0f : __fadd_rn(__fmul_rn(sums[c], inverse), 0.0f));
       }
       T* const to = static_cast<T*>(args.o) + row * args.o_stride + head * kDim + lane * kColumns;
+      if (aligned) {
+        store(to, out);
+      } else {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) to[c] = out.values[c];
+        for (int c = 0; c < kColumns; ++c) to[c] = out.values[c];
+      }
       if (args.lse != nullptr && lane == 0) {
-        args.lse[row * args.num_heads() + head] = position < 0 ? minus_infinity() : total.log_sum();
+        args.lse[row * args.num_heads() + head] = position < 0 ? minus_infinity() : __fadd_rn(maximum, log2f(weight));
       }
     }
   }

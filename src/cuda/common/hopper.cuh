@@ -119,6 +119,14 @@ __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.com
 // Until all that this thread has stored so has been read from shared memory.
 __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int c0, int c1, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(barrier)
+      : "memory");
+}
+
 // ---- Accesses of shared memory --------------------------------------------------------------------------------------
 
 // Four matrices of 8 x 8 16-bit elements, packed as products leave them; lanes give the addresses of rows (stmatrix).

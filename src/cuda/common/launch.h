@@ -25,7 +25,13 @@ Status active_arch(const char* op, int device, Arch* arch);
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device), error_(cudaGetDevice(&before_)) {
-    if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+    // A new thread has no context, though it has a current device: the first call of all makes one. The driver wants
+    // it even where it makes tensor maps.
+    thread_local bool has_context = false;
+    if (error_ == cudaSuccess && (before_ != device_ || !has_context)) {
+      error_ = cudaSetDevice(device_);
+      has_context = error_ == cudaSuccess;
+    }
   }
   ~DeviceGuard() {
     if (error_ == cudaSuccess && before_ != device_) static_cast<void>(cudaSetDevice(before_));

@@ -114,51 +114,86 @@ __global__ void __launch_bounds__(kThreads) kv_write_kernel(const __grid_constan
   }
 }
 
+// Where the newest token of a sequence belongs, as place_of() has it: the last slot in use of the last page.
+__device__ __forceinline__ unsigned char* newest_place(const KvWriteArgs& args, int64_t sequence) {
+  const int32_t begin = args.kv_indptr[sequence], end = args.kv_indptr[sequence + 1];
+  const int32_t last = args.last_page_offset[sequence];
+  // Entries of the tables have 32 bits.
+  const int32_t limit = static_cast<int32_t>(min(args.num_page_ptrs, int64_t{INT32_MAX}));
+  const int32_t page_size = static_cast<int32_t>(min(args.page_size, int64_t{INT32_MAX}));
+  const int32_t behind = min(end, limit);
+  if (behind <= max(begin, 0) || last < 1 || last > page_size) return nullptr;
+  return reinterpret_cast<unsigned char*>(args.kv_ptrs[behind - 1]) + (last - 1) * args.head_bytes;
+}
+
+// An access that stays where it is: the compiler moves others to where what they bring is used.
+template <class V>
+__device__ __forceinline__ V load_here(const unsigned char* from) {
+  V value;
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from));
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+  } else if constexpr (sizeof(V) == 4) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  } else {
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(value) : "l"(from));
+  }
+  return value;
+}
+
 // append_kv: row i is the newest token of sequence i. A decode step is short, so every thread finds the place of its
-// row by itself, side by side with the loads of the row, instead of waiting for others to find it.
+// row by itself, side by side with the loads of the row, instead of waiting for others to find it; and what needs no
+// memory that others write is computed before the wait.
 template <Arch kArch, class V>
 __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_constant__ KvWriteArgs args) {
   if constexpr (kCompiled<kArch>) {
     launch_dependents<kArch>();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    const unsigned char* k = args.k + row * args.k_stride;
-    const unsigned char* v = args.v + row * args.v_stride;
-    const bool inside = row < args.num_rows;
+    const bool there = row < args.num_rows, inside = there && threadIdx.x < args.row_vectors;
+    const auto offset_of = [&](int64_t e) {
+      const int64_t head =
+          e <= UINT32_MAX ? static_cast<uint32_t>(e) / static_cast<uint32_t>(args.head_vectors) : e / args.head_vectors;
+      return args.key_offset + head * args.head_stride +
+             (e - head * args.head_vectors) * static_cast<int64_t>(sizeof(V));
+    };
+    const unsigned char* k = args.k + row * args.k_stride + threadIdx.x * static_cast<int64_t>(sizeof(V));
+    const unsigned char* v = args.v + row * args.v_stride + threadIdx.x * static_cast<int64_t>(sizeof(V));
+    int64_t to = offset_of(threadIdx.x);
+    const int64_t to_value = args.value_offset - args.key_offset;
     if constexpr (kArch == Arch::kSm90) {
       // Rows and tables are on their way into the second-level cache while this waits.
-      const int64_t offset = threadIdx.x * static_cast<int64_t>(sizeof(V));
-      if (inside && offset % kLineBytes == 0 && threadIdx.x < args.row_vectors) {
-        prefetch_line(k + offset);
-        prefetch_line(v + offset);
+      if (inside && threadIdx.x * sizeof(V) % kLineBytes == 0) {
+        prefetch_line(k);
+        prefetch_line(v);
       }
       const int64_t line = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.y * blockDim.x + threadIdx.x;
       if (!args.early_reads && line * (kLineBytes / 8) < args.num_page_ptrs) {
         prefetch_line(args.kv_ptrs + line * (kLineBytes / 8));
       }
-      if (!args.early_reads && inside && threadIdx.x == 0) {
+      if (!args.early_reads && there && threadIdx.x == 0) {
         prefetch_line(args.kv_indptr + row);
         prefetch_line(args.last_page_offset + row);
       }
     }
-    if (!args.early_reads) grid_dependency_wait<kArch>();
-    unsigned char* place = inside && args.early_reads ? place_of(args, row, row) : nullptr;
-    if (args.early_reads) grid_dependency_wait<kArch>();
+    unsigned char* place = there && args.early_reads ? newest_place(args, row) : nullptr;
+    asm volatile("" : "+l"(k), "+l"(v), "+l"(to), "+l"(place));  // the compiler would compute them after the wait
+    grid_dependency_wait<kArch>();
     if (!inside) return;
-    for (int64_t e = threadIdx.x; e < args.row_vectors; e += blockDim.x) {
-      const V key = *reinterpret_cast<const V*>(k + e * static_cast<int64_t>(sizeof(V)));
-      const V value = *reinterpret_cast<const V*>(v + e * static_cast<int64_t>(sizeof(V)));
-      if (place == nullptr) place = place_of(args, row, row);
-      if (place == nullptr) return;
-      int64_t head;
-      if (args.row_vectors <= INT32_MAX) {
-        head = static_cast<uint32_t>(e) / static_cast<uint32_t>(args.head_vectors);
-      } else {
-        head = e / args.head_vectors;
-      }
-      const int64_t vector = e - head * args.head_vectors;
-      unsigned char* to = place + head * args.head_stride + vector * static_cast<int64_t>(sizeof(V));
-      *reinterpret_cast<V*>(to + args.key_offset) = key;
-      *reinterpret_cast<V*>(to + args.value_offset) = value;
+    const V key = load_here<V>(k), value = load_here<V>(v);
+    if (!args.early_reads) place = newest_place(args, row);
+    if (place == nullptr) return;
+    *reinterpret_cast<V*>(place + to) = key;
+    *reinterpret_cast<V*>(place + to + to_value) = value;
+    // Of longer rows the rest.
+#pragma unroll 1
+    for (int64_t e = threadIdx.x + blockDim.x; e < args.row_vectors; e += blockDim.x) {
+      const int64_t from = (e - threadIdx.x) * static_cast<int64_t>(sizeof(V));
+      unsigned char* const its_place = place + offset_of(e);
+      *reinterpret_cast<V*>(its_place) = *reinterpret_cast<const V*>(k + from);
+      *reinterpret_cast<V*>(its_place + to_value) = *reinterpret_cast<const V*>(v + from);
     }
   }
 }

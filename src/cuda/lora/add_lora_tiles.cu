@@ -2,11 +2,10 @@
 // written once, v in between on chip. The arithmetic is that of add_lora_ring.cuh, term by term.
 //
 // Clusters of two blocks, one block to a multiprocessor, take tiles of up to 64 rows of a segment, one after the other.
-// Eight warps of a block compute, in teams of two that take half of the rows each; four copy what the teams need into
-// two rings each in shared memory: for each piece of K of the chains of the team a stage of x (64 rows x 128 bytes) and
-// units of A (16 ranks); then for each strip of 64 columns a stage of y and units of B. The copies do not wait for the
-// sums, so that y, and x of the next tile, are on their way while the chains' sums meet, first in a block, then in the
-// cluster. What the copying warps do for a piece is what limits them: as few instructions as possible, and nothing in
+// Eight warps of a block compute, in teams of two that take half of the rows each; four copy, each for a team, into a
+// ring in shared memory: for each piece of K of the chains of the team a stage of x (64 rows x 128 bytes) and A; then
+// for each strip of 64 columns a stage of y and B. The copies do not wait for the sums, so that y, and x of the next
+// tile, are on their way while the chains' sums meet, first in a block, then in the cluster. As little as can be is in
 // local memory, which answers late while the rings are filled.
 #include <algorithm>
 
@@ -37,15 +36,11 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
   if (args.early_reads) launch_dependents<kArch>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp >= kWarps) {
-    // Of the rings that the warp fills.
+    // Of the ring that the warp fills.
     const int of = warp - kWarps;
-    if (lane < S::kRowStages) {
-      hopper::barrier_init(shared_address(&shared.rows[of].full[lane]), 32);
-      hopper::barrier_init(shared_address(&shared.rows[of].empty[lane]), 2);
-    }
-    if (lane < S::kWeightUnits) {
-      hopper::barrier_init(shared_address(&shared.weights[of].full[lane]), 32);
-      hopper::barrier_init(shared_address(&shared.weights[of].empty[lane]), 2);
+    if (lane < S::kStages) {
+      hopper::barrier_init(shared_address(&shared.rings[of].full[lane]), 32);
+      hopper::barrier_init(shared_address(&shared.rings[of].empty[lane]), 2);
     }
     if (of == kCopyWarps - 1 && lane == 0) {
       hopper::barrier_init(shared_address(&shared.received), 1);
@@ -79,15 +74,12 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     const int number = thread / 32, team = number < kWarps ? number / 2 : number - kWarps;
     unsigned char* const parts = memory + kHeadBytes;
-    const uint32_t weights = shared_address(parts + S::kPartBytes + S::kReceiveBytes);
     return Block{args,
                  shared,
                  reinterpret_cast<float4*>(parts),
                  reinterpret_cast<float4*>(parts + S::kPartBytes),
-                 weights + team * (S::kWeightUnits * kUnitBytes),
-                 shared_address(&shared.weights[team]),
-                 weights + static_cast<uint32_t>(S::kWeightBytes) + team * (S::kRowStages * kStageBytes),
-                 shared_address(&shared.rows[team]),
+                 shared_address(parts + S::kPartBytes + S::kReceiveBytes) + team * (S::kStageBytes * S::kStages),
+                 shared_address(&shared.rings[team]),
                  static_cast<int>(blockIdx.x) & (S::kBlocks - 1),
                  tile,
                  clusters,

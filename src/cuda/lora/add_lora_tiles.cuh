@@ -15,14 +15,14 @@ inline constexpr int kRows = 64;
 inline constexpr int kWarps = 8;      // that compute, in teams of two
 inline constexpr int kCopyWarps = 4;  // each for a team
 inline constexpr int kTeams = kCopyWarps;
-inline constexpr int kWarpUnits = 2;                // of 16 rows, of a warp: every other one of the tile
-inline constexpr int kStageBytes = 4 * kUnitBytes;  // all rows of a piece of x or of a strip of y
+inline constexpr int kWarpUnits = 2;              // of 16 rows, of a warp: every other one of the tile
+inline constexpr int kRowBytes = 4 * kUnitBytes;  // all rows of a piece of x or of a strip of y
 inline constexpr int kThreads = 32 * (kWarps + kCopyWarps);
 inline constexpr int kRanks = 64;  // of a pass, at most
 inline constexpr int kStrip = 64;  // columns of y
 inline constexpr int kGroups = kRows / 8;
-inline constexpr int kMaxUnits = 8;  // of a ring
-inline constexpr int kLeaves = 64;   // of pieces of K: see add_lora_ring.cuh
+inline constexpr int kMaxStages = 4;  // of a ring
+inline constexpr int kLeaves = 64;    // of pieces of K: see add_lora_ring.cuh
 
 // What a pass takes x for: the ranks of one slice or of several, in tiles of 16.
 struct Pass {
@@ -33,7 +33,7 @@ struct Pass {
 };
 
 struct RingBarriers {
-  uint64_t full[kMaxUnits], empty[kMaxUnits];
+  uint64_t full[kMaxStages], empty[kMaxStages];
 };
 
 // A tile and what there is to do.
@@ -45,7 +45,7 @@ struct Job {
 };
 
 struct Shared {
-  RingBarriers weights[kTeams], rows[kTeams];
+  RingBarriers rings[kTeams];
   uint64_t received;           // the sums of the others
   uint64_t drained;            // the others have read what they received
   uint64_t ready[2], done[2];  // of jobs
@@ -65,13 +65,12 @@ struct Shape {
   static constexpr int kTileFours = kGroups * 32;                         // of four sums, of a tile of ranks
   static constexpr size_t kPartBytes = size_t{16} * kTeams * kT * kTileFours;
   static constexpr size_t kReceiveBytes = size_t{16} * (kBlocks - 1) * kT * kTileFours;
-  // Of the rings of a team.
-  static constexpr int kWeightUnits = kT == 4 ? 5 : 4;
-  static constexpr size_t kWeightBytes = size_t{kUnitBytes} * kTeams * kWeightUnits;
-  static constexpr int kRowStages = std::min<int>(
-      4, (kMostShared - kHeadBytes - kPartBytes - kReceiveBytes - kWeightBytes) / (size_t{kStageBytes} * kTeams));
+  // A stage: rows of a piece of K or of a strip, and the weights that go with them.
+  static constexpr int kStageBytes = kRowBytes + kT * kUnitBytes;
+  static constexpr int kStages = std::min<int>(
+      kMaxStages, (kMostShared - kHeadBytes - kPartBytes - kReceiveBytes) / (size_t{kStageBytes} * kTeams));
   static constexpr size_t kSharedBytes =
-      kHeadBytes + kPartBytes + kReceiveBytes + kWeightBytes + size_t{kStageBytes} * kTeams * kRowStages;
+      kHeadBytes + kPartBytes + kReceiveBytes + size_t{kStageBytes} * kTeams * kStages;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -145,10 +144,10 @@ __device__ __forceinline__ void find_job(const Args& args, uint32_t number, Job*
   __syncwarp();
 }
 
-// A ring of units in shared memory, from the side of one that fills or reads it.
-template <int kUnits, int kBytes>
+// A ring of stages in shared memory, from the side of one that fills or reads it.
+template <class S>
 struct Ring {
-  uint32_t units, barriers;
+  uint32_t stages, barriers;
   int slot = 0;
   uint32_t parity = 0;
 
@@ -156,11 +155,12 @@ struct Ring {
   __device__ __forceinline__ uint32_t empty() const {
     return barriers + static_cast<uint32_t>(offsetof(RingBarriers, empty)) + 8 * slot;
   }
-  __device__ __forceinline__ uint32_t unit() const { return units + slot * kBytes; }
+  __device__ __forceinline__ uint32_t rows() const { return stages + slot * S::kStageBytes; }
+  __device__ __forceinline__ uint32_t weights() const { return rows() + kRowBytes; }
   __device__ __forceinline__ void wait_full() const { hopper::barrier_wait(full(), parity); }
   __device__ __forceinline__ void wait_empty() const { hopper::barrier_wait(empty(), parity ^ 1); }
   __device__ __forceinline__ void advance() {
-    if (++slot == kUnits) slot = 0, parity ^= 1;
+    if (++slot == S::kStages) slot = 0, parity ^= 1;
   }
   // By a whole warp that has read it.
   __device__ __forceinline__ void release(int lane) {
@@ -194,8 +194,7 @@ struct Block {
   Shared& shared;
   float4* parts;  // of the sums, of teams: [team][tile][group of rows][lane]; in the first one's place: v
   float4* receive;
-  uint32_t weights, weight_barriers;  // rings
-  uint32_t rows, row_barriers;
+  uint32_t ring, barriers;
   int rank;             // in the cluster
   uint32_t tile, step;  // the first one, and to the next
   uint32_t tiles;

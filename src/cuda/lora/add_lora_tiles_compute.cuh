@@ -18,8 +18,7 @@ struct Consumer {
   __device__ __forceinline__ int group_of(int unit) const { return 4 * unit + 2 * b.part; }
 
   const Block& b;
-  Ring<S::kWeightUnits, kUnitBytes> weights = {b.weights, b.weight_barriers};
-  Ring<S::kRowStages, kStageBytes> rows = {b.rows, b.row_barriers};
+  Ring<S> ring = {b.ring, b.barriers};
 
   // Four neighbouring registers that a product takes come from two loads. A move that the compiler does not see through
   // puts them together once; otherwise it does so before each product.
@@ -29,29 +28,33 @@ struct Consumer {
     return result;
   }
 
-  // A tile of A of a piece, as products take it.
-  __device__ __forceinline__ void read_a(uint32_t (&a)[4][4]) {
+  // Tile j of A of a piece: of ranks g and g + 8.
+  __device__ __forceinline__ void read_a(uint4 (&words)[2][2], int j) const {
     const int g = b.lane / 4, t = b.lane % 4;
-    weights.wait_full();
-    const uint32_t unit = weights.unit();
-    const uint32_t upper_at = unit + 16 * place<3>(g, t), lower_at = unit + 16 * place<3>(g + 8, t);
+    const uint32_t unit = ring.weights() + j * kUnitBytes;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const uint4 upper = load_shared_16(upper_at ^ 64 * c), lower = load_shared_16(lower_at ^ 64 * c);
+      words[0][c] = load_shared_16((unit + 16 * place<3>(g, t)) ^ 64 * c);
+      words[1][c] = load_shared_16((unit + 16 * place<3>(g + 8, t)) ^ 64 * c);
+    }
+  }
+  // The same as products take it.
+  __device__ __forceinline__ void arrange_a(uint32_t (&a)[4][4], const uint4 (&words)[2][2]) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint4 &upper = words[0][c], &lower = words[1][c];
       a[2 * c][0] = moved(upper.x), a[2 * c][1] = moved(lower.x);
       a[2 * c][2] = moved(upper.y), a[2 * c][3] = moved(lower.y);
       a[2 * c + 1][0] = moved(upper.z), a[2 * c + 1][1] = moved(lower.z);
       a[2 * c + 1][2] = moved(upper.w), a[2 * c + 1][3] = moved(lower.w);
     }
-    weights.release(b.lane);
   }
   __device__ __forceinline__ uint32_t rows_unit(int unit) const {
-    return rows.unit() + (2 * unit + b.part) * kUnitBytes;
+    return ring.rows() + (2 * unit + b.part) * kUnitBytes;
   }
   // x of the warp's units of rows: of rows g and g + 8 of each.
-  __device__ __forceinline__ void read_x(uint4 (&x)[kWarpUnits][2][2], int units) {
+  __device__ __forceinline__ void read_x(uint4 (&x)[kWarpUnits][2][2], int units) const {
     const int g = b.lane / 4, t = b.lane % 4;
-    rows.wait_full();
 #pragma unroll
     for (int i = 0; i < kWarpUnits; ++i) {
       if (i < units) {
@@ -62,7 +65,6 @@ struct Consumer {
         }
       }
     }
-    rows.release(b.lane);
   }
   // Adds the products of 16 ranks and 16 rows; kAlone: as a sum of their own.
   template <bool kAlone>
@@ -83,18 +85,63 @@ struct Consumer {
     }
   }
 
+  // The same with all rows of the warp: as many products that do not wait for each other.
   template <bool kAlone>
+  __device__ __forceinline__ void multiply_all(float (&sums)[kWarpGroups][4], const uint32_t (&a)[4][4],
+                                               const uint4 (&x)[kWarpUnits][2][2]) {
+    float alone[kWarpGroups][4] = {};
+    float (&to)[kWarpGroups][4] = kAlone ? alone : sums;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int i = 0; i < kWarpGroups; ++i) {
+        mma_m16n8k16<T>(to[i], a[2 * c], {x[i / 2][i % 2][c].x, x[i / 2][i % 2][c].y});
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpGroups; ++i) {
+        mma_m16n8k16<T>(to[i], a[2 * c + 1], {x[i / 2][i % 2][c].z, x[i / 2][i % 2][c].w});
+      }
+    }
+    if constexpr (kAlone) {
+#pragma unroll
+      for (int i = 0; i < kWarpGroups; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[i][e] += alone[i][e];
+      }
+    }
+  }
+
+  // kFull: of all units of rows and tiles of ranks, so that there is nothing to decide between products.
+  template <bool kAlone, bool kFull>
   __device__ __forceinline__ void add_piece(Sums& sums, int units, int tiles) {
-    uint4 x[kWarpUnits][2][2];
-    read_x(x, units);
+    ring.wait_full();
+    if (!kFull && units == 0) {
+      ring.release(b.lane);
+      return;
+    }
+    // Of A the next tile is on its way while one is multiplied, if there are registers for it.
+    constexpr bool kAhead = kAlone || kT < 4;
+    uint4 x[kWarpUnits][2][2], words[2][2];
+    if constexpr (kAhead) read_a(words, 0);
+    read_x(x, kFull ? kWarpUnits : units);
 #pragma unroll
     for (int j = 0; j < kT; ++j) {
-      if (j < tiles) {
+      if (kFull || j < tiles) {
         uint32_t a[4][4];
-        read_a(a);
+        if constexpr (!kAhead) read_a(words, j);
+        arrange_a(a, words);
+        if (j + 1 < kT && (kFull || j + 1 < tiles)) {
+          if constexpr (kAhead) read_a(words, j + 1);
+        } else {
+          ring.release(b.lane);
+        }
+        if constexpr (kFull) {
+          multiply_all<kAlone>(sums[j], a, x);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kWarpUnits; ++i) {
-          if (i < units) multiply<kAlone>(&sums[j][2 * i], a, x[i]);
+          for (int i = 0; i < kWarpUnits; ++i) {
+            if (i < units) multiply<kAlone>(&sums[j][2 * i], a, x[i]);
+          }
         }
       }
     }
@@ -103,15 +150,28 @@ struct Consumer {
   // The sums over K of a chain and rows.
   __device__ __forceinline__ void add_chain(Sums& sums, int chain, int units, int tiles) {
     const int h_in = b.args.h_in;
-    if (!S::kAnyLength || h_in <= kLeaves * kPiece) {
+    // With kT = 4 a kernel has one of the two ways: both take too many registers.
+    if (!S::kAnyLength || (kT < 4 && h_in <= kLeaves * kPiece)) {
 #pragma unroll 1
-      for (int p = chain; p * kPiece < h_in; p += kChains) add_piece<true>(sums, units, tiles);
+      for (int p = chain; p * kPiece < h_in; p += kChains) {
+        if (units == kWarpUnits && tiles == kT) {
+          add_piece<true, true>(sums, units, tiles);
+        } else {
+          add_piece<true, false>(sums, units, tiles);
+        }
+      }
     } else if constexpr (S::kAnyLength) {
 #pragma unroll 1
       for (int leaf = chain; leaf < kLeaves; leaf += kChains) {
         Sums of_leaf = {};
 #pragma unroll 1
-        for (int p = leaf; p * kPiece < h_in; p += kLeaves) add_piece<false>(of_leaf, units, tiles);
+        for (int p = leaf; p * kPiece < h_in; p += kLeaves) {
+          if (units == kWarpUnits && tiles == kT) {
+            add_piece<false, true>(of_leaf, units, tiles);
+          } else {
+            add_piece<false, false>(of_leaf, units, tiles);
+          }
+        }
 #pragma unroll
         for (int j = 0; j < kT; ++j) {
 #pragma unroll
@@ -267,7 +327,7 @@ struct Consumer {
   }
 
   // Of B of a strip what products j take, of kChunks of 32 ranks, 0 standing for a half one: rows g and g + 8 of it are
-  // outputs 8g + 2j and 8g + 2j + 1. `from`: the lane's unit.
+  // outputs 8g + 2j and 8g + 2j + 1. `from`: the lane's unit of B.
   template <int kChunks, int kProducts>
   __device__ __forceinline__ void read_b(uint32_t (&w)[kProducts][4], uint32_t from, int j) const {
     constexpr int kRowBits = kChunks + 1;  // log2 of the pieces of a row
@@ -297,29 +357,21 @@ struct Consumer {
   __device__ __forceinline__ void expand(const Job& job, const Slice& s, int first_tile, int slice_of_pass, int units) {
     static_assert(kChunks <= 2);
     constexpr int kProducts = kChunks == 0 ? 1 : 2 * kChunks;
-    constexpr int kUnitRows = 64 >> kChunks, kUnits = kStrip / kUnitRows;
-    constexpr bool kInRegisters = kProducts <= 4;  // B of a strip
+    constexpr int kUnitRows = 64 >> kChunks;
     const int g = b.lane / 4, t = b.lane % 4, count = job.work.count;
     const uint32_t v = shared_address(b.parts) + 16 * (first_tile * kGroups * 32 + b.lane);
     const uint32_t y_at = 16 * place_y(2 * t, g);
 #pragma unroll 1
     for (int c = (b.rank * kTeams + b.team) * kStrip; c < s.width; c += S::kBlocks * kTeams * kStrip) {
-      auto last = weights;
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        last.wait_full();
-        last.advance();
+      ring.wait_full();
+      if (units == 0) {
+        ring.release(b.lane);
+        continue;
       }
-      int slot = weights.slot + 8 * g / kUnitRows;
-      slot = slot >= S::kWeightUnits ? slot - S::kWeightUnits : slot;
-      const uint32_t from = weights.units + slot * kUnitBytes;
-      uint32_t w[kInRegisters ? 4 : 1][kProducts][4];
-      if constexpr (kInRegisters) {
+      const uint32_t from = ring.weights() + 8 * g / kUnitRows * kUnitBytes;
+      uint32_t w[4][kProducts][4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) read_b<kChunks>(w[j], from, j);
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) weights.release(b.lane);
-      }
+      for (int j = 0; j < 4; ++j) read_b<kChunks>(w[j], from, j);
       char* const y = static_cast<char*>(b.args.y) + sizeof(T) * (s.begin + c + 8 * g);
       const bool inside = c + 8 * g < s.width;
 #pragma unroll 1
@@ -332,13 +384,28 @@ struct Consumer {
             pairs[h][p] = load_shared_16(v + 512 * (p * kGroups + group_of(u) + h));
           }
         }
+        // All products before y is looked at: as many of them as there can be do not wait for each other, and there is
+        // room for their sums.
+        float sums[4][2][4] = {};
+#pragma unroll
+        for (int p = 0; p < kProducts; ++p) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[j][h], w[j][p], {pairs[h][p].x, pairs[h][p].y});
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[j][h], w[j][p], {pairs[h][p].z, pairs[h][p].w});
+          }
+        }
         int64_t row_at[2][2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) row_at[h][e] = job.y_at[8 * (group_of(u) + h) + 2 * t + e];
         }
-        if (u == 0) rows.wait_full();
         uint32_t words[2][2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -348,34 +415,17 @@ struct Consumer {
             words[h][e][0] = four.x, words[h][e][1] = four.y, words[h][e][2] = four.z, words[h][e][3] = four.w;
           }
         }
-        if (u == units - 1) rows.release(b.lane);
-        float factors[2][2];
+        if (u == units - 1) ring.release(b.lane);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            factors[h][e] = s.scale;
+            float factor = s.scale;
             if constexpr (std::is_same_v<T, __half>) {
-              factors[h][e] *= b.shared.up[slice_of_pass][8 * (group_of(u) + h) + 2 * t + e];
+              factor *= b.shared.up[slice_of_pass][8 * (group_of(u) + h) + 2 * t + e];
             }
-          }
-        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if constexpr (!kInRegisters) read_b<kChunks>(w[0], from, j);
-          const auto& of_j = w[kInRegisters ? j : 0];
-          float sums[2][4] = {};
-#pragma unroll
-          for (int p = 0; p < kProducts; ++p) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[h], of_j[p], {pairs[h][p].x, pairs[h][p].y});
-#pragma unroll
-            for (int h = 0; h < 2; ++h) mma_m16n8k16<T>(sums[h], of_j[p], {pairs[h][p].z, pairs[h][p].w});
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
+            for (int j = 0; j < 4; ++j) {
               uint32_t& word = words[h][e][j];
               float2 before;
               if constexpr (std::is_same_v<T, __half>) {
@@ -383,7 +433,7 @@ struct Consumer {
               } else {
                 before = {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
               }
-              word = pack<T>(fmaf(factors[h][e], sums[h][e], before.x), fmaf(factors[h][e], sums[h][2 + e], before.y));
+              word = pack<T>(fmaf(factor, sums[j][h][e], before.x), fmaf(factor, sums[j][h][2 + e], before.y));
             }
           }
         }
@@ -400,14 +450,6 @@ struct Consumer {
             }
           }
         }
-      }
-      if (units == 0) {
-        rows.wait_full();
-        rows.release(b.lane);
-      }
-      if constexpr (!kInRegisters) {
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) weights.release(b.lane);
       }
     }
   }

@@ -15,16 +15,25 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
 template <class T, class S>
 struct Producer {
   const Block& b;
-  Ring<S::kWeightUnits, kUnitBytes> weights = {b.weights, b.weight_barriers};
-  Ring<S::kRowStages, kStageBytes> rows = {b.rows, b.row_barriers};
+  Ring<S> ring = {b.ring, b.barriers};
 
-  // The next unit, of A or B, of which `rows` rows and `columns` elements of each are there, perhaps none; zeros
+  // All of the stage has been asked for. `stored`: some of it has been written by this thread.
+  __device__ __forceinline__ void end_stage(bool stored) {
+    if (stored) {
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      hopper::barrier_arrive(ring.full());
+    } else {
+      hopper::barrier_arrive_copies(ring.full());
+    }
+    ring.advance();
+  }
+
+  // A unit of A or B, of which `rows` rows and `columns` elements of each are there, perhaps none; zeros
   // elsewhere.
+  // Whether it had to be read and written, for want of alignment.
   template <class PlaceOf>
-  __device__ __forceinline__ void copy_weights(const T* from, int64_t stride, int row_bits, int rows, int columns,
-                                               PlaceOf place_of) {
-    weights.wait_empty();
-    const uint32_t to = weights.unit();
+  __device__ __forceinline__ bool copy_weights(uint32_t to, const T* from, int64_t stride, int row_bits, int rows,
+                                               int columns, PlaceOf place_of) {
     const int row = b.lane >> row_bits, piece = b.lane & ((1 << row_bits) - 1), step = 32 >> row_bits;
     const int count = min(max(columns - 8 * piece, 0), 8);
     const bool aligned = ((reinterpret_cast<uintptr_t>(from) | 2 * stride) & 15) == 0;
@@ -35,9 +44,7 @@ struct Producer {
       const char* at = reinterpret_cast<const char*>(from);
 #pragma unroll
       for (int i = 0; i < 4; ++i, at += more) copy_16(to + 16 * place_of(i * step + row, piece), at);
-      hopper::barrier_arrive_copies(weights.full());
-      weights.advance();
-      return;
+      return false;
     }
     rows -= row;
     if (aligned) {
@@ -47,7 +54,6 @@ struct Producer {
         copy_async_16(to + 16 * place_of(i * step + row, piece), valid ? from : b.args.x, valid ? 2 * count : 0);
         from += step * stride;
       }
-      hopper::barrier_arrive_copies(weights.full());
     } else {
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
@@ -57,9 +63,8 @@ struct Producer {
                      : "memory");
         from += step * stride;
       }
-      hopper::barrier_arrive(weights.full());
     }
-    weights.advance();
+    return !aligned;
   }
 
   // All rows of x or y, 64 columns: `from` is the lane's column of row 0, row_at what is behind it. Units without rows
@@ -67,12 +72,11 @@ struct Producer {
   template <class PlaceOf>
   __device__ __forceinline__ void copy_rows(const T* from, const int64_t* row_at, int count, bool all, bool inside,
                                             bool zeros, PlaceOf place_of) {
-    rows.wait_empty();
     const int row = b.lane / 8, piece = b.lane % 8;
 #pragma unroll
     for (int u = 0; u < kRows / 16; ++u) {
       if (16 * u >= count) break;
-      const uint32_t to = rows.unit() + u * kUnitBytes;
+      const uint32_t to = ring.rows() + u * kUnitBytes;
       // All addresses before all copies: these wait for what is read before them.
       const char* at[4];
 #pragma unroll
@@ -92,8 +96,6 @@ struct Producer {
         }
       }
     }
-    hopper::barrier_arrive_copies(rows.full());
-    rows.advance();
   }
 
   // The warp that looks for the tile after this one does so while the sums of this one are computed.
@@ -116,15 +118,19 @@ struct Producer {
           n += kLeaves;
           if (n * kPiece >= h_in) leaf += kChains, n = leaf;
           const T* const x = static_cast<const T*>(args.x) + k + 8 * piece;
+          ring.wait_empty();
           copy_rows(x, job.x_at, work.count, k + kPiece <= h_in, k + 8 * piece < h_in, true,
                     [](int row, int piece) { return place<3>(row, piece); });
+          bool stored = false;
 #pragma unroll 1
           for (int j = 0; j < pass.tiles; ++j) {
             const Slice& s = work.slices[pass.slice_of[j]];
             const int first = pass.rank_of[j];
-            copy_weights(static_cast<const T*>(s.a) + int64_t{first} * h_in + k, h_in, 3, s.rank - first, h_in - k,
-                         [](int row, int piece) { return place<3>(row, piece); });
+            stored |= copy_weights(ring.weights() + j * kUnitBytes,
+                                   static_cast<const T*>(s.a) + int64_t{first} * h_in + k, h_in, 3, s.rank - first,
+                                   h_in - k, [](int row, int piece) { return place<3>(row, piece); });
           }
+          end_stage(stored);
         }
       }
       if (p == 0) find_next();
@@ -134,16 +140,20 @@ struct Producer {
         const int bits = s.rank <= 16 ? 1 : s.rank <= 32 ? 2 : 3, unit_rows = 128 >> bits;
 #pragma unroll 1
         for (int c = (b.rank * kTeams + b.team) * kStrip; c < s.width; c += S::kBlocks * kTeams * kStrip) {
+          ring.wait_empty();
+          bool stored = false;
 #pragma unroll 1
           for (int row = 0; row < kStrip; row += unit_rows) {
-            copy_weights(static_cast<const T*>(s.b) + (c + row) * s.b_stride, s.b_stride, bits, s.width - c - row,
-                         s.rank, [bits](int row, int piece) {
-                           return (row << bits | piece) ^ (bits == 1 ? (row >> 3 & 3) << 1 : (row >> 3 & 1) << 2);
-                         });
+            stored |=
+                copy_weights(ring.weights() + (row << bits) * 16, static_cast<const T*>(s.b) + (c + row) * s.b_stride,
+                             s.b_stride, bits, s.width - c - row, s.rank, [bits](int row, int piece) {
+                               return (row << bits | piece) ^ (bits == 1 ? (row >> 3 & 3) << 1 : (row >> 3 & 1) << 2);
+                             });
           }
           const T* const y = static_cast<const T*>(args.y) + s.begin + c + 8 * piece;
           copy_rows(y, job.y_at, work.count, c + kStrip <= s.width, c + 8 * piece < s.width, false,
                     [](int row, int piece) { return place_y(row, piece); });
+          end_stage(stored);
         }
       }
     }

@@ -15,7 +15,9 @@
 #include "src/cuda/lora/bgmv_diagonal_deep.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
+#include "src/cuda/lora/bgmv_shares.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
+#include "src/cuda/lora/bgmv_wide.cuh"
 
 namespace punica::cuda {
 namespace {
@@ -65,6 +67,7 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
   constexpr int kWarps = kDiagonalWarps;
   args.resident = std::min(args.steps, kChunk);
   if (args.resident < args.steps) args.group_rows = 1;  // kRing
+  const bool single = args.group_rows == 1;
   return for_parts(
       args, div_up(args.h_out, kRanks * kWarps >> args.k_warp_bits), kMaxRowsY,
       [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
@@ -72,8 +75,12 @@ Status launch_diagonal(const Launcher& launcher, BgmvArgs args) {
         shape.grid = dim3(tile_count, row_blocks(part, rows));
         shape.block = dim3(32 * kWarps);
         shape.shared_bytes = diagonal_shared_bytes(part.group_rows, kRanks, kWarps, part.resident);
-        return launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing>>(shape,
-                                                                                                            part);
+        return single
+                   ? launcher.launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, true>>(
+                         shape, part)
+                   : launcher
+                         .launch<bgmv_diagonal_kernel<Arch::kSm90, T, kRanks, kWarps, kChunk, kWhole, kRing, false>>(
+                             shape, part);
       });
 }
 
@@ -98,17 +105,21 @@ Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
                    });
 }
 
-// Whether bgmv_dense_kernel takes less time than bgmv_diagonal_kernel, by measured times in us. The one takes it for
-// every wave of tiles and step, the other for every row, four outputs and step that a multiprocessor has.
-bool prefer_dense(const BgmvArgs& args) {
-  if (!args.one_adapter || !args.vectors) return false;
+// What the kernels for one adapter take, about, in us, by measured times: bgmv_diagonal_kernel for every row, four
+// outputs and step that a multiprocessor has,
+double diagonal_time(const BgmvArgs& args) {
+  const int64_t work = args.batch * div_up(args.h_out, 4 * kDiagonalWarps >> args.k_warp_bits) * args.steps;
+  if (!args.vectors) return 4 + 0.006 * static_cast<double>(work);
+  return 1.8 + 0.0011 * (args.steps > 4 ? 2.2 : 1.0) * static_cast<double>(work);
+}
+
+// bgmv_dense_kernel for every wave of tiles and step.
+double dense_time(const BgmvArgs& args) {
   using Tile = DenseTile<kDenseOut, kDenseRow>;
   const int64_t tiles =
       div_up(args.batch, Tile::kRows) * div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
-  const int64_t work = args.batch * div_up(args.h_out, 4 * kDenseWarps >> args.k_warp_bits) * args.steps;
-  const double dense =
-      (3.5 + 4.5 * args.steps) * static_cast<double>(div_up(tiles, 132)) * (args.k_warp_bits < 3 ? 1.4 : 1.0);
-  return dense < 1.5 + 0.0011 * (args.steps > 4 ? 2.2 : 1.0) * static_cast<double>(work);
+  return (2.5 + (args.vectors ? 3.6 : 20.0) * args.steps) * static_cast<double>(div_up(tiles, 132)) *
+         (args.k_warp_bits < 3 ? 1.4 : 1.0);
 }
 
 template <class T>
@@ -123,6 +134,87 @@ Status launch_dense(const Launcher& launcher, BgmvArgs args) {
                      shape.shared_bytes = Tile::kSharedBytes;
                      return launcher.launch<bgmv_dense_kernel<Arch::kSm90, T, kDenseOut, kDenseRow>>(shape, part);
                    });
+}
+
+template <class T, int kOut, int kRow>
+Status launch_shares(const Launcher& launcher, const BgmvArgs& args) {
+  using Tile = SharesTile<kOut, kRow>;
+  return for_parts(args, div_up(args.h_out, Tile::kOutputs), kMaxRows,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.cluster = 1u << part.k_warp_bits;
+                     shape.grid = dim3(static_cast<unsigned>(div_up(rows, Tile::kRows)) * shape.cluster, tile_count);
+                     shape.block = dim3(kSharesThreads);
+                     shape.shared_bytes = Tile::kSharedBytes;
+                     return launcher.launch<bgmv_shares_kernel<Arch::kSm90, T, kOut, kRow>>(shape, part);
+                   });
+}
+
+// bgmv_shares_kernel with this tile: what a multiprocessor has to take in.
+double shares_time(const BgmvArgs& args, int out, int row) {
+  const int64_t blocks = (div_up(args.batch, 8 * row) * div_up(args.h_out, 16 * out)) << args.k_warp_bits;
+  const double kib = (16 * out + 8 * row) * args.steps * 0.5;
+  return 1.75 + (args.vectors ? 1.0 : 2.5) * std::max(static_cast<double>(blocks) / 132, 0.8) * kib / 26;
+}
+
+constexpr int kSharesTiles[][2] = {{1, 1}, {1, 4}, {2, 4}, {4, 4}};
+int best_shares_tile(const BgmvArgs& args) {
+  int best = 0;
+  for (int i = 1; i < 4; ++i) {
+    if (shares_time(args, kSharesTiles[i][0], kSharesTiles[i][1]) <
+        shares_time(args, kSharesTiles[best][0], kSharesTiles[best][1])) {
+      best = i;
+    }
+  }
+  return best;
+}
+
+template <class T>
+Status launch_shares(const Launcher& launcher, const BgmvArgs& args, int tile) {
+  switch (tile) {
+    case 0:
+      return launch_shares<T, 1, 1>(launcher, args);
+    case 1:
+      return launch_shares<T, 1, 4>(launcher, args);
+    case 2:
+      return launch_shares<T, 2, 4>(launcher, args);
+    default:
+      return launch_shares<T, 4, 4>(launcher, args);
+  }
+}
+
+template <class T, WideSum kSum, int kOut>
+Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
+  // So many chunks of rows that all blocks run at once.
+  const int64_t tiles = div_up(args.h_out, WideTile<kOut>::kBlockOutputs);
+  const size_t shared_bytes = wide_shared_bytes<kOut>(args.h_in);
+  const int64_t room = shared_bytes > (113 << 10) || kSum == WideSum::kSlices ? 132 : 264;
+  return for_parts(args, tiles, kMaxRows, [&](BgmvArgs part, unsigned rows, unsigned tile_count) {
+    const int64_t row_tiles = div_up(rows, kWideRows);
+    part.steps = static_cast<int>(div_up(row_tiles, std::clamp(room / tiles, int64_t{1}, row_tiles)));
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(div_up(row_tiles, part.steps)), tile_count);
+    shape.block = dim3(kWideThreads);
+    shape.shared_bytes = shared_bytes;
+    return launcher.launch<bgmv_wide_kernel<Arch::kSm90, T, kSum, kOut>>(shape, part);
+  });
+}
+
+// Whether bgmv_wide_kernel takes less time, as measured.
+bool prefer_wide(const BgmvArgs& args) {
+  if (!args.one_adapter || args.h_in > kWideMaxIn) return false;
+  const int64_t outputs = args.batch * args.h_out;
+  if (args.h_in > kShortMax) return args.batch >= 16 && outputs >= 200000;
+  if (args.batch < 128) return false;
+  return args.h_in <= 16 ? outputs >= 8000000 : args.vectors && outputs >= 1000000;
+}
+
+template <class T>
+Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
+  return args.h_in <= 16          ? launch_wide<T, WideSum::kHalfStep, 2>(launcher, args)
+         : args.h_in <= kShortMax ? launch_wide<T, WideSum::kChains, 2>(launcher, args)
+         : args.h_in <= 256       ? launch_wide<T, WideSum::kSlices, 2>(launcher, args)
+                                  : launch_wide<T, WideSum::kSlices, 1>(launcher, args);
 }
 
 template <class T>
@@ -142,11 +234,18 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   while (args.group_rows > 1 && args.batch / args.group_rows * div_up(args.h_out, ranks * tiles) < kFewBlocks) {
     args.group_rows /= 2;
   }
-  if (prefer_dense(args)) return launch_dense<T>(launcher, args);
+  if (args.one_adapter) {
+    const double diagonal = diagonal_time(args), dense = dense_time(args);
+    const int tile = best_shares_tile(args);
+    const double shares = shares_time(args, kSharesTiles[tile][0], kSharesTiles[tile][1]);
+    if (shares < std::min(diagonal, 0.75 * dense)) return launch_shares<T>(launcher, args, tile);
+    if (dense < diagonal) return launch_dense<T>(launcher, args);
+  }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
   if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
+      if (whole && args.steps <= 2) return launch_diagonal<T, 1, 2, true, false>(launcher, args);
       return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
                                       : launch_diagonal<T, 1, 8, false, true>(launcher, args);
     case 2:
@@ -170,20 +269,32 @@ Status launch_bulk_short(const Launcher& launcher, BgmvArgs args) {
          args.batch / args.group_rows * tiles < (fewer ? 2 * kFewBlocks : kFewBlocks)) {
     args.group_rows /= 2;
   }
-  return for_parts(args, div_up(args.h_out, kDeep ? 2 * kRounds * kDeepTileRounds : kRounds * kBlockRoundRows),
-                   kMaxRows, [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
-                     LaunchShape shape;
-                     shape.grid = dim3(row_blocks(part, rows), tiles);
-                     if constexpr (kDeep) {
-                       shape.block = dim3(32 * kDeepWarps);
-                       shape.shared_bytes = std::max(bulk_deep_shared_bytes(part.h_in, kRounds), deep_shared_bytes(1));
-                       return launcher.launch<bgmv_bulk_deep_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
-                     } else {
-                       shape.block = dim3(kBulkThreads);
-                       shape.shared_bytes = bulk_short_shared_bytes(part.h_in, kRounds);
-                       return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
-                     }
-                   });
+  while (args.group_rows > 1 && args.group_rows / 2 >= args.batch) args.group_rows /= 2;
+  // Pairs of rows save less than the search for them takes.
+  if (kDeep && args.group_rows == 2) args.group_rows = 1;
+  return for_parts(
+      args, div_up(args.h_out, kDeep ? 2 * kRounds * kDeepTileRounds : kRounds * kBlockRoundRows), kMaxRows,
+      [&](const BgmvArgs& part, unsigned rows, unsigned tiles) {
+        LaunchShape shape;
+        shape.grid = dim3(row_blocks(part, rows), tiles);
+        if constexpr (kDeep) {
+          shape.block = dim3(32 * kDeepWarps);
+          shape.shared_bytes = std::max(bulk_deep_shared_bytes(part.h_in, kRounds), deep_shared_bytes(1));
+          return launcher.launch<bgmv_bulk_deep_kernel<Arch::kSm90, T, kSteps, kRounds>>(shape, part);
+        } else {
+          shape.block = dim3(kBulkThreads);
+          shape.shared_bytes = bulk_short_shared_bytes<false>(part.h_in, kRounds);
+          if constexpr (kSteps == 0) {
+            // Its blocks take few registers; where there are many, those of too many kernels of a
+            // chain would ask for weights before the first has what it needs.
+            if (part.group_rows == 1 && static_cast<int64_t>(rows) * tiles < kFewBlocks) {
+              shape.shared_bytes = bulk_short_shared_bytes<true>(part.h_in, kRounds);
+              return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds, true>>(shape, part);
+            }
+          }
+          return launcher.launch<bgmv_bulk_short_kernel<Arch::kSm90, T, kSteps, kRounds, false>>(shape, part);
+        }
+      });
 }
 
 template <class T, int kSteps>
@@ -218,6 +329,7 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
 
 template <class T>
 Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
+  if (prefer_wide(args)) return launch_wide<T>(launcher, args);
   if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
          : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)

@@ -31,18 +31,67 @@ struct BlockRow {
 
   __device__ __forceinline__ BlockRow(const BgmvArgs& args, unsigned x) : b(args.first_row + x), before(0) {
     if (args.one_adapter) {
-      const unsigned groups = kScanRows / args.group_rows;
-      before = static_cast<int>(x % groups) * args.group_rows;
-      b = args.first_row + static_cast<int64_t>(x / groups) * kScanRows + before;
+      // Powers of two: a division is dear where nothing else is left to do.
+      const unsigned groups = kScanRows >> __popc(args.group_rows - 1);
+      before = static_cast<int>(x & (groups - 1)) * args.group_rows;
+      b = args.first_row + ((static_cast<int64_t>(x) * args.group_rows) & ~int64_t{kScanRows - 1}) + before;
     }
   }
 };
 
+// An entry of a table. Asked for where this stands, before what follows asks for more.
+__device__ __forceinline__ int64_t load_entry(const int64_t* from) {
+  int64_t entry;
+  asm volatile("ld.global.b64 %0, [%1];" : "=l"(entry) : "l"(from));
+  return entry;
+}
+
+// The adapter of row b alone, by every thread for itself: nothing to share, no barrier to wait for.
+struct RowEntries {
+  int64_t index, address;
+
+  __device__ __forceinline__ void load(const BgmvArgs& args, int64_t b) {
+    index = load_entry(args.indices + b);
+    if (args.one_adapter) address = load_entry(args.w_ptr);
+  }
+  // False where the index names none.
+  __device__ __forceinline__ bool find(const BgmvArgs& args, int64_t* weights) {
+    if (args.one_adapter) {
+      *weights = address;
+      return index == 0;
+    }
+    if (index < 0 || index >= args.num_adapters) return false;
+    *weights = load_entry(args.w_ptr + index);
+    return true;
+  }
+};
+
+// Which of `count` rows from b on have the one adapter that there is (or of one row, any), a bit each; by every warp
+// for itself.
+template <class Meanwhile>
+__device__ __forceinline__ uint64_t find_rows(const BgmvArgs& args, int64_t b, int count, int64_t* weights,
+                                              Meanwhile meanwhile) {
+  if (args.group_rows == 1) {
+    RowEntries entries;
+    entries.load(args, b);
+    meanwhile();
+    return entries.find(args, weights) ? 1 : 0;
+  }
+  const int lane = threadIdx.x % 32;
+  int64_t low = -1, high = -1;
+  if (lane < count) low = load_entry(args.indices + b + lane);
+  *weights = load_entry(args.w_ptr);
+  if (lane + 32 < count) high = load_entry(args.indices + b + 32 + lane);
+  meanwhile();
+  const uint64_t valid = __ballot_sync(0xffffffffu, low == 0);
+  return valid | static_cast<uint64_t>(__ballot_sync(0xffffffffu, high == 0)) << 32;
+}
+
 // The group among the first 32 * kWords rows of the run, all there are. By the whole of one warp. kParts: 2 where the
 // block of the group's second row takes a part of the work too.
-template <int kWords, int kParts>
+template <int kWords, int kParts, class Start>
 __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockRow& block, int64_t run, int n,
-                                              BulkGroup* group) {
+                                              BulkGroup* group, Start start) {
   const int lane = threadIdx.x % 32;
   const int64_t* const indices = args.indices + run;
   const int64_t index = args.one_adapter ? 0 : args.indices[block.b];
@@ -71,34 +120,26 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
     }
     uint32_t votes[kWords];
     int total = 0, before = block.before;
-    // The column of this lane's row in word i, before those of earlier blocks are taken off.
-    int columns[kWords];
-    const uint32_t below = (1u << lane) - 1;
+    // How many rows of the adapter come before the block's.
+    const int me = args.one_adapter ? 0 : static_cast<int>(block.b - run);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       votes[i] = __ballot_sync(0xffffffffu, mine[i] == index);
-      columns[i] = total + __popc(votes[i] & below);
+      const uint32_t earlier = me >= 32 * (i + 1) ? ~uint32_t{0} : me <= 32 * i ? 0 : (uint32_t{1} << (me % 32)) - 1;
+      before += __popc(votes[i] & earlier);
       total += __popc(votes[i]);
-    }
-    if (!args.one_adapter) {
-      // How many rows of the adapter come before the block's: the column of that row.
-      const int me = static_cast<int>(block.b - run);
-      int of_word = columns[0];
-      if constexpr (kWords > 1) {
-        of_word = 0;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) of_word |= columns[i] & -static_cast<int>(me / 32 == i);
-      }
-      before = __shfl_sync(0xffffffffu, of_word, me % 32);
     }
     const int part = before & (args.group_rows - 1);
     if (part < kParts && before < total) {
+      start(weights);
       before -= part;
       count = min(total - before, args.group_rows);
+      int column = -before;  // of the first row of the word
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int column = columns[i] - before;
-        if (mine[i] == index && column >= 0 && column < count) group->rows[column] = run + 32 * i + lane;
+        const int own = column + __popc(votes[i] & ((uint32_t{1} << lane) - 1));
+        if (mine[i] == index && own >= 0 && own < count) group->rows[own] = run + 32 * i + lane;
+        column += __popc(votes[i]);
       }
       if (lane == 0) {
         group->weights = weights;
@@ -111,17 +152,24 @@ __device__ __forceinline__ void find_group_in(const BgmvArgs& args, const BlockR
 }
 
 // By the whole of one warp; groups have up to args.group_rows rows, a power of two. On return the warp sees `group`.
-template <int kParts>
-__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group) {
+// `start` is called by the warp with the address of the adapter as soon as it is known that the block has work.
+template <int kParts, class Start>
+__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group,
+                                                   Start start) {
   const int64_t run = block.b & ~int64_t{kScanRows - 1};
   const int n = static_cast<int>(min(args.batch - run, static_cast<int64_t>(kScanRows)));
   if (n <= 32) {
-    find_group_in<1, kParts>(args, block, run, n, group);
+    find_group_in<1, kParts>(args, block, run, n, group, start);
   } else if (n <= 64) {
-    find_group_in<2, kParts>(args, block, run, n, group);
+    find_group_in<2, kParts>(args, block, run, n, group, start);
   } else {
-    find_group_in<4, kParts>(args, block, run, n, group);
+    find_group_in<4, kParts>(args, block, run, n, group, start);
   }
+}
+
+template <int kParts>
+__device__ __forceinline__ void find_group_by_warp(const BgmvArgs& args, const BlockRow& block, BulkGroup* group) {
+  find_group_by_warp<kParts>(args, block, group, [](int64_t) {});
 }
 
 // ---- A product that starts from zero -------------------------------------------------------------------------------

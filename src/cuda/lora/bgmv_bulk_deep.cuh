@@ -15,7 +15,7 @@ inline constexpr int kDeepTileRounds = kRoundRows * kDeepWarps;  // outputs of a
 
 struct BulkDeepShared {
   uint64_t warp_full[kDeepWarps][2];
-  BulkShortShared<kDeepWarps> tile;  // the weights behind it
+  BulkShortShared<kDeepWarps, false> tile;  // the weights behind it
 };
 
 constexpr size_t bulk_deep_shared_bytes(int h_in, int rounds) {
@@ -31,7 +31,8 @@ inline constexpr int kDeepCopies = kDeepHeld<kSteps, kRounds> < 2 * kRounds ? 2 
 
 // One row, everything aligned.
 template <Arch kArch, class T, int kSteps, int kRounds>
-__device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_first, int rows, BulkDeepShared& deep) {
+__device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t weights, int64_t b, int64_t m_first,
+                                               int rows, BulkDeepShared& deep) {
   auto& shared = deep.tile;
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
   const auto start = [&](int tile, int from, int most) {
     const int n = min(own_rows - tile * kDeepWarps * kPart - from, most);
     if (n > 0 && lane == 0) {
-      const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset +
+      const T* const w = reinterpret_cast<const T*>(weights) + args.layer_offset +
                          (m_first + first + tile * kDeepWarps * kPart + from) * h_in;
       barrier_expect(&full[tile], 2 * n * h_in);
       bulk_copy(image + 2 * from * h_in, w, 2 * n * h_in, &full[tile]);
@@ -56,10 +57,10 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
   };
   start(0, 0, kPart);
   const int k_lane = 2 * kCount * t;
-  const T* const x = static_cast<const T*>(args.x) + shared.group.rows[0] * args.x_stride + k_lane;
+  const T* const x = static_cast<const T*>(args.x) + b * args.x_stride + k_lane;
   const int x_count = g == 0 ? h_in - k_lane : 0;
   const int own = first + lane * kRounds;
-  T* const y0 = static_cast<T*>(args.y) + m_first + own + shared.group.rows[0] * args.y_stride;
+  T* const y0 = static_cast<T*>(args.y) + m_first + own + b * args.y_stride;
   const bool swap = kSteps > 0 && h_in % 64 == 0 && g % 2 != 0;
   float* const sums = shared.sums[warp];
   Words<kCount> xs[kLoads];
@@ -161,8 +162,10 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t m_f
 
 template <Arch kArch, class T, int kSteps, int kRounds>
 __device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_first, int rows,
-                                             BulkShortShared<kDeepWarps>& shared, int parity) {
-  bulk_short_tile<kArch, T, kSteps, kRounds, kDeepWarps>(args, m_first, rows, shared, parity);
+                                             BulkShortShared<kDeepWarps, false>& shared, int parity) {
+  bulk_start_block<T>(args, shared.group.weights, m_first, rows, shared);
+  bulk_short_tile<kArch, T, kSteps, kRounds>(args, {shared.group.count, ~uint64_t{0}}, shared.group.weights, m_first,
+                                             rows, shared, parity);
 }
 
 // Grid: (rows, blocks that share the outputs). Of a group of several rows the blocks of the first two take a tile each.
@@ -179,37 +182,72 @@ __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(cons
     const auto rows_from = [&](int64_t m, int most) {
       return static_cast<int>(min(args.h_out - m, static_cast<int64_t>(most)));
     };
-    if (warp == kDeepWarps - 1) {
+    {
       const int64_t m = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
       bulk_short_prefetch<T>(args, block, m, rows_from(m, block_rows));
     }
-    if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp<2>(args, block, &shared.group);
-    // By another warp, for the fence takes as long as a load.
-    if (threadIdx.x == 32) {
+    const auto aligned = [&](int64_t weights) {
+      return args.vectors && args.wide_y && (weights + 2 * args.layer_offset) % 16 == 0;
+    };
+    // By another warp than the one that finds the rows, for the fence takes as long as a load.
+    const auto init_barriers = [&] {
+      if (threadIdx.x != 32) return;
       barrier_init(&shared.full, 1);
       for (int i = 0; i < kDeepWarps; ++i) {
         barrier_init(&deep.warp_full[i][0], 1);
         barrier_init(&deep.warp_full[i][1], kDeepCopies<kSteps, kRounds>);
       }
       barrier_init_fence();
+    };
+    if (args.group_rows == 1) {
+      // No search: every warp finds the adapter for itself.
+      RowEntries entries;
+      int64_t weights;
+      if (args.early_reads) entries.load(args, block.b);
+      init_barriers();
+      __syncthreads();
+      if (!args.early_reads) {
+        grid_dependency_wait<kArch>();
+        entries.load(args, block.b);
+        launch_dependents<kArch>();
+      }
+      if (!entries.find(args, &weights)) {
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        return;
+      }
+      if (aligned(weights)) {
+        const int64_t m = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
+        bgmv_bulk_deep<kArch, T, kSteps, kRounds>(args, weights, block.b, m, rows_from(m, block_rows), deep);
+        return;
+      }
+      if (threadIdx.x == 0) {
+        shared.group.weights = weights;
+        shared.group.count = 1;
+        shared.group.part = 0;
+        shared.group.rows[0] = block.b;
+      }
+      __syncthreads();
+    } else {
+      if (!args.early_reads) grid_dependency_wait<kArch>();
+      if (warp == 0) find_group_by_warp<2>(args, block, &shared.group);
+      init_barriers();
+      __syncthreads();
+      if (shared.group.count == 0) {
+        if (args.early_reads) grid_dependency_wait<kArch>();
+        return;
+      }
+      if (!args.early_reads) launch_dependents<kArch>();
     }
-    __syncthreads();
-    if (shared.group.count == 0) {
-      if (args.early_reads) grid_dependency_wait<kArch>();
-      return;
-    }
-    if (!args.early_reads) launch_dependents<kArch>();
     // Found anew for each: kept, it would wait in local memory.
     const auto first_output = [&] {
       int tile;
       asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(tile));
       return static_cast<int64_t>(args.first_tile + tile) * block_rows;
     };
-    if (args.vectors && args.wide_y && (shared.group.weights + 2 * args.layer_offset) % 16 == 0 &&
-        shared.group.count == 1) {
+    if (args.group_rows > 1 && shared.group.count == 1 && aligned(shared.group.weights)) {
       const int64_t m = first_output();
-      bgmv_bulk_deep<kArch, T, kSteps, kRounds>(args, m, rows_from(m, block_rows), deep);
+      bgmv_bulk_deep<kArch, T, kSteps, kRounds>(args, shared.group.weights, shared.group.rows[0], m,
+                                                rows_from(m, block_rows), deep);
       return;
     }
     if (const int64_t m = first_output() + shared.group.part * tile_rows; m < args.h_out) {

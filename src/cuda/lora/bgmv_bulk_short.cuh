@@ -22,17 +22,19 @@ inline constexpr int kBulkRounds = kSteps == 0   ? 4
                                    : kSteps <= 2 ? 2
                                                  : 1;
 
-template <int kWarps>
+// kSingle: no block of the kernel has more than one row.
+template <int kWarps, bool kSingle>
 struct BulkShortShared {
   uint64_t full;
   BulkGroup group;
-  alignas(16) float sums[kWarps][kGroupRows * kSumPitch];
+  alignas(16) float sums[kWarps][kSingle ? 4 * kSumPitch : kGroupRows * kSumPitch];
 };
 
 // With room for what is read beyond the last row, and not used.
 inline constexpr int kImagePadding = 16 + 256 + 16;
+template <bool kSingle>
 constexpr size_t bulk_short_shared_bytes(int h_in, int rounds) {
-  return sizeof(BulkShortShared<kBulkWarps>) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
+  return sizeof(BulkShortShared<kBulkWarps, kSingle>) + size_t{2} * h_in * rounds * kBlockRoundRows + kImagePadding;
 }
 
 // Adds the products of two rows of W, whose pieces lie at `upper` and `lower`, to two chains. `swap`: read the steps of
@@ -74,16 +76,25 @@ __device__ __forceinline__ void image_products(float (&sum)[2][4], const unsigne
   }
 }
 
-// Eight rows of the group at most, from `first_column` on.
+// The rows of a block: of `count` ones, those with a bit in `valid` have the adapter; the others' y stays as it is.
+struct BulkRows {
+  int count;
+  uint64_t valid;
+  __device__ __forceinline__ bool has(int column) const { return (valid >> column & 1) != 0; }
+};
+
+// Eight rows of the group at most, from `first_column` on; the first of them wait for the kernel before.
 template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
-__device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                int first_column, BulkShortShared<kWarps>& shared, int parity = 0) {
+__device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, const BulkRows& all, int shift, int64_t m_first,
+                                                int rows, int first_column, BulkShortShared<kWarps, false>& shared,
+                                                int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   // A tile of 16 outputs has two chains of products, or its two tiles do.
   constexpr int kSums = kSteps == 0 ? 1 : 2, kUnroll = kSteps == 0 ? 2 : 1;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const int h_in = args.h_in, count = min(shared.group.count - first_column, kGroupRows);
+  const int h_in = args.h_in, count = min(all.count - first_column, kGroupRows);
+  const auto valid = static_cast<uint32_t>(all.valid >> first_column);
   const int64_t* const group_rows = shared.group.rows + first_column;
   const int64_t batch_row = group_rows[g < count ? g : 0];
   const unsigned char* const image = reinterpret_cast<const unsigned char*>(&shared + 1) + shift;
@@ -91,13 +102,15 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   const int k_lane = 2 * kCount * t;
   const T* x = static_cast<const T*>(args.x) + batch_row * args.x_stride + k_lane;
   const int x_count = g < count ? h_in - k_lane : 0;
+  // In a round, lane (g, t) stores outputs 8t .. 8t + 7 of column g.
+  T* y = static_cast<T*>(args.y) + batch_row * args.y_stride + m_first + 8 * t;
+  asm volatile("" : "+l"(x), "+l"(y));  // known before the wait
+  if (first_column == 0 && args.early_reads) grid_dependency_wait<kArch>();
   Words<kCount> xs[kLoads];
 #pragma unroll
   for (int s = 0; s < kLoads; ++s) xs[s] = load_x<kCount, kVectors>(x + s * 32, x_count - s * 32);
 
-  // In a round, lane (g, t) stores outputs 8t .. 8t + 7 of column g.
-  T* const y = static_cast<T*>(args.y) + batch_row * args.y_stride + m_first + 8 * t;
-  const int y_count = g < count ? rows - 8 * t : 0;
+  const int y_count = g < count && (valid >> g & 1) != 0 ? rows - 8 * t : 0;
   Words<4> before[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -164,12 +177,20 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, int shift,
   } else {
 #pragma unroll 1
     for (int row = warp * kRoundRows; row < rows; row += kRoundRows * kWarps) {
+      // A lane an output, neighbouring lanes neighbouring ones; all columns are asked for before the first is needed.
+      T* const to = static_cast<T*>(args.y) + m_first + row + lane;
+      const auto stores = [&](int column) { return row + lane < rows && column < count && (valid >> column & 1) != 0; };
+      T columns_before[kGroupRows];
+#pragma unroll
+      for (int column = 0; column < kGroupRows; ++column) {
+        if (stores(column)) columns_before[column] = to[group_rows[column] * args.y_stride];
+      }
       multiply(row);
-      // A lane an output, neighbouring lanes neighbouring ones.
-      if (row + lane < rows) {
-        for (int column = 0; column < count; ++column) {
-          T* const to = static_cast<T*>(args.y) + group_rows[column] * args.y_stride + m_first + row + lane;
-          *to = from_float<T>(fmaf(args.scale, sums[column * kSumPitch + lane], to_float(*to)));
+#pragma unroll
+      for (int column = 0; column < kGroupRows; ++column) {
+        if (stores(column)) {
+          to[group_rows[column] * args.y_stride] =
+              from_float<T>(fmaf(args.scale, sums[column * kSumPitch + lane], to_float(columns_before[column])));
         }
       }
     }
@@ -182,15 +203,16 @@ inline constexpr int kFewRows = 2;
 // One or two rows. A lane ends with kRounds outputs of each: neighbouring ones if everything is aligned. What comes
 // after the wait is what a chain of kernels waits for, with all warps of a multiprocessor at it at once: as few
 // instructions as possible.
-template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps>
-__device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                    BulkShortShared<kWarps>& shared, int parity = 0) {
+template <Arch kArch, class T, int kSteps, int kRounds, bool kVectors, int kWarps, bool kSingle>
+__device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, const BulkRows& all, int shift,
+                                                    int64_t m_first, int rows, BulkShortShared<kWarps, kSingle>& shared,
+                                                    int parity = 0) {
   constexpr int kCount = kSteps == 0 ? 2 : 4;  // words of a lane and step
   constexpr int kLoads = kSteps == 0 ? 1 : kSteps;
   constexpr int kPitch = kRoundRows * kRounds + 4;
-  static_assert(kFewRows * kPitch <= kGroupRows * kSumPitch);
+  static_assert((kSingle ? 1 : kFewRows) * kPitch <= sizeof(shared.sums[0]) / sizeof(float));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int h_in = args.h_in, count = shared.group.count;
+  const int h_in = args.h_in, count = kSingle ? 1 : all.count;
   const int k_lane = 2 * kCount * t;
   const T* const x = static_cast<const T*>(args.x) + shared.group.rows[g < count ? g : 0] * args.x_stride + k_lane;
   const int x_count = g < count ? h_in - k_lane : 0;
@@ -268,78 +290,118 @@ __device__ __forceinline__ void bgmv_bulk_short_few(const BgmvArgs& args, int sh
       }
     }
   };
-  finish(y0, before0, sums);
-  if (second) finish(y1, before1, sums + kPitch);
+  if (all.has(0)) finish(y0, before0, sums);
+  if (second && all.has(1)) finish(y1, before1, sums + kPitch);
 }
 
 // A function of its own: what it needs takes no registers of the common way.
-template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
-__device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, int shift, int64_t m_first, int rows,
-                                                       BulkShortShared<kWarps>& shared, int parity = 0) {
-  if (shared.group.count <= kFewRows) {
-    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, shared, parity);
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps, bool kSingle>
+__device__ __noinline__ void bgmv_bulk_short_unaligned(const BgmvArgs& args, BulkRows all, int shift, int64_t m_first,
+                                                       int rows, BulkShortShared<kWarps, kSingle>& shared,
+                                                       int parity = 0) {
+  if (kSingle || all.count <= kFewRows) {
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, false>(args, all, shift, m_first, rows, shared, parity);
     return;
   }
-  if (args.early_reads) grid_dependency_wait<kArch>();
+  if constexpr (!kSingle) {
 #pragma unroll 1
-  for (int column = 0; column < shared.group.count; column += kGroupRows) {
-    bgmv_bulk_short<kArch, T, kSteps, kRounds, false, kWarps>(args, shift, m_first, rows, column, shared, parity);
+    for (int column = 0; column < all.count; column += kGroupRows) {
+      bgmv_bulk_short<kArch, T, kSteps, kRounds, false>(args, all, shift, m_first, rows, column, shared, parity);
+    }
   }
 }
 
-// What a block does with its outputs once its group is known.
-template <Arch kArch, class T, int kSteps, int kRounds, int kWarps>
-__device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, int64_t m_first, int rows,
-                                                BulkShortShared<kWarps>& shared, int parity) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 0) {
-    const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-    unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
-    const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
-    if (lane == 0) {
-      barrier_expect(&shared.full, run.whole);
-      run.copy_whole(image, &shared.full);
-    }
-    if (run.head + run.tail > 0) {
-      if (lane < 8) run.copy_edges(image, lane);
-    }
+// Asks for the weights of a block; by the whole of one warp.
+template <class T, class Shared>
+__device__ __forceinline__ void bulk_start(const BgmvArgs& args, int64_t weights, int64_t m_first, int rows,
+                                           Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  const T* const w = reinterpret_cast<const T*>(weights) + args.layer_offset;
+  unsigned char* const image = reinterpret_cast<unsigned char*>(&shared + 1);
+  const Run run(w + m_first * args.h_in, 2 * rows * args.h_in);
+  if (lane == 0) {
+    barrier_expect(&shared.full, run.whole);
+    run.copy_whole(image, &shared.full);
   }
-  const uintptr_t w = shared.group.weights + 2 * args.layer_offset;
+  if (run.head + run.tail > 0) {
+    if (lane < 8) run.copy_edges(image, lane);
+  }
+}
+
+// The same by all warps of the block, those that do not copy too.
+template <class T, class Shared>
+__device__ __forceinline__ void bulk_start_block(const BgmvArgs& args, int64_t weights, int64_t m_first, int rows,
+                                                 Shared& shared) {
+  if (threadIdx.x < 32) bulk_start<T>(args, weights, m_first, rows, shared);
+  const bool edges = ((weights + 2 * (args.layer_offset + m_first * args.h_in)) & 15) != 0 || rows * args.h_in % 8 != 0;
+  if (edges) __syncthreads();  // those that the first warp copied itself
+}
+
+// What a block does with its outputs once its rows are known and the weights have been asked for.
+template <Arch kArch, class T, int kSteps, int kRounds, int kWarps, bool kSingle>
+__device__ __forceinline__ void bulk_short_tile(const BgmvArgs& args, const BulkRows& all, int64_t weights,
+                                                int64_t m_first, int rows, BulkShortShared<kWarps, kSingle>& shared,
+                                                int parity) {
+  const uintptr_t w = weights + 2 * args.layer_offset;
   const int shift = static_cast<int>((w + 2 * m_first * args.h_in) & 15);
-  if (shift != 0 || rows * args.h_in % 8 != 0) __syncthreads();  // the edges that the first warp copied itself
   const bool vectors = args.vectors && w % (kSteps == 0 ? 8 : 16) == 0;
-  const int count = shared.group.count;
-  if (vectors && count <= kFewRows && (args.wide_y || kRounds == 1)) {
-    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, shared, parity);
-  } else if (vectors && count > kFewRows) {
-    if (args.early_reads) grid_dependency_wait<kArch>();
-#pragma unroll 1
-    for (int column = 0; column < count; column += kGroupRows) {
-      bgmv_bulk_short<kArch, T, kSteps, kRounds, true, kWarps>(args, shift, m_first, rows, column, shared, parity);
-    }
-  } else {
-    bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds, kWarps>(args, shift, m_first, rows, shared, parity);
+  const int count = all.count;
+  if (vectors && (kSingle || count <= kFewRows) && (args.wide_y || kRounds == 1)) {
+    bgmv_bulk_short_few<kArch, T, kSteps, kRounds, true>(args, all, shift, m_first, rows, shared, parity);
+    return;
   }
+  if constexpr (!kSingle) {
+    if (vectors && count > kFewRows) {
+#pragma unroll 1
+      for (int column = 0; column < count; column += kGroupRows) {
+        bgmv_bulk_short<kArch, T, kSteps, kRounds, true>(args, all, shift, m_first, rows, column, shared, parity);
+      }
+      return;
+    }
+  }
+  bgmv_bulk_short_unaligned<kArch, T, kSteps, kRounds>(args, all, shift, m_first, rows, shared, parity);
 }
 
-// What the blocks do before they know their rows: brings lines of y and x, one a lane, into the second-level cache, by
-// one warp.
+// What the blocks do before they know their rows: brings lines of y and x into the second-level cache, all threads
+// together: a barrier follows. Eight threads a row.
 template <class T>
 __device__ __forceinline__ void bulk_short_prefetch(const BgmvArgs& args, const BlockRow& block, int64_t m_first,
                                                     int rows) {
-  const int lane = threadIdx.x % 32;
   const int guesses = args.one_adapter ? static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows})) : 1;
-  for (int i = 0; i < guesses; ++i) {
-    if (64 * lane < rows) {
-      prefetch_line(static_cast<const T*>(args.y) + (block.b + i) * args.y_stride + m_first + 64 * lane);
-    } else if (31 - lane <= (args.h_in - 1) / 64) {
-      prefetch_line(static_cast<const T*>(args.x) + (block.b + i) * args.x_stride + 64 * (31 - lane));
+  const int at = 64 * (static_cast<int>(threadIdx.x) % 8);
+  for (int i = static_cast<int>(threadIdx.x) / 8; i < guesses; i += static_cast<int>(blockDim.x) / 8) {
+    const int64_t row = block.b + i;
+    for (int m = at; m < rows; m += 8 * 64) {
+      prefetch_line(static_cast<const T*>(args.y) + row * args.y_stride + m_first + m);
     }
+    if (at < args.h_in) prefetch_line(static_cast<const T*>(args.x) + row * args.x_stride + at);
   }
 }
 
-// Grid: (rows, blocks that share the outputs).
+// A group of one row is found without a search, by every warp for itself.
 template <Arch kArch, class T, int kSteps, int kRounds>
+__device__ __forceinline__ void bulk_single(const BgmvArgs& args, int64_t b, int64_t m_first, int rows,
+                                            BulkShortShared<kBulkWarps, true>& shared) {
+  RowEntries entries;
+  int64_t weights;
+  if (args.early_reads) entries.load(args, b);
+  if (threadIdx.x == 0) shared.group.rows[0] = b;
+  __syncthreads();  // the barrier stands
+  if (!args.early_reads) {
+    grid_dependency_wait<kArch>();
+    entries.load(args, b);
+    launch_dependents<kArch>();
+  }
+  if (!entries.find(args, &weights)) {
+    if (args.early_reads) grid_dependency_wait<kArch>();
+    return;
+  }
+  bulk_start_block<T>(args, weights, m_first, rows, shared);
+  bulk_short_tile<kArch, T, kSteps, kRounds>(args, {1, 1}, weights, m_first, rows, shared, 0);
+}
+
+// Grid: (rows, blocks that share the outputs). kSingle: groups of one row.
+template <Arch kArch, class T, int kSteps, int kRounds, bool kSingle>
 __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
                                                 : kSteps == 2 ? 7
                                                               : 5)
@@ -348,27 +410,57 @@ __global__ void __launch_bounds__(kBulkThreads, kSteps == 0   ? 8
     // Where the next kernel may read nothing early, its blocks would only be in the way of this one's loads.
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
-    auto& shared = *reinterpret_cast<BulkShortShared<kBulkWarps>*>(bulk_shared);
+    auto& shared = *reinterpret_cast<BulkShortShared<kBulkWarps, kSingle>*>(bulk_shared);
     const int warp = threadIdx.x / 32;
     const BlockRow block(args, blockIdx.x);
     constexpr int block_rows = kRounds * kBlockRoundRows;
     const int64_t m_first = (args.first_tile + static_cast<int64_t>(blockIdx.y)) * block_rows;
     const int rows = static_cast<int>(min(args.h_out - m_first, static_cast<int64_t>(block_rows)));
-    if (warp == kBulkWarps - 1) bulk_short_prefetch<T>(args, block, m_first, rows);
-    if (!args.early_reads) grid_dependency_wait<kArch>();
-    if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
+    bulk_short_prefetch<T>(args, block, m_first, rows);
     // By another warp, for the fence takes as long as a load.
     if (threadIdx.x == 32) {
       barrier_init(&shared.full, 1);
       barrier_init_fence();
     }
-    __syncthreads();
-    if (shared.group.count == 0) {
-      if (args.early_reads) grid_dependency_wait<kArch>();
-      return;
+    if constexpr (kSingle) {
+      bulk_single<kArch, T, kSteps, kRounds>(args, block.b, m_first, rows, shared);
     }
-    if (!args.early_reads) launch_dependents<kArch>();
-    bulk_short_tile<kArch, T, kSteps, kRounds, kBulkWarps>(args, m_first, rows, shared, 0);
+    if constexpr (!kSingle) {
+      BulkRows all;
+      int64_t weights;
+      if (args.one_adapter || args.group_rows == 1) {
+        // No search: neighbouring rows, whatever they are, and every warp finds the adapter for itself.
+        all.count = static_cast<int>(min(args.batch - block.b, int64_t{args.group_rows}));
+        if (static_cast<int>(threadIdx.x) < all.count) shared.group.rows[threadIdx.x] = block.b + threadIdx.x;
+        __syncthreads();
+        if (!args.early_reads) grid_dependency_wait<kArch>();
+        all.valid = find_rows(args, block.b, all.count, &weights, [&] {
+          if (!args.early_reads) launch_dependents<kArch>();
+        });
+        if (all.valid == 0) {
+          if (args.early_reads) grid_dependency_wait<kArch>();
+          return;
+        }
+        bulk_start_block<T>(args, weights, m_first, rows, shared);
+      } else {
+        __syncthreads();  // the barrier stands
+        if (!args.early_reads) grid_dependency_wait<kArch>();
+        if (warp == 0) {
+          find_group_by_warp<1>(args, block, &shared.group,
+                                [&](int64_t found) { bulk_start<T>(args, found, m_first, rows, shared); });
+        }
+        __syncthreads();
+        all.count = shared.group.count;
+        if (all.count == 0) {
+          if (args.early_reads) grid_dependency_wait<kArch>();
+          return;
+        }
+        if (!args.early_reads) launch_dependents<kArch>();
+        all.valid = ~uint64_t{0};
+        weights = shared.group.weights;
+      }
+      bulk_short_tile<kArch, T, kSteps, kRounds>(args, all, weights, m_first, rows, shared, 0);
+    }
   }
 }
 

@@ -128,6 +128,17 @@ __device__ __forceinline__ Words<4> load_if(bool valid, const void* from) {
   return r;
 }
 
+// A 16-bit element, or zero. Predicated too: of several in a row each would wait for the one before.
+__device__ __forceinline__ uint32_t load_element_if(bool valid, const void* from) {
+  uint32_t r;
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b16 h;\nsetp.ne.b32 p, %2, 0;\nmov.b16 h, 0;\n@p ld.global.b16 h, [%1];\n"
+      "cvt.u32.u16 %0, h;\n}"
+      : "=r"(r)
+      : "l"(from), "r"(static_cast<int>(valid)));
+  return r;
+}
+
 // Starts a copy of kCount aligned words, or zeros, into the thread's own place in shared memory, so that loads in
 // flight take no registers. Nobody else reads that place: waiting for one's own copies is all the ordering there is.
 template <int kCount>
@@ -201,9 +212,7 @@ class Unaligned {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 2 * kCount; ++i) {
-        if (i < count_) r.values[i / 2] |= static_cast<uint32_t>(from_[i]) << (16 * (i % 2));
-      }
+      for (int i = 0; i < 2 * kCount; ++i) r.values[i / 2] |= load_element_if(i < count_, from_ + i) << (16 * (i % 2));
     }
     return r;
   }

@@ -43,6 +43,16 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
     const BlockRow block(args, blockIdx.x);
     const int m_block =
         (args.first_tile + static_cast<int>(blockIdx.y)) * (Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
+    {
+      // Lines of y into the second-level cache; a guess where rows are skipped.
+      const int lines = Tile::kOutputs * kDenseWarps >> args.k_warp_bits;  // outputs of the block
+      const int per_row = (lines + 63) / 64;
+      for (int i = tid; i < Tile::kRows * per_row; i += kDenseThreads) {
+        const int m = m_block + i % per_row * 64;
+        const int64_t row = block.b + i / per_row;
+        if (row < args.batch && m < args.h_out) prefetch_line(static_cast<const T*>(args.y) + row * args.y_stride + m);
+      }
+    }
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) find_group_by_warp<1>(args, block, &shared.group);
     if (!args.early_reads) launch_dependents<kArch>();
@@ -54,7 +64,8 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
     }
 
     const T* const w = reinterpret_cast<const T*>(shared.group.weights) + args.layer_offset;
-    const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    const bool aligned = args.vectors && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    const T* const w_end = w + static_cast<int64_t>(args.h_out) * h_in;
     const int m0 = m_block + (warp >> args.k_warp_bits) * Tile::kOutputs;
     const int outputs = args.h_out - m0;
     // A copy of a warp takes four rows; this lane's part of it.
@@ -80,29 +91,40 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
       return reinterpret_cast<Words<4>*>(copy_to + stage * Tile::kStageBytes + 128 * line);
     };
     int copy_pair = 0, copy_step = 0, copy_stage = 0;
+    // Unaligned pieces, or those of unaligned rows, come to registers and are shifted there.
     const auto start_w = [&](int k, int stage) {
+      const auto valid = [&](int i) { return k < h_in && 4 * i + copy_row < outputs; };
+      const T* const from = w_lane + k;
+      if (aligned) {
 #pragma unroll
-      for (int i = 0; i < 4 * kOut; ++i) {
-        const T* const from = w_lane + static_cast<int64_t>(4 * i) * h_in + k;
-        const bool valid = k < h_in && 4 * i + copy_row < outputs;
-        if (aligned) {
-          start_copy<4>(place(stage, 4 * i), from, valid);
-        } else {
-          Words<4> piece = {};
-          if (valid) {
-            const auto begin = reinterpret_cast<uintptr_t>(from);
-            const uintptr_t window = begin & ~uintptr_t{15};
-            piece = shift_windows(load_window(window, begin, begin + 16), load_window(window + 16, begin, begin + 16),
-                                  static_cast<int>(begin & 15), 8);
-          }
-          *place(stage, 4 * i) = piece;
+        for (int i = 0; i < 4 * kOut; ++i) {
+          start_copy<4>(place(stage, 4 * i), from + static_cast<int64_t>(4 * i) * h_in, valid(i));
         }
+      } else {
+        Unaligned<4> pieces[4 * kOut];
+#pragma unroll
+        for (int i = 0; i < 4 * kOut; ++i) {
+          pieces[i].start(from + static_cast<int64_t>(4 * i) * h_in, valid(i) ? h_in - k : 0, w, w_end);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kOut; ++i) *place(stage, 4 * i) = pieces[i].finish();
       }
     };
     const auto start_x = [&](int k, int stage) {
+      const auto valid = [&](int i) { return k < h_in && 4 * i + copy_row < count; };
+      if (args.vectors) {
 #pragma unroll
-      for (int i = 0; i < 2 * kRow; ++i) {
-        start_copy<4>(place(stage, Tile::kOutputs + 4 * i), x_lane[i] + k, k < h_in && 4 * i + copy_row < count);
+        for (int i = 0; i < 2 * kRow; ++i) {
+          start_copy<4>(place(stage, Tile::kOutputs + 4 * i), x_lane[i] + k, valid(i));
+        }
+      } else {
+        Unaligned<4> pieces[2 * kRow];
+#pragma unroll
+        for (int i = 0; i < 2 * kRow; ++i) {
+          pieces[i].start(x_lane[i] + k, valid(i) ? h_in - k : 0, args.x, x_end(args, static_cast<const T*>(args.x)));
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kRow; ++i) *place(stage, Tile::kOutputs + 4 * i) = pieces[i].finish();
       }
     };
     const auto advance = [&] {
@@ -188,28 +210,46 @@ __global__ void __launch_bounds__(kDenseThreads, 1) bgmv_dense_kernel(const __gr
       sums[(warp * Tile::kRows + 8 * n + 2 * t + e % 2) * Tile::kPitch + 16 * m + g + e / 2 * 8] = total[m][n][e];
     }
     __syncthreads();
-    const int tiles = kDenseWarps >> args.k_warp_bits;
-    for (int i = tid; i < count * tiles * Tile::kOutputs; i += kDenseThreads) {
-      const int output = i % Tile::kOutputs, tile = i / Tile::kOutputs % tiles, row = i / Tile::kOutputs / tiles;
-      const int m = m_block + tile * Tile::kOutputs + output;
-      if (m >= args.h_out) continue;
-      float v[kDenseWarps];
+    // Several outputs at a time, so that their y is asked for together.
+    constexpr int kAtOnce = 4;
+    const int tiles = kDenseWarps >> args.k_warp_bits, all = count * tiles * Tile::kOutputs;
+#pragma unroll 1
+    for (int begin = tid; begin < all; begin += kAtOnce * kDenseThreads) {
+      T* to[kAtOnce];
+      T before[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kDenseWarps; ++j) {
-        v[j] = 0;
-        if (j < k_warps) {
-          v[j] = sums[(((tile << args.k_warp_bits) + j) * Tile::kRows + row) * Tile::kPitch + output];
+      for (int at = 0; at < kAtOnce; ++at) {
+        const int i = begin + at * kDenseThreads;
+        const int output = i % Tile::kOutputs, tile = i / Tile::kOutputs % tiles, row = i / Tile::kOutputs / tiles;
+        const int m = m_block + tile * Tile::kOutputs + output;
+        to[at] = nullptr;
+        if (i < all && m < args.h_out) {
+          to[at] = static_cast<T*>(args.y) + shared.group.rows[row] * args.y_stride + m;
+          before[at] = *to[at];
         }
       }
 #pragma unroll
-      for (int width = 1; width < kDenseWarps; width *= 2) {
-        if (width < k_warps) {
+      for (int at = 0; at < kAtOnce; ++at) {
+        if (to[at] == nullptr) continue;
+        const int i = begin + at * kDenseThreads;
+        const int output = i % Tile::kOutputs, tile = i / Tile::kOutputs % tiles, row = i / Tile::kOutputs / tiles;
+        float v[kDenseWarps];
 #pragma unroll
-          for (int j = 0; j < kDenseWarps; j += 2 * width) v[j] += v[j + width];
+        for (int j = 0; j < kDenseWarps; ++j) {
+          v[j] = 0;
+          if (j < k_warps) {
+            v[j] = sums[(((tile << args.k_warp_bits) + j) * Tile::kRows + row) * Tile::kPitch + output];
+          }
         }
+#pragma unroll
+        for (int width = 1; width < kDenseWarps; width *= 2) {
+          if (width < k_warps) {
+#pragma unroll
+            for (int j = 0; j < kDenseWarps; j += 2 * width) v[j] += v[j + width];
+          }
+        }
+        *to[at] = from_float<T>(fmaf(args.scale, v[0], to_float(before[at])));
       }
-      T* const y = static_cast<T*>(args.y) + shared.group.rows[row] * args.y_stride + m;
-      *y = from_float<T>(fmaf(args.scale, v[0], to_float(*y)));
     }
   }
 }

@@ -70,7 +70,7 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
   const auto load_rows = [&] {
     xs[0] = load_if(true, x);
     xs[1] = load_if(true, x + kStride);
-    const DiagonalOutput<T, kDeepOutputs, kWarps> output(args, shared, m_block);
+    const DiagonalOutput<T, kDeepOutputs, kWarps> output(args, shared, 1, shared.group.rows[0], m_block);
     if (output.stores) y_before = *output.y;
   };
   if (!args.early_reads) load_rows();
@@ -123,7 +123,7 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
   // Once more rather than kept: there are no registers left for it.
   int again = m_block;
   asm volatile("" : "+r"(again) : : "memory");
-  const DiagonalOutput<T, kDeepOutputs, kWarps> output(args, shared, again);
+  const DiagonalOutput<T, kDeepOutputs, kWarps> output(args, shared, 1, shared.group.rows[0], again);
   __syncthreads();
   output.add(args, sums, 1, y_before);
 }
@@ -140,14 +140,14 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(bulk_shared);
     const int warp = threadIdx.x / 32;
     const BlockRow block(args, blockIdx.y);
-    if (warp == kWarps - 1) diagonal_prefetch<T>(args, block, kDeepOutputs);
+    diagonal_prefetch<T>(args, block, kDeepOutputs);
     if (!args.early_reads) grid_dependency_wait<kArch>();
     if (warp == 0) find_group_by_warp<2>(args, block, &shared.group);
     __syncthreads();
     if (!args.early_reads) launch_dependents<kArch>();
     if (shared.group.count == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
-    } else if (shared.group.count == 1 && diagonal_aligned(args, shared)) {
+    } else if (shared.group.count == 1 && diagonal_aligned(args, shared.group.weights)) {
       diagonal_block_deep<kArch, T>(args, shared, diagonal_first_output(args, kDeepOutputs));
     } else {
       // One unaligned row: one half after the other.
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
         const int m = diagonal_first_output(args, kDeepOutputs) + kDeepUnit * (half + shared.group.part);
         if (m >= args.h_out) {
           if (args.early_reads) grid_dependency_wait<kArch>();
-        } else if (diagonal_aligned(args, shared)) {
-          diagonal_block_aligned<kArch, T, kDeepUnit, kWarps, 2, true, false>(args, shared, m);
+        } else if (diagonal_aligned(args, shared.group.weights)) {
+          diagonal_group_aligned<kArch, T, kDeepUnit, kWarps, 2, true, false>(args, shared, m);
         } else {
           diagonal_block_general<kArch, T, kDeepUnit, kWarps>(args, shared, m);
         }

@@ -3,9 +3,9 @@
 
 namespace punica::cuda {
 
-Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args) {
-  return dtype == DType::kFloat16 ? launch_shrink<__half, true>(launcher, args)
-                                  : launch_shrink<__nv_bfloat16, true>(launcher, args);
-}
+template Status launch_shrink<__half, true, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__half, true, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__nv_bfloat16, true, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__nv_bfloat16, true, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
 
 }  // namespace punica::cuda

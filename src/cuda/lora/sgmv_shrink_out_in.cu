@@ -3,9 +3,9 @@
 
 namespace punica::cuda {
 
-Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args) {
-  return dtype == DType::kFloat16 ? launch_shrink<__half, false>(launcher, args)
-                                  : launch_shrink<__nv_bfloat16, false>(launcher, args);
-}
+template Status launch_shrink<__half, false, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__half, false, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__nv_bfloat16, false, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
+template Status launch_shrink<__nv_bfloat16, false, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, int);
 
 }  // namespace punica::cuda

@@ -10,35 +10,58 @@ namespace punica::cuda {
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+__device__ __forceinline__ void store_shared_2(uint32_t to, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
+}
 #else
 __device__ __forceinline__ void store_shared_16(uint32_t, uint4) {}
+__device__ __forceinline__ void store_shared_2(uint32_t, uint16_t) {}
 #endif
 
-// Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. A word at either end may
-// hold an element that is not asked for.
+// Rows of up to kColumns elements at any address, as the words of 4 bytes that they lie in. No more of a word is read
+// than belongs to the tensor: before its first element and behind its last the allocation may end.
 template <int kRows, int kColumns>
 struct RawTile {
   static constexpr int kPitch = kColumns * 2 + 16;
   static constexpr int kBytes = kRows * kPitch;
 
-  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none.
+  // Asks for `rows` rows, `columns` of each; either may be more than the tile has, or none. Before the first
+  // `beginning` rows and behind the last `ending` ones lies nothing of the tensor: an element there that shares its
+  // word is read by itself, for the thread to wait for.
   template <int kThreads, class T>
-  static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns) {
+  static __device__ __forceinline__ void fill(uint32_t to, const T* from, int64_t stride, int rows, int64_t columns,
+                                              int beginning, int ending) {
+    static_assert(kRows <= kThreads);
     constexpr int kLanes = kColumns / 2 < 32 ? kColumns / 2 : 32;  // of a row
     rows = min(rows, kRows);
     const int count = static_cast<int>(min(columns, int64_t{kColumns}));
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     if (count <= 0) return;
+    const auto odd_of = [&](int row) {
+      return static_cast<int>(reinterpret_cast<uintptr_t>(from + row * stride) / 2 % 2);
+    };
+    const int own = static_cast<int>(threadIdx.x);
+    const uint16_t* const own_row = reinterpret_cast<const uint16_t*>(from + own * stride);
+    const int own_odd = odd_of(own);
+    const bool reads_first = own < min(rows, beginning) && own_odd != 0;
+    const bool reads_last = own < rows && own >= rows - ending && (count + own_odd) % 2 != 0;
+    uint16_t first = 0, last = 0;
+    if (reads_first) first = own_row[0];
+    if (reads_last) last = own_row[count - 1];
 #pragma unroll 4
-    for (int row = static_cast<int>(threadIdx.x) / kLanes; row < rows; row += kThreads / kLanes) {
+    for (int row = own / kLanes; row < rows; row += kThreads / kLanes) {
       const uintptr_t at = reinterpret_cast<uintptr_t>(from + row * stride);
-      const int words = (count + static_cast<int>(at / 2 % 2) + 1) / 2;
+      const int odd = odd_of(row);
+      const int begin = row < beginning ? odd : 0, end = (count + odd + (row < rows - ending ? 1 : 0)) / 2;
       const char* const base = reinterpret_cast<const char*>(at & ~uintptr_t{3});
 #pragma unroll
       for (int i = 0; i <= kColumns / 2; i += kLanes) {
-        if (i + lane < words) copy_async_4(to + row * kPitch + (i + lane) * 4, base + (i + lane) * 4, 4);
+        const int word = i + lane;
+        if (word >= begin && word < end) copy_async_4(to + row * kPitch + word * 4, base + word * 4, 4);
       }
     }
+    if (reads_first) store_shared_2(to + own * kPitch + 2, first);
+    if (reads_last) store_shared_2(to + own * kPitch + (count - 1 + own_odd) * 2, last);
   }
 
   // Puts the tile together: place(row, chunk) says where 8 elements go. What is not there is zeros.
@@ -91,17 +114,6 @@ __device__ __noinline__ void fill_words(uint32_t to, uint32_t to_step, const uin
   }
 }
 
-// The same by asynchronous copies of 16 bytes. kZeros: rows that do not exist are zeros, else left as they are.
-template <int kEach, int kRowStep, bool kZeros, class T>
-__device__ __forceinline__ void fill_vectors(uint32_t to, uint32_t to_step, const T* from, int64_t from_step, int count,
-                                             int rows) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    if (kZeros || i * kRowStep < rows) copy_async_16(to + i * to_step, from, i * kRowStep < rows ? count * 2 : 0);
-    from += from_step;
-  }
-}
-
 // The balanced tree over kCount parts, `stride` apart.
 template <int kCount>
 __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {
@@ -112,31 +124,153 @@ __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {
   }
 }
 
-// Two neighbouring elements of a row of y, of which the first `count` exist.
 template <class T>
-struct Pair {
-  T values[2];
+__device__ __forceinline__ uint4 add_eight(uint4 old, const float* sums) {
+  return {add_pair<T>(old.x, sums[0], sums[1]), add_pair<T>(old.y, sums[2], sums[3]),
+          add_pair<T>(old.z, sums[4], sums[5]), add_pair<T>(old.w, sums[6], sums[7])};
+}
 
-  static __device__ __forceinline__ bool whole(const T* at, int count) {
-    return count >= 2 && reinterpret_cast<uintptr_t>(at) % 4 == 0;
+// To neighbouring elements of a row of y, of which the first `count` exist.
+template <int kCount, class T>
+__device__ __forceinline__ void add_some(T* y, int count, const float* sums) {
+  T old[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) old[i] = y[i];
   }
-  __device__ __forceinline__ void load(const T* at, int count) {
-    if (whole(at, count)) {
-      const uint32_t raw = *reinterpret_cast<const uint32_t*>(at);
-      values[0] = reinterpret_cast<const T*>(&raw)[0], values[1] = reinterpret_cast<const T*>(&raw)[1];
-    } else {
-      if (count > 0) values[0] = at[0];
-      if (count > 1) values[1] = at[1];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) y[i] = from_float<T>(to_float(old[i]) + sums[i]);
+  }
+}
+
+// The end of a block: its sums of the rows [kRows, kColumns] of a tile go to the blocks of the cluster, each of which
+// owns `share` rows and adds what all have of those, as a balanced tree, to y.
+//
+// A thread adds up units of 16 columns of a row, of which there are kUnits or fewer. Sums lie as
+// [block of the cluster][unit][t], four to a t: of columns 2t, 2t + 1, 2t + 8 and 2t + 9, as products leave them; t is
+// turned by the unit, so that threads of neighbouring units meet no bank conflicts.
+template <class T, int kRows, int kColumns, int kThreads>
+struct ShrinkSums {
+  static constexpr int kUnits = (kRows * kColumns / 16 + kThreads - 1) / kThreads;
+  static constexpr bool kIsPower = (kRows & (kRows - 1)) == 0;
+
+  T* y;  // of the first row that this block owns
+  int64_t stride;
+  int columns;
+  int share, share_bits, owned;
+  uint32_t rank;
+  bool whole;  // eight columns at a time are at multiples of 16 bytes
+  uint4 old[kUnits][2];
+
+  // tile_y: of the tile. cluster_bits: of the number of blocks.
+  __device__ __forceinline__ ShrinkSums(T* tile_y, int64_t stride, bool y_aligned, int rows, int columns, uint32_t rank,
+                                        int cluster_bits)
+      : stride(stride), columns(columns), share(kRows >> cluster_bits), rank(rank) {
+    share_bits = 31 - __clz(share);
+    whole = y_aligned && columns % 8 == 0;
+    owned = min(max(rows - static_cast<int>(rank) * share, 0), share);
+    y = tile_y + rank * share * stride;
+  }
+
+  __device__ __forceinline__ int units() const { return share * (kColumns / 16); }
+  __device__ __forceinline__ int group_of(int unit) const { return kIsPower ? unit >> share_bits : unit / share; }
+  __device__ __forceinline__ int column_of(int unit) const { return group_of(unit) * 16; }
+  __device__ __forceinline__ int row_of(int unit) const { return unit - group_of(unit) * share; }
+  __device__ __forceinline__ bool is_there(int unit) const {
+    return unit < units() && row_of(unit) < owned && column_of(unit) < columns;
+  }
+  __device__ __forceinline__ T* y_of(int unit) const { return y + row_of(unit) * stride + column_of(unit); }
+  static __device__ __forceinline__ int unit(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
+
+  // What the other blocks will send.
+  __device__ __forceinline__ int foreign_bytes(int cluster) const { return owned * (cluster - 1) * kColumns * 4; }
+
+  __device__ __forceinline__ void prefetch() const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if (is_there(unit(i))) prefetch_line(y_of(unit(i)));
     }
   }
-  __device__ __forceinline__ void add_to(T* at, int count, float a, float b) const {
-    Vec<T, 2> sum;
-    sum.values[0] = from_float<T>(to_float(values[0]) + a), sum.values[1] = from_float<T>(to_float(values[1]) + b);
-    if (whole(at, count)) {
-      store(at, sum);
-    } else {
-      if (count > 0) at[0] = sum.values[0];
-      if (count > 1) at[1] = sum.values[1];
+
+  // All at once, where it takes no choice between ways to load: each choice would wait for its load.
+  __device__ __forceinline__ void load() {
+    if (!whole) return;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const uint4* const from = reinterpret_cast<const uint4*>(y_of(unit(i)));
+      if (is_there(unit(i))) old[i][0] = from[0];
+      if (is_there(unit(i)) && column_of(unit(i)) + 8 < columns) old[i][1] = from[1];
+    }
+  }
+
+  // The products of kN columns each of a warpgroup, to `received` in the shared memory of the rows' owners, and 16
+  // bytes each to the barrier there.
+  template <int kN, int kWide>
+  __device__ __forceinline__ void send(const float (&sums)[kWide][kN / 2], int rows, uint32_t received,
+                                       uint32_t barrier) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = static_cast<int>(threadIdx.x) / 32 * 16 + h * 8 + lane / 4;
+      if (row >= rows) continue;
+      const uint32_t owner = kIsPower ? row >> share_bits : row / share;
+      const int own_row = row - static_cast<int>(owner) * share;
+      const uint32_t to = owner == rank ? received : hopper::remote_address(received, owner);
+      const uint32_t to_barrier = hopper::remote_address(barrier, owner);
+#pragma unroll
+      for (int q = 0; q < kColumns / 16; ++q) {
+        const float (&sum)[kN / 2] = sums[q / (kN / 16)];
+        const int i = q % (kN / 16) * 8 + h * 2, unit = q * share + own_row;
+        const float4 v = {sum[i], sum[i + 1], sum[i + 4], sum[i + 5]};
+        const uint32_t at = to + ((rank * units() + unit) * 4 + (lane % 4 ^ (unit >> 1 & 3))) * 16;
+        if (owner == rank) {
+          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                       : "memory");
+        } else {
+          hopper::store_async(at, v, to_barrier);
+        }
+      }
+    }
+  }
+
+  // When all is there.
+  __device__ __forceinline__ void add(const float4* parts, int cluster) const {
+    switch (cluster) {
+      case 1:
+        return add_as<1>(parts);
+      case 2:
+        return add_as<2>(parts);
+      case 4:
+        return add_as<4>(parts);
+      case 8:
+        return add_as<8>(parts);
+      default:
+        return add_as<16>(parts);
+    }
+  }
+
+ private:
+  template <int kCluster>
+  __device__ __forceinline__ void add_as(const float4* parts) const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int u = unit(i);
+      if (!is_there(u)) continue;
+      float values[16];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float4 sum = tree_sum<kCluster>(parts + u * 4 + (t ^ (u >> 1 & 3)), units() * 4);
+        values[2 * t] = sum.x, values[2 * t + 1] = sum.y;
+        values[8 + 2 * t] = sum.z, values[9 + 2 * t] = sum.w;
+      }
+      if (whole) {
+        uint4* const to = reinterpret_cast<uint4*>(y_of(u));
+        to[0] = add_eight<T>(old[i][0], values);
+        if (column_of(u) + 8 < columns) to[1] = add_eight<T>(old[i][1], values + 8);
+      } else {
+        add_some<16>(y_of(u), columns - column_of(u), values);
+      }
     }
   }
 };

@@ -12,12 +12,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <optional>
 #include <random>
 #include <set>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "punica/cuda.h"
@@ -82,14 +85,30 @@ class Buffer {
     return true;
   }
 
+  // By way of pinned memory: the host waits once, not for each copy, which takes long where processes share the device.
   static void upload_all() {
     if (on_device) return;
-    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyHostToDevice);
+    unsigned char* pinned = reserve_pinned();
+    each_part([&](unsigned char* host, unsigned char* device, int64_t bytes) {
+      std::memcpy(pinned, host, static_cast<size_t>(bytes));
+      check_cuda(cudaMemcpyAsync(device, pinned, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+      pinned += bytes;
+    });
     on_device = true;
   }
   static void download_all() {
     if (!on_device) return;
-    for (Buffer* buffer : all()) buffer->copy(cudaMemcpyDeviceToHost);
+    unsigned char *const begin = reserve_pinned(), *pinned = begin;
+    each_part([&](unsigned char*, unsigned char* device, int64_t bytes) {
+      check_cuda(cudaMemcpyAsync(pinned, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost));
+      pinned += bytes;
+    });
+    check_cuda(cudaDeviceSynchronize());
+    pinned = begin;
+    each_part([&](unsigned char* host, unsigned char*, int64_t bytes) {
+      std::memcpy(host, pinned, static_cast<size_t>(bytes));
+      pinned += bytes;
+    });
     on_device = false;
   }
 
@@ -99,17 +118,34 @@ class Buffer {
     static std::set<Buffer*> buffers;
     return buffers;
   }
-  void copy(cudaMemcpyKind kind) {
-    const auto part = [&](int64_t begin, int64_t end) {
-      if (end <= begin) return;
-      unsigned char *const host = host_.data() + begin, *const device = device_ + begin - hidden_;
-      check_cuda(kind == cudaMemcpyHostToDevice ? cudaMemcpy(device, host, end - begin, kind)
-                                                : cudaMemcpy(host, device, end - begin, kind));
-    };
-    const int64_t size = static_cast<int64_t>(host_.size());
-    if (!scratch_) return part(hidden_, size - hidden_);
-    part(hidden_, kGuard);
-    part(size - kGuard, size - hidden_);
+  // Calls body(host, device, bytes) for what is copied.
+  template <class Body>
+  static void each_part(Body body) {
+    for (Buffer* buffer : all()) {
+      const int64_t size = static_cast<int64_t>(buffer->host_.size()), hidden = buffer->hidden_;
+      const auto part = [&](int64_t begin, int64_t end) {
+        if (end > begin) body(buffer->host_.data() + begin, buffer->device_ + begin - hidden, end - begin);
+      };
+      if (!buffer->scratch_) {
+        part(hidden, size - hidden);
+      } else {
+        part(hidden, kGuard);
+        part(size - kGuard, size - hidden);
+      }
+    }
+  }
+  // As much as all parts take. Nothing is in flight.
+  static unsigned char* reserve_pinned() {
+    static unsigned char* memory = nullptr;
+    static int64_t size = 0;
+    int64_t wanted = 0;
+    each_part([&](unsigned char*, unsigned char*, int64_t bytes) { wanted += bytes; });
+    if (wanted > size) {
+      check_cuda(cudaFreeHost(memory));
+      size = 2 * wanted;
+      check_cuda(cudaMallocHost(&memory, static_cast<size_t>(size)));
+    }
+    return memory;
   }
 
   const int64_t bytes_, shift_, hidden_ = small_suite ? kGuard : 0;  // of either guard, what the device does not have
@@ -155,6 +191,18 @@ double normal() {
   static std::normal_distribution<double> distribution;
   return distribution(random_bits);
 }
+// So many normal numbers in a row, from anywhere in a table of them: each anew takes most of a large case's time.
+const unsigned char* normals(DType dtype, int64_t count) {
+  constexpr int64_t kTable = int64_t{1} << 18;
+  static std::vector<unsigned char> tables[3];
+  std::vector<unsigned char>& table = tables[dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 1 : 2];
+  const int64_t item = static_cast<int64_t>(dtype_size(dtype));
+  if (table.empty()) {
+    table.resize(static_cast<size_t>(kTable * item));
+    for (int64_t i = 0; i < kTable; ++i) set(table.data() + i * item, dtype, normal());
+  }
+  return table.data() + static_cast<int64_t>(random_bits() % static_cast<uint32_t>(kTable - count)) * item;
+}
 
 // Rows [rows, heads, dim], `padding` elements apart, `offset` elements behind an aligned address.
 struct Rows {
@@ -172,9 +220,9 @@ struct Rows {
   unsigned char* at(int64_t row, int64_t head = 0, int64_t d = 0) const {
     return buffer.data() + (row * stride + head * dim + d) * item;
   }
-  void randomize(double scale = 1.0) {
+  void randomize() {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < heads * dim; ++i) set(at(r) + i * item, dtype, scale * normal());
+      for (int64_t h = 0; h < heads; ++h) std::memcpy(at(r, h), normals(dtype, dim), static_cast<size_t>(dim * item));
     }
   }
   int64_t row_bytes() const { return heads * dim * item; }
@@ -276,7 +324,8 @@ struct Cache {
       for (int64_t t = 0; t < kv_len[i]; ++t) {
         for (int64_t part = 0; part < 2; ++part) {
           for (int64_t head = 0; head < c.kv_heads; ++head) {
-            for (int64_t d = 0; d < c.dim; ++d) set(at(static_cast<int64_t>(i), t, part, head, d), c.dtype, normal());
+            std::memcpy(at(static_cast<int64_t>(i), t, part, head), normals(c.dtype, c.dim),
+                        static_cast<size_t>(c.dim * item));
           }
         }
       }
@@ -335,9 +384,32 @@ void rotate(std::vector<double>& x, double position, const Case& c) {
   }
 }
 
-// One row of q at `position` of sequence i (keys by `key_at(t, part, head)`), all heads: is row r of o (and lse) right?
-template <class KeyAt>
-void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, const Rows& o, const Buffer* lse,
+// A sequence's keys, rotated if the case says so, and values in double precision. Each is made when it is first asked
+// for: it serves all rows, and all heads of a group.
+class Tokens {
+ public:
+  using Place = std::function<const unsigned char*(int64_t t, int64_t part, int64_t head)>;
+  Tokens(const Case& a_case, Place place) : c_(a_case), place_(std::move(place)) {}
+
+  const std::vector<double>& get(int64_t t, int64_t part, int64_t head) {
+    std::vector<double>& token = tokens_[(t * 2 + part) * c_.kv_heads + head];
+    if (token.empty()) {
+      const unsigned char* const from = place_(t, part, head);
+      const int64_t item = static_cast<int64_t>(dtype_size(c_.dtype));
+      for (int64_t d = 0; d < c_.dim; ++d) token.push_back(::get(from + d * item, c_.dtype));
+      if (part == 0 && c_.theta) rotate(token, static_cast<double>(t), c_);
+    }
+    return token;
+  }
+
+ private:
+  const Case c_;
+  const Place place_;
+  std::unordered_map<int64_t, std::vector<double>> tokens_;
+};
+
+// One row of q at `position` of a sequence, all heads: is row r of o (and lse) right?
+void check_row(const Case& c, Tokens& tokens, int64_t position, const Rows& q, const Rows& o, const Buffer* lse,
                int64_t row, const std::string& what) {
   const int64_t heads = c.kv_heads * c.group;
   const int64_t begin = c.window < 0 || c.window >= position ? 0 : position - c.window;
@@ -350,14 +422,12 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
   for (int64_t head = 0; head < heads; ++head) {
     double log_sum = -INFINITY;
     if (position >= 0) {
-      std::vector<double> query(static_cast<size_t>(c.dim)), scores, key(query.size());
+      std::vector<double> query(static_cast<size_t>(c.dim)), scores;
       for (int64_t d = 0; d < c.dim; ++d) query[static_cast<size_t>(d)] = get(q.at(row, head, d), c.dtype);
       if (c.theta) rotate(query, static_cast<double>(position), c);
       double top = -INFINITY, sum = 0, largest_product = 0;
       for (int64_t t = begin; t <= position; ++t) {
-        const unsigned char* from = key_at(t, 0, head / c.group);
-        for (int64_t d = 0; d < c.dim; ++d) key[static_cast<size_t>(d)] = get(from + d * q.item, c.dtype);
-        if (c.theta) rotate(key, static_cast<double>(t), c);
+        const std::vector<double>& key = tokens.get(t, 0, head / c.group);
         double s = scale * std::inner_product(query.begin(), query.end(), key.begin(), 0.0), products = 0;
         for (size_t d = 0; d < key.size(); ++d) products += std::abs(query[d] * key[d]);
         largest_product = std::max(largest_product, std::abs(scale) * products);
@@ -366,19 +436,23 @@ void check_row(const Case& c, KeyAt key_at, int64_t position, const Rows& q, con
         top = std::max(top, s);
       }
       for (double& s : scores) sum += s = std::exp(s - top);
-      if (c.theta && unit > 0) {
+      if (unit == 0) {
+        // A score is a sum too, off by 4 * 2^-24 of its |terms|; a cap is computed in float32 itself. So each weight is
+        // off by a factor of at most exp(2 * shift). Beside tensor cores' rounding that is nothing.
+        const double shift = 4 * 0x1p-24 * (largest_product + c.cap);
+        rounding[static_cast<size_t>(head)] += std::exp(2 * shift) - 1;
+      } else if (c.theta) {
         const double shift = 2.1 * unit * largest_product;  // of a score
         rounding[static_cast<size_t>(head)] += std::exp(2 * shift) - 1;
         lse_rounding[static_cast<size_t>(head)] = shift / std::log(2.0);
       }
       log_sum = (top + std::log(sum)) / std::log(2.0);
       for (int64_t t = begin; t <= position; ++t) {
-        const unsigned char* from = key_at(t, 1, head / c.group);
+        const std::vector<double>& value = tokens.get(t, 1, head / c.group);
         const double p = scores[static_cast<size_t>(t - begin)] / sum;
-        for (int64_t d = 0; d < c.dim; ++d) {
-          const double v = get(from + d * q.item, c.dtype);
-          exact[static_cast<size_t>(head * c.dim + d)] += p * v;
-          terms[static_cast<size_t>(head * c.dim + d)] += p * std::abs(v);
+        for (size_t d = 0; d < value.size(); ++d) {
+          exact[static_cast<size_t>(head * c.dim) + d] += p * value[d];
+          terms[static_cast<size_t>(head * c.dim) + d] += p * std::abs(value[d]);
         }
       }
     }

@@ -8,6 +8,7 @@ namespace {
 // append_kv with malformed tables: nothing outside is touched.
 void test_hostile_append(DType dtype) {
   if (!in_part()) return;
+  announce("hostile append_kv");
   const Case c = {dtype, 2, 4, 64, 8};
   const Cache cache(c, {300, 40, 17, 600, 9});
   const int32_t many = std::numeric_limits<int32_t>::max(), few = std::numeric_limits<int32_t>::min();
@@ -75,7 +76,8 @@ std::vector<std::string> attention_kernels(const Case& c, const std::vector<int6
   const LaunchRecorder recorder;
   for (const bool workspace : {false, true}) {
     if (workspace) p.tmpbuf = tensor(DType::kUInt8, {cuda::workspace_bytes(p)});
-    if (const Status status = call(p); !status.ok()) fail(c.name() + ": " + status.message());
+    // Some have to have one.
+    if (const Status status = call(p); !status.ok() && workspace) fail(c.name() + ": " + status.message());
   }
   return recorder.kernels();
 }
@@ -92,7 +94,7 @@ std::vector<std::string> features(const Case& c) {
 void test_small() {
   std::vector<Case> cases;
   for (const DType t : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    for (const int64_t dim : {2, 30, 64, 66, 80, 96, 128, 160, 254, 256}) {
+    for (const int64_t dim : {2, 30, 64, 66, 80, 96, 112, 128, 160, 254, 256}) {
       for (const int64_t group : {1, 3, 8, 9, 17}) {
         for (const int64_t page_size : {1, 5, 16, 64}) {
           cases.push_back({t, 1, group, dim, page_size});
@@ -108,7 +110,9 @@ void test_small() {
   std::stable_sort(cases.begin(), cases.end(), [&](const Case& a, const Case& b) { return cost(a) < cost(b); });
   const std::vector<int64_t> decoded = {1, 0, 257, 16};
   // Beyond a split of prefill too, which are items of their own if there is a workspace.
+  // More than one tile of keys: they have 128 where head dims are 64 and 128, and fewer elsewhere.
   const std::vector<int64_t> prefilled = {17, 5, 3, 0, 130}, queries = {5, 0, 7, 2, 129};
+  const std::vector<int64_t> shorter = {17, 5, 3, 0, 70}, fewer = {5, 0, 7, 2, 66};
   const std::vector<int64_t> long_prefilled = {2100, 40}, long_queries = {3, 20};
   KernelCover decode, prefill, long_prefill;
   for (const Case& c : cases) {
@@ -121,8 +125,10 @@ void test_small() {
       p.qo_indptr = p.kv.kv_indptr;
       return cuda::batch_prefill(p, {});
     };
-    if (prefill.needs(attention_kernels<BatchPrefillParams>(c, prefilled, 148, run_prefill), features(c))) {
-      test_prefill(c, prefilled, queries);
+    const bool wide = c.dim == 64 || c.dim == 128;
+    const std::vector<int64_t>&kv_len = wide ? prefilled : shorter, &q_len = wide ? queries : fewer;
+    if (prefill.needs(attention_kernels<BatchPrefillParams>(c, kv_len, wide ? 148 : 85, run_prefill), features(c))) {
+      test_prefill(c, kv_len, q_len);
     }
     if (c.page_size == 16 &&
         long_prefill.needs(attention_kernels<BatchPrefillParams>(c, long_prefilled, 28, run_prefill), {"long"})) {
@@ -155,6 +161,8 @@ void test_small() {
     test_hostile_append(t);
   }
   test_chunks({DType::kBFloat16, 2, 4, 64, 16}, 40);
+  test_counted_items();
+  test_merge_launches();
 }
 
 int run_small_suite() {
@@ -165,6 +173,8 @@ int run_small_suite() {
   }
   small_suite = true;
   test_small();
+  Cases::get().finish();
+  if (Cases::get().idle()) return 0;
   cuda::Arch arch = {};
   if (!cuda::active_arch(0, &arch).ok() || !launched_only(arch)) fail("the kernels that ran are not those of the path");
   std::printf("%s: worst error / tolerance: output %.3f, lse %.3f; %d failures\n", cuda::arch_name(arch), worst_output,

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "attention_reference.cuh"
@@ -40,36 +41,48 @@ void test_prefill(const Case& c, const std::vector<int64_t>& kv_len, const std::
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_prefill(p, {}), what);
   for (size_t i = 0; i < kv_len.size(); ++i) {
+    Tokens tokens(
+        c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(static_cast<int64_t>(i), t, part, head); });
     for (int64_t row = qo[i]; row < qo[i + 1]; row += every) {
-      const auto key_at = [&](int64_t t, int64_t part, int64_t head) {
-        return cache.at(static_cast<int64_t>(i), t, part, head);
-      };
       const int64_t position = kv_len[i] == 0 ? -1 : kv_len[i] - qo[i + 1] + row;
-      check_row(c, key_at, position, q, o, &lse, row, what + " sequence " + std::to_string(i));
+      check_row(c, tokens, position, q, o, &lse, row, what + " sequence " + std::to_string(i));
     }
   }
   for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1}) EXPECT(o.untouched(row), what);
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact() && cache.pool.guards_intact(), what);
 }
 
-void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
+// Gives all sets of counters (decode_arrive.cuh) to workspaces that are none. New ones get none from here on.
+void use_up_counters() {
+  for (int64_t i = 0; cuda::decode_counters(nowhere(i * 1024)) >= 0; ++i) {
+    if (i > 2 * cuda::kDecodeCounterSets) return fail("counters without end");
+  }
+}
+
+// `counted`: by blocks that arrive at counters, where the kernels do so.
+void test_decode(const Case& c, const std::vector<int64_t>& kv_len, bool counted = true) {
   if (!in_part()) return;
-  const std::string what = "decode " + c.name();
+  const std::string what = "decode " + c.name() + (counted ? "" : " without counters");
   announce(what);
+  if (!counted) use_up_counters();
   Cache cache(c, kv_len);
   cache.randomize();
   const Tables tables(cache);
   const int64_t batch = static_cast<int64_t>(kv_len.size());
-  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim, 8), o(c.dtype, batch, c.kv_heads * c.group, c.dim, 1);
+  // Queries that are aligned to 16 bytes, as nearly all are, and some that are not.
+  const int64_t shift = c.page_size == 100 ? 1 : 0;
+  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim, 8 - 3 * shift, shift);
+  Rows o(c.dtype, batch, c.kv_heads * c.group, c.dim, 1);
   q.randomize();
   const Buffer lse(batch * q.heads * 4);
   auto p = make_params<BatchDecodeParams>(c, tables, o, q, &lse);
-  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
+  // A workspace that was at the same address may have counters.
+  const Buffer tmpbuf(cuda::workspace_bytes(p), counted ? 1 : 33, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), what);
   for (int64_t i = 0; i < batch; ++i) {
-    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
-    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, o, &lse, i, what + " sequence " + std::to_string(i));
+    Tokens tokens(c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); });
+    check_row(c, tokens, kv_len[static_cast<size_t>(i)] - 1, q, o, &lse, i, what + " sequence " + std::to_string(i));
   }
   EXPECT(o.padding_intact() && lse.guards_intact() && tmpbuf.guards_intact(), what);
 
@@ -97,9 +110,9 @@ void test_decode(const Case& c, const std::vector<int64_t>& kv_len) {
   run(cuda::batch_prefill(prefill, {}), what);
   const bool one_kernel = c.dtype == DType::kFloat32;  // both by the general kernel
   for (int64_t i = 0; i < batch; ++i) {
-    const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); };
+    Tokens tokens(c, [&, i](int64_t t, int64_t part, int64_t head) { return cache.at(i, t, part, head); });
     if (one_kernel) EXPECT(prefilled.same(i, o, i), what + " by prefill");
-    check_row(c, key_at, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
+    check_row(c, tokens, kv_len[static_cast<size_t>(i)] - 1, q, prefilled, nullptr, i, what + " by prefill");
   }
   for (int64_t i = 0; i < batch; ++i) {
     const size_t s = static_cast<size_t>(i);
@@ -139,8 +152,14 @@ void test_chunks(const Case& c, int64_t length, int64_t tail = std::numeric_limi
     EXPECT(tmpbuf.guards_intact(), what);
   };
   chunk(0, length, whole);
+  // Of a long prompt, chunks at its ends and at splits: each costs a call.
+  const auto matters = [&](int64_t first) {
+    const int64_t split = first % 2048;
+    return length <= 1000 || first < 120 || length - first <= 120 || split < 60 || split >= 2048 - 60;
+  };
   for (const int64_t size : {int64_t{1}, int64_t{4}, int64_t{17}, int64_t{100}}) {
     for (int64_t first = size == 1 ? length - 9 : std::max<int64_t>(length - tail, 0); first < length; first += size) {
+      if (!matters(first)) continue;
       const int64_t last = std::min(first + size, length);
       Rows part(c.dtype, last - first, q.heads, c.dim);
       chunk(first, last, part);
@@ -174,9 +193,35 @@ void test_prefill_mma(bool small) {
   }
 }
 
+// The first call of a thread, which has no context yet: the same bits.
+void test_new_thread(int64_t dim) {
+  if (!in_part()) return;
+  const Case c = {DType::kBFloat16, 2, 4, dim, 16};
+  const std::string what = "a new thread " + c.name();
+  announce(what);
+  Cache cache(c, {70});
+  cache.randomize();
+  const Tables tables(cache);
+  const Table<int32_t> indptr({0, 70});
+  Rows q(c.dtype, 70, 8, dim), o(c.dtype, 70, 8, dim), by_thread(c.dtype, 70, 8, dim);
+  q.randomize();
+  auto p = make_params<BatchPrefillParams>(c, tables, o, q, nullptr);
+  p.qo_indptr = indptr.view();
+  const Buffer tmpbuf(cuda::workspace_bytes(p), 1, true);
+  if (tmpbuf.bytes() > 0) p.tmpbuf = workspace(tmpbuf);
+  run(cuda::batch_prefill(p, {}), what);
+  p.o = by_thread.view();
+  Buffer::upload_all();
+  Status status;
+  std::thread([&] { static_cast<void>(status = cuda::batch_prefill(p, {})); }).join();
+  run(status, what);
+  for (int64_t row = 0; row < 70; ++row) EXPECT(by_thread.same(row, o, row), what);
+}
+
 // Positions up to 2^20, all of whose pages are the same memory.
 void test_far_positions(DType dtype) {
   if (!in_part()) return;
+  announce("far positions");
   const Case c = {dtype, 1, 2, 64, 128, 5e5, 1.0, 40};
   Cache cache(c, {128});
   cache.randomize();
@@ -190,13 +235,14 @@ void test_far_positions(DType dtype) {
   const Buffer tmpbuf(cuda::workspace_bytes(p), 0, true);
   p.tmpbuf = workspace(tmpbuf);
   run(cuda::batch_decode(p, {}), "far positions");
-  const auto key_at = [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); };
-  check_row(c, key_at, length - 1, q, o, &lse, 0, "far positions");
+  Tokens tokens(c, [&](int64_t t, int64_t part, int64_t head) { return cache.at(0, t % 128, part, head); });
+  check_row(c, tokens, length - 1, q, o, &lse, 0, "far positions");
 }
 
 // Malformed tables: nothing outside is touched, and sequences whose own entries are well have the right results.
 void test_hostile_tables(DType dtype) {
   if (!in_part()) return;
+  announce("hostile decode");
   const Case c = {dtype, 2, 4, 64, 8};
   Cache cache(c, {300, 40, 17, 600, 9});
   cache.randomize();
@@ -234,6 +280,7 @@ void test_hostile_tables(DType dtype) {
 
 void test_hostile_prefill(DType dtype) {
   if (!in_part()) return;
+  announce("hostile prefill and init_kv");
   const Case c = {dtype, 2, 4, 64, 8};
   Cache cache(c, {300, 40, 17, 600, 9});
   cache.randomize();
@@ -368,8 +415,18 @@ void test_decode_merges(bool small) {
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(33, 2048));  // 8 splits a block of a device with 132
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(35, 1500));
     test_decode({t, 8, 1, 64, 16}, std::vector<int64_t>(9, 1024));
+    // A part of several sequences a block, one after the other: all blocks as many, the last ones fewer.
+    test_decode({t, 8, 4, 128, 16}, std::vector<int64_t>(128, 300));
+    test_decode({t, 8, 4, 128, 16}, std::vector<int64_t>(127, 280));
+    test_decode({t, 2, 17, 128, 16}, std::vector<int64_t>(130, 100));
+    // Without the room for a table of all sequences in shared memory; alike and not.
+    test_decode({t, 1, 1, 64, 16}, std::vector<int64_t>(1300, 20));
+    std::vector<int64_t> unlike(1300, 20);
+    unlike[700] = 600;
+    test_decode({t, 1, 1, 64, 16}, unlike);
   }
   if (!in_part()) return;
+  announce("decode again");
   const Case c = {DType::kBFloat16, 8, 4, 128, 16};
   const std::vector<int64_t> some = {small ? 600 : 7000, 300, small ? 300 : 2000};
   Cache cache(c, some);
@@ -430,7 +487,30 @@ void test_fast_prefill(bool small) {
   }
 }
 
+// Queries that a launch of its own merges: where they are few, and where the workspace has no counters. The last cases
+// of a suite: others would have no counters behind them.
+void test_merge_launches() {
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      test_decode({t, 1, 3, dim, 16}, {600});
+      test_decode({t, 9, 8, dim, 16}, {270, 300}, false);
+    }
+  }
+}
+
+// So many sequences, most of them empty, that blocks take items from a counter.
+void test_counted_items() {
+  std::vector<int64_t> kv_len(300, 0), q_len(300, 0);
+  kv_len[0] = 5, kv_len[130] = 70, kv_len[299] = 200;
+  q_len[0] = 3, q_len[1] = 2, q_len[130] = 70, q_len[299] = 20;
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int64_t dim : {64, 96, 128}) test_prefill({t, 1, 2, dim, 16}, kv_len, q_len);
+    test_prefill({t, 1, 2, 80, 16, 1e4}, kv_len, q_len);
+  }
+}
+
 int report() {
+  Cases::get().finish();
   std::printf("%s: worst error / tolerance: output %.3f (%s), lse %.3f; %d failures\n",
               cuda::last_arch() == nullptr ? "nothing ran" : cuda::last_arch(), worst_output, worst_case.c_str(),
               worst_lse, failures);
@@ -497,6 +577,10 @@ int main(int argc, char** argv) {
     std::vector<int64_t> lengths = {1500, 1, 0, 64, 255, 256, 257, 513};
     test_decode(c, lengths);
   }
+  if (!fast_alone && !mma_alone) {
+    test_counted_items();
+    for (const int64_t dim : {64, 96, 128}) test_new_thread(dim);
+  }
   for (const DType t : kTypes) {
     if (fast_alone || mma_alone) break;
     if (t == DType::kFloat32) test_chunks({t, 2, 4, 64, 16}, small ? 40 : 600);
@@ -520,5 +604,6 @@ int main(int argc, char** argv) {
     }
     test_writes({t, 1, 1, 64, 16}, std::vector<int64_t>(400, 30), std::vector<int64_t>(400, 29), false, 0, 0, false);
   }
+  if (!mma_alone) test_merge_launches();
   return report();
 }

@@ -421,14 +421,23 @@ void run_all() {
     }
   }
   // A table of one adapter: groups of all sizes, kernels for few rows and for many.
-  const std::pair<int64_t, int64_t> shapes[] = {{4096, 16},  {4096, 256}, {1000, 40}, {576, 200}, {300, 17}, {8200, 20},
-                                                {6144, 300}, {16, 520},   {20, 300},  {64, 300},  {128, 520}};
+  const std::pair<int64_t, int64_t> shapes[] = {
+      {4096, 16}, {4096, 256}, {1000, 40}, {576, 200}, {300, 17},  {8200, 20}, {6144, 300}, {16, 520},  {20, 300},
+      {64, 300},  {128, 520},  {13, 300},  {100, 264}, {200, 520}, {256, 300}, {512, 264},  {4099, 40}, {4104, 70}};
   for (const auto& [h_in, h_out] : shapes) {
     for (const int64_t batch : {1, 5, 33, 64, 127, 129, 300}) {
       const bool odd = batch % 2 != 0;
       run_case<T>({batch, h_in, h_out, 1, odd ? 8 : 0, odd ? 8 : 0, 0, odd, true, batch % 3 == 0, true}, random);
       if (batch == 129) run_case<T>({batch, h_in, h_out, 1, 3, 1, 1, false, true, true, true}, random);
     }
+  }
+  // So many rows and outputs of one adapter that the weights stay in shared memory while rows pass.
+  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504}, {64, 3504}, {100, 3500},
+                                              {128, 3504}, {200, 700},  {256, 704}, {264, 704}, {512, 700}};
+  for (const auto& [h_in, h_out] : wide) {
+    const bool odd = h_in % 8 != 0;
+    run_case<T>({301, h_in, h_out, 1, odd ? 4 : 8, odd ? 3 : 8, 0, h_in % 16 == 0, true, odd, true}, random);
+    if (h_in > 128) run_case<T>({305, h_in, h_out, 1, 3, 1, 1, true, true, true, true}, random);
   }
   // Rounds of the same warps over further outputs, and more outputs than 65535 tiles.
   run_case<T>({256, 16, 4096, 64, 0, 0, 0, false, false, true}, random);
@@ -478,6 +487,8 @@ int main(int argc, char**) {
   section("bfloat16", run_all<__nv_bfloat16>);
   section("float16", run_all<__half>);
   section("float32", run_all<float>);
+  Cases::get().finish();
+  if (Cases::get().idle()) return 0;
   if (!launched_only(arch)) {
     fail("the kernels that ran are not those of " + std::string(punica::cuda::arch_name(arch)));
   }

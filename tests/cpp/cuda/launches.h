@@ -1,7 +1,7 @@
 // Which kernels a call of the library launches: the test programs are linked so that Launcher::launch_symbol passes
 // through here (launches.cc). With that, a run of few cases can be chosen that reaches every kernel that many would,
 // and can show that it did: at its end, a program writes the names of all kernels that it launched to the file that
-// PUNICA_TEST_KERNELS names, if it does.
+// PUNICA_TEST_KERNELS names, if it does, and behind a minus sign those that it has and did not launch.
 #pragma once
 
 #include <cstdint>

@@ -259,9 +259,17 @@ class Tester {
       Layout shifted;
       shifted.x_stride = d_in + 8 * shift + (shift == 1 ? 1 : 0);
       shifted.y_stride = d_out + 8 * shift + (shift == 3 ? 1 : 0);
-      shifted.shift = shifted.y_shift = shift;
+      shifted.shift = shifted.y_shift = shifted.w_shift = shift;
       place(shifted, y_before_);
       ok = bits(call(segments, shift % 2 == 0, "shifted"), "shifted") && outside("shifted") && ok;
+    }
+
+    // Weights alone.
+    for (const int shift : {1, 4}) {
+      Layout shifted = base;
+      shifted.w_shift = shift;
+      place(shifted, y_before_);
+      ok = bits(call(segments, shift == 4, "weights shifted"), "weights shifted") && outside("weights shifted") && ok;
     }
 
     // Tables of garbage: nothing but rows of y may change.
@@ -361,7 +369,7 @@ class Tester {
  private:
   struct Layout {
     int64_t x_stride = 0, y_stride = 0;
-    int shift = 0, y_shift = 0;  // elements from a multiple of 16 bytes to x and W, and to y
+    int shift = 0, y_shift = 0, w_shift = 0;  // elements from a multiple of 16 bytes to x, y and W
   };
 
   static Layout layout_of(const Small& c) {
@@ -369,7 +377,7 @@ class Tester {
     return {c.d_in + (c.shift == 0 ? 0
                       : y_too      ? 8 * c.shift + 1
                                    : 4),
-            c.d_out + (y_too ? c.shift : 8), c.shift, y_too ? c.shift : 0};
+            c.d_out + (y_too ? c.shift : 8), c.shift, y_too ? c.shift : 0, c.shift};
   }
 
   // The rows of y that have an adapter against exact products.
@@ -392,7 +400,7 @@ class Tester {
 
   // Fills x, y and the weights, all functions of logical indices.
   void place(const Layout& layout, Buffer<T>& before) {
-    const int shift = layout.shift;
+    const int shift = layout.shift, w_shift = layout.w_shift;
     const float nan = std::nanf("");
     x_stride_ = layout.x_stride, y_stride_ = layout.y_stride;
     const int64_t x_total = rows_ * x_stride_ + 2 * g_guard + shift;
@@ -407,14 +415,14 @@ class Tester {
     fill_matrix<T><<<g_blocks, kThreads>>>(y, y_total_, y_offset_, y_stride_, rows_, d_out_, 2, 4.0f, nullptr, 7.0f);
     CHECK_CUDA(cudaMemcpyAsync(before.data(), y, y_total_ * sizeof(T), cudaMemcpyDeviceToDevice));
     const int64_t size = d_in_ * d_out_;
-    const int64_t w_total = kLayers * size + 2 * g_guard + shift;
+    const int64_t w_total = kLayers * size + 2 * g_guard + w_shift;
     for (int i = 0; i < kAdapters; ++i) {
-      const int64_t key = size * 8 + shift * 2 + 1;
+      const int64_t key = size * 8 + w_shift * 2 + 1;
       T* w = w_buffers_[i].reserve(w_total);
-      w_[i] = w + g_guard + shift;
+      w_[i] = w + g_guard + w_shift;
       if (w_key_[i] == key && !g_small) continue;  // read only, so as it was
       // Layer kLayer is one row of a matrix whose other rows are NaN.
-      fill_matrix<T><<<g_blocks, kThreads>>>(w, w_total, g_guard + shift + kLayer * size, size, 1, size, 10 + i, 1.0f,
+      fill_matrix<T><<<g_blocks, kThreads>>>(w, w_total, g_guard + w_shift + kLayer * size, size, 1, size, 10 + i, 1.0f,
                                              nullptr, nan);
       w_key_[i] = key;
     }
