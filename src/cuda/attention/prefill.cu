@@ -30,6 +30,22 @@ cudaError_t find_encode(EncodeTiled* encode) {
   return found.first;
 }
 
+// Heads and rows of q or o, `rows` rows of a tile at once, each a query and a head of a group.
+cudaError_t rows_map(const void* data, int64_t stride, const AttentionArgs& args, int rows, CUtensorMap* map) {
+  EncodeTiled encode;
+  if (const cudaError_t error = find_encode(&encode); error != cudaSuccess) return error;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(args.head_dim), static_cast<cuuint64_t>(args.num_heads()),
+                              static_cast<cuuint64_t>(args.num_rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.head_dim) * 2, static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(args.group_size),
+                            static_cast<cuuint32_t>(rows / args.group_size)},
+                   steps[] = {1, 1, 1};
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(data), sizes, strides, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // All memory: coordinates are an element of a row, a row of those that lie together, and an address / 16 in two digits.
 // A thread keeps the map of its last call: an engine has one.
 cudaError_t tensor_map(int head_dim, int box_rows, CUtensorMap* map) {
@@ -127,8 +143,8 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, const RopeTab
               PrefillCall call) {
   const int64_t page_size = args.page_size;
   call.box_rows = static_cast<int>(std::min<int64_t>(page_size & -page_size, kPrefillKeys));
-  CUtensorMap map;
-  if (const cudaError_t error = tensor_map(kDim, call.box_rows, &map); error != cudaSuccess) {
+  PrefillMaps maps = {};
+  if (const cudaError_t error = tensor_map(kDim, call.box_rows, &maps.memory); error != cudaSuccess) {
     return to_status(launcher.op(), error);
   }
   const int processors = launcher.num_multiprocessors();
@@ -138,13 +154,19 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, const RopeTab
   };
   call.wide_q = wide(args.q, args.q_stride);
   call.wide_o = wide(args.o, args.o_stride);
+  // What no map can be made of goes another way, with the same bits.
+  call.copy_q = call.wide_q && 64 % args.group_size == 0 &&
+                rows_map(args.q, args.q_stride, args, 64, &maps.queries) == cudaSuccess;
+  call.copy_o = call.wide_o && 16 % args.group_size == 0 &&
+                rows_map(args.o, args.o_stride, args, 16, &maps.outputs) == cudaSuccess;
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(std::min<int64_t>(items, processors));
   shape.block.x = kPrefillThreads<kDim>;
   shape.shared_bytes = sizeof(PrefillShared<kDim>);
   PUNICA_RETURN_IF_ERROR(
-      rope == nullptr ? (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, false>>(shape, args, map, call, NoRope{}))
-                      : (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, true>>(shape, args, map, call, *rope)));
+      rope == nullptr
+          ? (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, false>>(shape, args, maps, call, NoRope{}))
+          : (launcher.launch<prefill_kernel<Arch::kSm90, T, kDim, true>>(shape, args, maps, call, *rope)));
   if (args.num_slots == 0) return {};
   constexpr int64_t kHeadsABlock = kPrefillMergeThreads / 32;
   LaunchShape merge;

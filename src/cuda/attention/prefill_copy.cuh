@@ -9,10 +9,30 @@ namespace punica::cuda::prefill {
 
 using namespace hopper;
 
+// An item's queries, as soon as those of the item before are no longer needed. By a warp.
+template <int kDim>
+__device__ __forceinline__ void copy_queries(const AttentionArgs& args, const PrefillMaps& maps, int first_query,
+                                             int kv_head, uint32_t n, PrefillShared<kDim>& shared) {
+#pragma unroll
+  for (int g = 0; g < kPrefillGroups<kDim>; ++g) {
+    barrier_wait(shared_address(&shared.query_empty[g]), (n & 1) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      barrier_expect(shared_address(&shared.query_full[g]), 64 * kDim * 2);
+#pragma unroll
+      for (int c = 0; c < kDim / 64; ++c) {
+        copy_box(shared_address(shared.queries) + g * (64 * kDim * 2) + c * (64 * 128), &maps.queries, c * 64,
+                 kv_head * args.group_size, first_query + g * (64 / args.group_size),
+                 shared_address(&shared.query_full[g]));
+      }
+    }
+  }
+  __syncwarp();
+}
+
 // By kCopyWarps warps, or one for each box of a tile if those are fewer: a box takes a warp some 65 cycles to ask for.
 // kRope: keys may have been rotated ahead.
 template <int kDim, bool kRope>
-__device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUtensorMap* map, const PrefillCall& call,
+__device__ __forceinline__ void copy_items(const AttentionArgs& args, const PrefillMaps& maps, const PrefillCall& call,
                                            PrefillShared<kDim>& shared) {
   constexpr int kColumns = kDim / 64, kColumnBytes = kPrefillKeys * 128;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -26,12 +46,13 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
     barrier_wait(shared_address(&shared.item_full[n % kItemsAhead]), n / kItemsAhead & 1);
     if (item.kv_head < 0) return;
     const int64_t* const page_table = args.kv_ptrs + item.first_page;
-    const int64_t head_offset = args.key_bytes + item.kv_head * args.head_bytes;
+    const int kv_head = item.kv_head, first_query = item.first_query;
+    const int64_t head_offset = args.key_bytes + kv_head * args.head_bytes;
     const int kv_len = item.kv_len, tiles = item.tiles;
     const int first = item.first_tile * kPrefillKeys;
     const bool rotated = kRope && item.pages_before >= 0;
     const int64_t rotated_keys = reinterpret_cast<int64_t>(call.rotated) +
-                                 (int64_t{item.pages_before} * args.num_kv_heads + item.kv_head) * args.head_bytes;
+                                 (int64_t{item.pages_before} * args.num_kv_heads + kv_head) * args.head_bytes;
     barrier_arrive(shared_address(&shared.item_empty[n % kItemsAhead]));
     // Where a box of keys of tile i lies, and the one of its values; 0 behind the sequence.
     struct Place {
@@ -57,7 +78,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
         const uint64_t at = static_cast<uint64_t>(address) >> 4;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, map, c * 64, 0,
+          copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, &maps.memory, c * 64, 0,
                    static_cast<int>(at & ((uint64_t{1} << kAddressBits) - 1)), static_cast<int>(at >> kAddressBits),
                    shared_address(full));
         }
@@ -80,6 +101,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const CUte
     };
     Place place = find_box(0, lane * warps + warp);
     if (tiles > 0) copy_keys(0, place);
+    if (call.copy_q && warp == 0) copy_queries<kDim>(args, maps, first_query, kv_head, n, shared);
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       // Keys are taken a tile before the values that belong to them.

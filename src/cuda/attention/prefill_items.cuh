@@ -48,10 +48,18 @@ struct PrefillItem {
 struct PrefillCall {
   int box_rows;         // rows that lie together in a page and in a tile
   bool wide_q, wide_o;  // rows of q, o allow accesses of 16 bytes
+  // Tensor copies of queries, a group's 64 rows at once, and of outputs, a warp's 16: 16-byte accesses, and heads of a
+  // group that divide them.
+  bool copy_q, copy_o;
   // Items taken beyond each block's first; null: a block has every gridDim.x-th.
   unsigned* next_item;
   // Keys rotated ahead, [pages of all sequences, N, P, D]; null: there are none.
   const unsigned char* rotated;
+};
+
+struct PrefillMaps {
+  CUtensorMap memory;  // all of it, for keys and values: coordinates are an element of a row, a row, and an address
+  CUtensorMap queries, outputs;  // an element, a head, a row
 };
 
 template <int kDim>
@@ -60,16 +68,21 @@ struct PrefillShared {
   alignas(1024) unsigned char queries[kPrefillRows<kDim> * kDim * 2];
   unsigned char keys[kPrefillStages][kTileBytes];
   unsigned char values[kPrefillStages][kTileBytes];
-  float4 saved[kDim / 8][kPrefillThreads<kDim> - 128];  // merged splits: what each thread has of them
-  float2 saved_states[kPrefillRows<kDim>];              // maximum and weight of each row
+  // Of each warp: merged splits, what each thread has of them; or the output on its way.
+  alignas(1024) float4 saved[4 * kPrefillGroups<kDim>][kDim / 8][32];
+  float2 saved_states[kPrefillRows<kDim>];  // maximum and weight of each row
   uint64_t key_full[kPrefillStages], key_empty[kPrefillStages];
   uint64_t value_full[kPrefillStages], value_empty[kPrefillStages];
   uint64_t item_full[kItemsAhead], item_empty[kItemsAhead];
+  uint64_t query_full[kPrefillGroups<kDim>], query_empty[kPrefillGroups<kDim>];  // where tensor copies bring them
   PrefillItem items[kItemsAhead];
   uint64_t turns[kDim / 2];  // RopeTable
 };
 
 #ifdef __CUDACC__
+// What sums are times in the end, wherever splits are merged. Within 1 ulp; a weight is far from 2^126.
+__device__ __forceinline__ float inverse_weight(float weight) { return __fdividef(1.0f, weight); }
+
 // Splits of a sequence, at least one.
 __device__ __forceinline__ int64_t prefill_splits(int64_t kv_len) {
   return kv_len > 0 ? (kv_len - 1) / kPrefillSplitTokens + 1 : 1;

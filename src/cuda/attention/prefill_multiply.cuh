@@ -28,7 +28,7 @@ template <class T, int kDim, bool kRope>
 class Consumer : public Output<T, kDim> {
  public:
   using Base = Output<T, kDim>;
-  using Base::args_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::row_, Base::t_;
+  using Base::args_, Base::call_, Base::shared_, Base::group_, Base::thread_, Base::lane_, Base::row_, Base::t_;
   using Base::split_row, Base::merge;
   static constexpr int kSums = kDim / 2;
   static constexpr int kColumns = kDim / 64;
@@ -38,20 +38,21 @@ class Consumer : public Output<T, kDim> {
   // Weights may grow to 2^8 before their reference moves.
   static constexpr float kSlack = 8.0f;
 
-  __device__ __forceinline__ Consumer(const AttentionArgs& args, const PrefillCall& call, PrefillShared<kDim>& shared)
-      : Base(args, call.wide_o, shared), wide_q_(call.wide_q) {}
+  __device__ __forceinline__ Consumer(const AttentionArgs& args, const PrefillCall& call, const CUtensorMap& outputs,
+                                      PrefillShared<kDim>& shared)
+      : Base(args, call, outputs, shared) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == kGroups - 1) pass_turn();
-    barrier_wait(shared_address(&shared_.item_full[0]), 0);
-    load_queries(shared_.items[0]);
+    wait_item(0);
+    if (!call_.copy_q) load_queries(shared_.items[0]);
     float scores[64], sums[kSums];
     uint32_t weights[8][4];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = 0;
-    wait_queries(shared_.items[0]);
+    wait_queries(shared_.items[0], 0);
     wait_first_keys(shared_.items[0], 0);
     pin(scores);
     products_fence();
@@ -84,7 +85,8 @@ class Consumer : public Output<T, kDim> {
 
       // The first scores of the next item beside the last products of this one.
       const PrefillItem& next = shared_.items[(n + 1) % kItemsAhead];
-      wait_queries(next);
+      if (call_.copy_q) wait_item(n + 1);
+      wait_queries(next, n + 1);
       number += tiles;
       if (tiles > 0) {
         wait_tile(shared_.value_full, number - 1);
@@ -97,6 +99,7 @@ class Consumer : public Output<T, kDim> {
       multiply(number, scores, weights, sums);
     }
     if (group_ == 0) take_turn();  // the last one that was passed
+    if (lane_ == 0) store_wait_read();
   }
 
  private:
@@ -121,7 +124,7 @@ class Consumer : public Output<T, kDim> {
       const auto place = split_row(item, valid ? tile_row : 0);
       const T* const from = q + place.query * args_.q_stride + place.head * kDim + piece * 8;
       unsigned char* const at = to + piece / 8 * (64 * 128) + row * 128 + ((piece ^ row) % 8) * 16;
-      if (wide_q_) {
+      if (call_.wide_q) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(at)), "l"(from),
                      "r"(valid ? 16 : 0)
                      : "memory");
@@ -163,14 +166,23 @@ class Consumer : public Output<T, kDim> {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row_end(item, row_ + 8 * r);
-      const int end = row - first - 2 * t_, begin = first_key(row) - first - 2 * t_;
+      const int end = row_end(item, row_ + 8 * r);
+      const int first_seen = scores_below(first_key(end) - first - 2 * t_),
+                end_seen = scores_below(end - first - 2 * t_);
+      uint32_t seen;
+      asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(seen) : "r"(first_seen), "r"(max(end_seen - first_seen, 0)));
 #pragma unroll
-      for (int i = 2 * r; i < 64; i += i % 2 == 0 ? 1 : 3) {
-        const int key = i / 4 * 8 + i % 2;
-        if (key >= end || key < begin) scores[i] = minus_infinity();
+      for (int i = 0; i < 32; ++i) {
+        float& score = scores[i / 2 * 4 + 2 * r + i % 2];
+        score = seen >> i & 1 ? score : minus_infinity();
       }
     }
+  }
+
+  // Of the 32 scores that a thread has of a row, keys 8 i and 8 i + 1, how many are those of keys below `keys`.
+  static __device__ __forceinline__ int scores_below(int keys) {
+    const int some = min(max(keys, 0), kPrefillKeys);
+    return some / 8 * 2 + min(some % 8, 2);
   }
 
   // Whether one of the warp's references moves: then the factors by which the sums so far shrink; the rows' weights do
@@ -255,12 +267,20 @@ class Consumer : public Output<T, kDim> {
     pass_turn();
   }
 
-  __device__ __forceinline__ void wait_queries(const PrefillItem& item) const {
-    copy_wait<0>();
-    if constexpr (kRope) {
-      named_barrier_sync(kQueries + group_, 128);
-      rotate_queries(item);
+  __device__ __forceinline__ void wait_item(uint32_t n) const {
+    barrier_wait(shared_address(&shared_.item_full[n % kItemsAhead]), n / kItemsAhead & 1);
+  }
+
+  // The queries of item n.
+  __device__ __forceinline__ void wait_queries(const PrefillItem& item, uint32_t n) const {
+    if (call_.copy_q) {
+      if (item.kv_head >= 0) barrier_wait(shared_address(&shared_.query_full[group_]), n & 1);
+      if constexpr (!kRope) return;
+    } else {
+      copy_wait<0>();
+      if constexpr (kRope) named_barrier_sync(kQueries + group_, 128);
     }
+    if constexpr (kRope) rotate_queries(item);
     fence_async_proxy();
     named_barrier_sync(kQueries + group_, 128);
   }
@@ -290,8 +310,12 @@ class Consumer : public Output<T, kDim> {
 
   // As soon as the queries of this item are no longer needed: those of the next.
   __device__ __forceinline__ void load_next_queries(uint32_t n) {
+    if (call_.copy_q) {
+      release(&shared_.query_empty[group_]);
+      return;
+    }
     named_barrier_sync(kQueries + group_, 128);
-    barrier_wait(shared_address(&shared_.item_full[(n + 1) % kItemsAhead]), (n + 1) / kItemsAhead & 1);
+    wait_item(n + 1);
     load_queries(shared_.items[(n + 1) % kItemsAhead]);
   }
 
@@ -395,7 +419,6 @@ class Consumer : public Output<T, kDim> {
     for (int i = 0; i < kSums; ++i) sums[i] = __fmul_rn(sums[i], decay[i / 2 % 2]);
   }
 
-  const bool wide_q_;
   const float factor_ = args_.cap > 0.0f ? args_.cap : args_.scale;
   const float slack_ = fminf(__fdiv_rn(kSlack, factor_), 0x1p126f);  // of scores
   const int window_ =

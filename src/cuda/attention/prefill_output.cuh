@@ -36,8 +36,9 @@ class Output {
   static constexpr int kSums = kDim / 2;
 
  protected:
-  __device__ __forceinline__ Output(const AttentionArgs& args, bool wide_o, PrefillShared<kDim>& shared)
-      : args_(args), shared_(shared), wide_o_(wide_o) {}
+  __device__ __forceinline__ Output(const AttentionArgs& args, const PrefillCall& call, const CUtensorMap& outputs,
+                                    PrefillShared<kDim>& shared)
+      : args_(args), shared_(shared), call_(call), outputs_(outputs) {}
 
   // Row `row` of the item: query and head in the group.
   struct Row {
@@ -82,7 +83,7 @@ class Output {
     }
 #pragma unroll
     for (int j = 0; j < kSums / 4; ++j) {
-      const float4 four = shared_.saved[j][threadIdx.x - 128];
+      const float4 four = shared_.saved[warp_][j][lane_];
       const float before[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -96,6 +97,7 @@ class Output {
 
   // Saves a finished split with those before it; the next one begins with nothing.
   __device__ __forceinline__ void keep(bool any_saved, RowPair& state, float (&sums)[kSums]) const {
+    if (lane_ == 0) store_wait_read();
     merge(any_saved, state, sums);
     __syncwarp();  // all have read
 #pragma unroll
@@ -104,7 +106,7 @@ class Output {
     }
 #pragma unroll
     for (int j = 0; j < kSums / 4; ++j) {
-      shared_.saved[j][threadIdx.x - 128] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+      shared_.saved[warp_][j][lane_] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
       sums[4 * j] = sums[4 * j + 1] = sums[4 * j + 2] = sums[4 * j + 3] = 0.0f;
     }
     state.clear();
@@ -134,38 +136,51 @@ class Output {
     uint32_t words[2][kPieces];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Row place = split_row(item, row_ + 8 * r);
-      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
-      const float inverse = __fdiv_rn(1.0f, state.weight[r]);
+      const float inverse = inverse_weight(state.weight[r]);
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         // + 0: tiles of zero weights turn -0 into 0, wherever they are.
-        const uint32_t word =
+        words[r][j] =
             pack<T>(__fmaf_rn(sums[4 * j + 2 * r], inverse, 0.0f), __fmaf_rn(sums[4 * j + 2 * r + 1], inverse, 0.0f));
-        words[r][j] = empty ? 0 : word;
       }
+      if (item.first_position >= 0 && args_.lse == nullptr) continue;
+      const Row place = split_row(item, row_ + 8 * r);
+      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) words[r][j] = empty ? 0 : words[r][j];
       if (args_.lse != nullptr && t_ == 0 && row_ + 8 * r < item.rows) {
         const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
         args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =
             empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
       }
     }
-    // Piece p of row r of the warp's 16: 128 bytes of a row lie together, turned so that no banks meet; four such lines
-    // are what a warp has of a row of shared_.saved.
-    const uint32_t base = shared_address(&shared_.saved[0][threadIdx.x - 128 - lane_]);
-    const auto place_of = [&](int r, int p) {
-      const int line = r * (kDim / 64) + p / 8;
-      return base + line / 4 * static_cast<uint32_t>(sizeof(shared_.saved[0])) + line % 4 * 128 + (p ^ r) % 8 * 16;
-    };
+    // Piece p of row r of the warp's 16, as tensor copies read it.
+    const uint32_t base = shared_address(shared_.saved[warp_]);
+    const auto place_of = [&](int r, int p) { return base + p / 8 * (16 * 128) + r * 128 + (p ^ r) % 8 * 16; };
+    if (lane_ == 0) store_wait_read();
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kPieces; j += 2) {
       store_matrices(place_of(lane_ % 8 + lane_ / 8 % 2 * 8, j + lane_ / 16), words[0][j], words[1][j], words[0][j + 1],
                      words[1][j + 1]);
     }
+    const int first_row = row_ - lane_ / 4;
+    if (call_.copy_o && first_row + 16 <= item.rows) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane_ == 0) {
+#pragma unroll
+        for (int c = 0; c < kDim / 64; ++c) {
+          store_box(base + c * (16 * 128), &outputs_, c * 64, item.kv_head * args_.group_size,
+                    item.first_query + first_row / args_.group_size);
+        }
+        store_commit();
+      }
+      return;
+    }
     __syncwarp();
     // Each of 16 lanes knows where one of the rows goes.
-    const int first_row = row_ - lane_ / 4, known_row = first_row + lane_ % 16;
+    const int known_row = first_row + lane_ % 16;
     const Row known = split_row(item, min(known_row, item.rows - 1));
     const int64_t known_offset = (int64_t{item.first_query} + known.query) * args_.o_stride +
                                  (item.kv_head * static_cast<int64_t>(args_.group_size) + known.head) * kDim;
@@ -177,7 +192,7 @@ class Output {
       const int64_t offset = __shfl_sync(~0u, known_offset, r);
       if (first_row + r >= item.rows) continue;
       T* const to = static_cast<T*>(args_.o) + offset + p * 8;
-      if (wide_o_) {
+      if (call_.wide_o) {
         *reinterpret_cast<uint4*>(to) = piece;
       } else {
         const uint32_t halves[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -192,10 +207,12 @@ class Output {
 
   const AttentionArgs& args_;
   PrefillShared<kDim>& shared_;
-  const bool wide_o_;
+  const PrefillCall& call_;
+  const CUtensorMap& outputs_;
   // 2^32 / group_size, rounded up: quotients by multiplication are exact for what is asked (serves_prefill).
   const uint32_t group_inverse_ = 0xffffffffu / args_.group_size + 1;
   const int thread_ = threadIdx.x % 128, lane_ = threadIdx.x % 32, t_ = lane_ % 4;
+  const int warp_ = static_cast<int>(uniform(threadIdx.x / 32)) - 4;  // of those that multiply
   const int group_ = static_cast<int>(uniform(threadIdx.x / 128)) - 1;
   const int row_ = group_ * 64 + thread_ / 32 * 16 + lane_ / 4;  // of the item; the other one is 8 behind
 };

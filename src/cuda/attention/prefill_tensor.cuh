@@ -21,7 +21,7 @@ namespace punica::cuda {
 // Grid: as many blocks as multiprocessors, or items if they are fewer.
 template <Arch kArch, class T, int kDim, bool kRope>
 __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
-    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap map,
+    prefill_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ PrefillMaps maps,
                    const __grid_constant__ PrefillCall call,
                    const __grid_constant__ std::conditional_t<kRope, RopeTable, NoRope> rope) {
   static_assert(kArch == Arch::kSm90);
@@ -36,6 +36,10 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
       hopper::barrier_init(shared_address(&shared.value_full[i]), 1);
       hopper::barrier_init(shared_address(&shared.key_empty[i]), 4 * kPrefillGroups<kDim>);
       hopper::barrier_init(shared_address(&shared.value_empty[i]), 4 * kPrefillGroups<kDim>);
+    }
+    for (int i = 0; i < kPrefillGroups<kDim>; ++i) {
+      hopper::barrier_init(shared_address(&shared.query_full[i]), 1);
+      hopper::barrier_init(shared_address(&shared.query_empty[i]), 4);
     }
     for (int i = 0; i < kItemsAhead; ++i) {
       // Every thread that writes or reads an item arrives by itself: racecheck sees no order where one lane arrives for
@@ -52,15 +56,15 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
   grid_dependency_wait<kArch>();
   // Together what the block was launched with: 168 a thread, or 128 with three groups that multiply.
   if (threadIdx.x < 128) {
-    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 40 : 32>();
+    hopper::lower_registers<kPrefillGroups<kDim> == 2 ? 56 : 32>();
     if (threadIdx.x < 32 * kCopyWarps) {
-      prefill::copy_items<kDim, kRope>(args, &map, call, shared);
+      prefill::copy_items<kDim, kRope>(args, maps, call, shared);
     } else {
       prefill::find_items<kDim>(args, call, shared);
     }
   } else {
-    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 232 : 160>();
-    prefill::Consumer<T, kDim, kRope>(args, call, shared).run();
+    hopper::raise_registers<kPrefillGroups<kDim> == 2 ? 224 : 160>();
+    prefill::Consumer<T, kDim, kRope>(args, call, maps.outputs, shared).run();
   }
 #endif
 }
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kPrefillMergeThreads)
           for (int c = 0; c < kColumns; ++c) sums[c] = __fmaf_rn(parts[i].values[c], e, __fmul_rn(sums[c], d));
         }
       }
-      const float inverse = position < 0 ? 0.0f : __fdiv_rn(1.0f, weight);
+      const float inverse = position < 0 ? 0.0f : inverse_weight(weight);
       Vec<T, kColumns> out;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {

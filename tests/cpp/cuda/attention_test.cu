@@ -494,8 +494,8 @@ void test_fast_prefill(bool small) {
     if (!small) {
       test_chunks({t, 1, 4, 64, 16, 1e4, 1.0, 500}, 1300, 200);
       test_chunks({t, 1, 4, 128, 16, std::nullopt, 1.0, -1, 0.0, 3.0}, 2500, 300);
-      test_chunks({t, 1, 4, 128, 16}, 4200);
-      test_chunks({t, 1, 4, 64, 16, std::nullopt, 1.0, 700, 20.0, 0.3}, 2500);
+      test_chunks({t, 1, 4, 128, 16}, 4200, 300);
+      test_chunks({t, 1, 4, 64, 16, std::nullopt, 1.0, 700, 20.0, 0.3}, 2500, 700);
     }
     test_hostile_prefill(t);
   }
