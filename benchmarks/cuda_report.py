@@ -76,7 +76,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
         for name, value in row["rivals"].items():
             if name not in colors:
                 continue
-            axes.plot(100 * row["floor"] / value, y, "o", color=colors[name], markeredgecolor="white",
+            axes.plot(100 * row["floor"] / value, y, "o", color=colors[name], markeredgecolor="white", zorder=4,
                       label=None if name in seen else name)  # fmt: skip
             seen.add(name)
         if row["goal"] is not None:
@@ -84,7 +84,7 @@ def plot(result: dict[str, Any], paths: list[Path]) -> None:
             axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2,
                       label=None if "goal" in seen else "goal")  # fmt: skip
             seen.add("goal")
-    axes.axvline(100, color="#2a9d4a", linewidth=2)
+    axes.axvline(100, color="#2a9d4a", linewidth=2, label="floor")
     axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['work']}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, max(118, 1.02 * max(100 * row["floor"] / row["ours"] for row in rows)))
@@ -123,16 +123,16 @@ def plot_add_lora(result: dict[str, Any], paths: list[Path]) -> None:
         axes.barh(y, row["ours"] / floor, height=0.62, color="#0b6e99", label=once("add_lora, one launch, alone"))
         if row["work"] in chained:
             axes.plot(chained[row["work"]] / floor, y, "|", color="#8fe3ff", markersize=15, markeredgewidth=2.5,
-                      label=once("chained under early_reads (the light line)"))  # fmt: skip
+                      zorder=3, label=once("chained under early_reads (the light line)"))  # fmt: skip
         for name, (marker, color) in ADD_LORA.items():
             if name in row["rivals"]:
                 axes.plot(row["rivals"][name] / floor, y, marker, color=color, markeredgecolor="white", markersize=8,
-                          label=once(name))  # fmt: skip
+                          zorder=4, label=once(name))  # fmt: skip
         if row["goal"] is not None:
             goal = row["goal"] / floor
             axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2, label=once("goal"))
         axes.text(0.7, y, f"{number(row['ours'])} µs", va="center", fontsize=8, color="white")
-    axes.axvline(1, color="#2a9d4a", linewidth=2)
+    axes.axvline(1, color="#2a9d4a", linewidth=2, label="floor")
     axes.set_xscale("log")
     ticks = (1, 1.5, 2, 3, 5, 10, 20)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
