@@ -48,6 +48,19 @@ def test_segments(name, segments, device):
         check_sgmv(name, 40, 24, dtype, device, *SEGMENTS[segments])
 
 
+@pytest.mark.parametrize("stride", [1, 520, 4097])
+@pytest.mark.parametrize("name", SGMV)
+def test_row_stride_of_a_single_row(name, stride, device):
+    """It says nothing, so it may be anything."""
+
+    def with_stride(rows):
+        return torch.as_strided(rows, rows.shape, (stride, 1))
+
+    for dtype in DTYPES:
+        y = check_sgmv(name, 512, 40, dtype, device, ((0, 1),), 1, rows=with_stride)
+        assert y.stride(0) == stride
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("run", ["dispatch_bgmv", *SGMV])
 def test_strided_rows(run, dtype, device):

@@ -1,4 +1,4 @@
-// Launches of prefill_tensor.cuh: the tensor map of all memory, the grid.
+// Launches of prefill_tensor.cuh: tensor maps of all memory, of queries and of outputs, the grid.
 #include <cuda.h>
 
 #include <algorithm>

@@ -11,7 +11,7 @@ namespace punica::cuda::prefill {
 
 // Hardware barriers: of the groups that clear a tile's tail, of each group whose queries are there, of each group whose
 // turn it is.
-enum NamedBarrier : int { kTail = 1, kQueries = 2, kTurn = 5 };
+enum NamedBarrier : int { kTail = 1, kQueries = 2, kTurn = 5, kItem = 8 };
 
 __device__ __forceinline__ float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
@@ -95,6 +95,9 @@ class Consumer : public Output<T, kDim> {
           clear_tail((number - 1) % kPrefillStages, left, item.rows);
         }
       }
+      // Groups that have rows of an item share kTail in it, and the next item may have rows of more groups, or fewer.
+      // So nobody rotates its keys before all are done with this one.
+      if constexpr (kRope) named_barrier_sync(kItem, 128 * kGroups);
       wait_first_keys(next, number);
       multiply(number, scores, weights, sums);
     }

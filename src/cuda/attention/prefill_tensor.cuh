@@ -1,8 +1,9 @@
 // batch_prefill of float16 and bfloat16 on sm_90 with head dims 64 and 128: tensor copies and warpgroup products.
 //
 // A block stays on its multiprocessor and takes one item after another: 128 rows (192 with D = 64), pairs (query, head
-// of the group), of one sequence and one KV head. One warp finds the items and has the copy engine bring keys and
-// values in tiles of 128 tokens, two tiles of each ahead; two or three warpgroups take 64 of the rows each. While a
+// of the group), of one sequence and one KV head. One warp finds the items, up to three have the copy engine bring
+// queries, and keys and values in tiles of 128 tokens, two tiles of each ahead; two or three warpgroups take 64 of the
+// rows each, and the copy engine takes their output. While a
 // warpgroup computes the weights of a tile, its products of the tile before run, and those of the other warpgroups.
 //
 // Pages lie anywhere, so there is one tensor map for all of memory: {elements of a row, rows of a page, address / 16 in

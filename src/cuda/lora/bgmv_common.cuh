@@ -22,13 +22,13 @@ struct BgmvArgs {
   bool early_reads;
   bool vectors;      // x, and W where its address is aligned, can be read by the widest loads of the kernel; short K on
                      // sm_80: and y two elements at a time
-  bool wide_y;       // short K on sm_90: y consists of whole, aligned pieces of 16 bytes
+  bool wide_y;       // kernels that read y in pieces: y consists of whole, aligned pieces of 16 bytes
   bool one_adapter;  // sm_90: there is no other, see BlockRow
   int first_tile;    // of h_out, at blockIdx.y = 0
   int group_rows;    // sm_90: rows of a group, at most; a power of two
   int k_warp_bits;   // long K on sm_90: log2 of the warps that share K
   int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time
-  int steps;         // long K: steps of a warp
+  int steps;         // long K: steps of a warp; bgmv_wide: row tiles of a chunk
   int team;          // float32: threads that share a row of W
 };
 

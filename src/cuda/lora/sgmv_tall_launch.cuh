@@ -16,7 +16,8 @@ Status launch_tall_as(const Launcher& launcher, const SgmvArgs& args, ShrinkPlan
   shape.shared_bytes = S::kRingBytes;
   shape.cluster = plan.cluster;
   CUtensorMap x_map, w_map;
-  const MatrixMap x = {args.d_in, args.rows, args.x_stride, 64, kRows};
+  const int64_t x_stride = args.rows > 1 ? args.x_stride : args.d_in;  // of a single row it may be anything
+  const MatrixMap x = {args.d_in, args.rows, x_stride, 64, kRows};
   const MatrixMap w = kInOut ? MatrixMap{args.d_out, args.d_in, args.d_out, kN, 64}
                              : MatrixMap{args.d_in, args.d_out, args.d_in, 64, S::kColumns};
   cudaError_t error = matrix_map(args.x, x, &x_map);
