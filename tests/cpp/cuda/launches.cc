@@ -23,11 +23,12 @@ punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbo
                                      void** parameters) __asm__("__wrap_" PUNICA_LAUNCH_SYMBOL);
 // Where the code that nvcc makes tells the runtime of a kernel: the only source of names that loads nothing. A kernel's
 // whole module is loaded, and instrumented by compute-sanitizer, when the runtime is asked for its name.
-extern "C" void __real___cudaRegisterFunction(void** module, const char* host, char* device, const char* name, int,
-                                              uint3*, uint3*, dim3*, dim3*, int*);
-extern "C" void __wrap___cudaRegisterFunction(void** module, const char* host, char* device, const char* name,
-                                              int threads, uint3* thread, uint3* block, dim3* block_dim, dim3* grid_dim,
-                                              int* warp_size);
+void real_register(void** module, const char* host, char* device, const char* name, int threads, uint3* thread,
+                   uint3* block, dim3* block_dim, dim3* grid_dim,
+                   int* warp_size) __asm__("__real___cudaRegisterFunction");
+void wrapped_register(void** module, const char* host, char* device, const char* name, int threads, uint3* thread,
+                      uint3* block, dim3* block_dim, dim3* grid_dim,
+                      int* warp_size) __asm__("__wrap___cudaRegisterFunction");
 // NOLINTEND(misc-use-internal-linkage)
 
 namespace {
@@ -63,10 +64,10 @@ class LaunchRecorderAccess {
   static void add(LaunchRecorder* recorder, const char* name) { recorder->kernels_.emplace_back(name); }
 };
 
-void __wrap___cudaRegisterFunction(void** module, const char* host, char* device, const char* name, int threads,
-                                   uint3* thread, uint3* block, dim3* block_dim, dim3* grid_dim, int* warp_size) {
+void wrapped_register(void** module, const char* host, char* device, const char* name, int threads, uint3* thread,
+                      uint3* block, dim3* block_dim, dim3* grid_dim, int* warp_size) {
   kernel_names()[host] = name;
-  __real___cudaRegisterFunction(module, host, device, name, threads, thread, block, block_dim, grid_dim, warp_size);
+  real_register(module, host, device, name, threads, thread, block, block_dim, grid_dim, warp_size);
 }
 
 punica::Status wrapped_launch_symbol(const Launcher* launcher, const void* symbol, KernelState* state,
