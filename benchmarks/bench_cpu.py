@@ -12,10 +12,8 @@ of a rival's.
 """
 
 import argparse
-import datetime
 import gc
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -168,15 +166,12 @@ def main() -> int:
         return 2
 
     result = {
-        "command": " ".join(["python", "benchmarks/bench_cpu.py", *sys.argv[1:]]),
-        "device": device_name(),
+        **results_form.head(
+            " ".join(["python", "benchmarks/bench_cpu.py", *sys.argv[1:]]),
+            device_name(),
+            {name: version(name) for name in ("torch", "peft", "apache-tvm-ffi")},
+        ),
         "threads": threads,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            **{name: version(name) for name in ("torch", "peft", "apache-tvm-ffi")},
-        },
         "isa": {"name": isa, "ran": pk.last_isa(), "peak_instruction": floor.first["peak"]["how"]},
         "floors": {
             "read": {"gb_s": machine.read * 1e-9, "how": floor.first["read"]["how"]},

@@ -14,9 +14,7 @@ taken, and what a floor is: cuda_harness.py. "Alone" calls are launched as the l
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -116,17 +114,12 @@ def write(
     if arguments.output is None:
         return
     result = {
-        "command": " ".join(["python", "benchmarks/bench_cuda.py", *options(arguments)]),
-        "device": torch.cuda.get_device_name(),
+        **results_form.head(
+            " ".join(["python", "benchmarks/bench_cuda.py", *options(arguments)]),
+            torch.cuda.get_device_name(),
+            {"torch": torch.__version__, "cuda": torch.version.cuda, "apache-tvm-ffi": version("apache-tvm-ffi")},
+        ),
         "arch": pk.last_cuda_arch(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "apache-tvm-ffi": version("apache-tvm-ffi"),
-        },
         "rows": rows,
     }
     try:

@@ -9,8 +9,6 @@ real model.
 """
 
 import argparse
-import datetime
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,14 +135,11 @@ def main() -> int:
     print(f"graphs and single launches generate the same tokens: {unchanged}")
     print(f"requests whose tokens an adapter changed: {changed_by_adapters} of {args.batch}")
     result = {
-        "command": " ".join(["python", "benchmarks/bench_engine.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-        },
+        **results_form.head(
+            " ".join(["python", "benchmarks/bench_engine.py", *sys.argv[1:]]),
+            torch.cuda.get_device_name(),
+            {"torch": torch.__version__},
+        ),
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "graphs_equal_single_launches": unchanged,
         "changed_by_adapters": changed_by_adapters,

@@ -15,9 +15,7 @@ Before anything is timed the logits of both ways are compared. Writes peft_<devi
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -204,12 +202,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def given(words: list[str]) -> list[str]:
-    """The arguments, without the folder that results are written to."""
-    at = words.index("--output") if "--output" in words else len(words)
-    return words[:at] + words[at + 2 :]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -240,16 +232,11 @@ def main() -> int:
             agreement["float32" if float32 else str(args.dtype)[6:]] = found
             print(found, flush=True)
     result = {
-        "command": " ".join(["python benchmarks/bench_peft.py", *given(sys.argv[1:])]),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else device_name(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        **results_form.head(
+            " ".join(["python benchmarks/bench_peft.py", *results_form.given(sys.argv[1:])]),
+            torch.cuda.get_device_name() if args.device == "cuda" else device_name(),
+            {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        ),
         "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},
         "agreement": agreement,
         "rows": rows,

@@ -19,8 +19,6 @@ Writes step_cuda.json and step_cuda.md into benchmarks/results.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
 import sys
 import time
@@ -423,18 +421,13 @@ def main() -> int:
     torch.cuda.synchronize()
     say("model, adapters and cache are there")
     rows = measure(bench, args.rounds, args.rivals, say)
-    at = sys.argv.index("--output") if "--output" in sys.argv else len(sys.argv)
-    given = sys.argv[1:at] + sys.argv[at + 2 :]
     result = {
-        "command": " ".join(["python", "benchmarks/bench_step.py", *given]),
-        "device": torch.cuda.get_device_name(),
+        **results_form.head(
+            " ".join(["python", "benchmarks/bench_step.py", *results_form.given(sys.argv[1:])]),
+            torch.cuda.get_device_name(),
+            {"torch": torch.__version__},
+        ),
         "arch": pk.last_cuda_arch(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-        },
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "rows": rows,
     }

@@ -10,7 +10,6 @@ vllm_cpu.md.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -255,17 +254,12 @@ def main() -> None:
         for server in servers.values():
             server.close()
     result = {
-        "command": f"python benchmarks/{Path(__file__).name} --rounds {arguments.rounds} "
-        f"--max-tokens {arguments.max_tokens}",
-        "device": cpu_name(),
+        **results_form.head(
+            f"python benchmarks/{Path(__file__).name} --rounds {arguments.rounds} --max-tokens {arguments.max_tokens}",
+            cpu_name(),
+            {"torch": torch.__version__, "vllm": vllm.__version__},
+        ),
         "isa": pk.active_isa(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-            "vllm": vllm.__version__,
-        },
         "settings": {
             "threads": threads, "rounds": arguments.rounds, "max_tokens": arguments.max_tokens, "batch": BATCH,
             "prompt_tokens": PROMPT, "rank": RANK,

@@ -13,17 +13,14 @@ itself is not at hand: the texts then mean nothing, the arithmetic is that of th
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
-import platform
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import punica_kernels as pk
 import results_form
 import torch
 from punica_kernels import cli
@@ -181,14 +178,11 @@ def main() -> int:
             model, label = args.model, Path(args.model).name
         runs = [compare(model, adapters, dtype, args.max_tokens) for dtype in args.dtypes]
     result = {
-        "command": " ".join(["python", "benchmarks/compare_devices.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-        },
+        **results_form.head(
+            " ".join(["python", "benchmarks/compare_devices.py", *sys.argv[1:]]),
+            torch.cuda.get_device_name(),
+            {"torch": torch.__version__},
+        ),
         "model": label,
         "rows": rows_of(runs),
         "runs": runs,

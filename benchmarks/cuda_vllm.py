@@ -13,9 +13,7 @@ fill Triton's cache first, in processes side by side (TRITON_CACHE_DIR).
 """
 
 import argparse
-import datetime
 import itertools
-import platform
 import statistics
 import subprocess
 import sys
@@ -306,22 +304,17 @@ def main() -> None:
     if arguments.check:
         sys.exit(not check(vllm))
     rows = measure(vllm, start + arguments.seconds)
-    date, device = datetime.datetime.now(datetime.timezone.utc), torch.cuda.get_device_name()
     result = {
-        "command": f"python benchmarks/{Path(__file__).name} --vllm FOLDER",
-        "device": device,
+        **results_form.head(
+            f"python benchmarks/{Path(__file__).name} --vllm FOLDER",
+            torch.cuda.get_device_name(),
+            {"torch": torch.__version__, "triton": sys.modules["triton"].__version__},
+        ),
         "arch": pk.active_cuda_arch(),
-        "date": date.isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "punica-kernels": pk.__version__,
-            "torch": torch.__version__,
-            "triton": sys.modules["triton"].__version__,
-        },
         "settings": {"slots": SLOTS, "max_rank": MAX_RANK, "sets": SETS, "replays": REPLAYS},
         "rows": rows,
     }
-    text = markdown(rows, device, date.date().isoformat())
+    text = markdown(rows, result["device"], result["date"][:10])
     results_form.write(arguments.output / "vllm_cuda.json", result)
     (arguments.output / "vllm_cuda.md").write_text(text)
     print(text)

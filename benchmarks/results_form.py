@@ -9,9 +9,13 @@ A floor or goal of null: there is none. A file may say more, for the whole and f
 import datetime
 import json
 import math
+import platform
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import punica_kernels as pk
 
 TOP = ("command", "device", "date", "versions", "rows")
 ROW = ("work", "unit", "ours", "floor", "goal", "rivals")
@@ -74,6 +78,22 @@ def row_problems(row: Any) -> list[str]:
     if not isinstance(rivals, dict):
         return [*wrong, f"rivals must be an object, got {rivals!r}"]
     return wrong + [f"rivals[{name!r}] must be a figure" for name, value in rivals.items() if not is_figure(value)]
+
+
+def head(command: str, device: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What every file begins with, of now. `versions` of what was measured beside Python and ourselves."""
+    return {
+        "command": command,
+        "device": device,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "punica-kernels": pk.__version__, **versions},
+    }
+
+
+def given(words: Sequence[str]) -> list[str]:
+    """The arguments, without the folder that results are written to."""
+    at = words.index("--output") if "--output" in words else len(words)
+    return [*words[:at], *words[at + 2 :]]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
