@@ -110,7 +110,7 @@ def test_the_programs_write_through_the_form(program):
     """So that a run says at once what is wrong with its file."""
     calls = [node for node in ast.walk(ast.parse((BENCHMARKS / f"{program}.py").read_text())) if is_call(node)]
     names = [ast.unparse(node.func) for node in calls]
-    assert "results_form.write" in names
+    assert {"results_form.head", "results_form.write"} <= set(names)
     assert "json.dumps" not in names and "json.dump" not in names
 
 
@@ -129,6 +129,13 @@ def broken(change):
     result = copy.deepcopy(GOOD)
     change(result)
     return result
+
+
+def test_the_head_is_of_the_form():
+    head = form().head("python benchmarks/bench_cpu.py", "a machine", {"torch": "2.13.0"})
+    assert form().problems({**head, "rows": GOOD["rows"]}) == []
+    assert form().given(["--rounds", "3", "--output", "a folder", "--only", "x"]) == ["--rounds", "3", "--only", "x"]
+    assert form().given(["--rounds", "3"]) == ["--rounds", "3"]
 
 
 def test_what_is_refused(tmp_path):

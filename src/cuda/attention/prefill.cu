@@ -4,71 +4,24 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
 
 #include "src/cuda/attention/counter.cuh"
 #include "src/cuda/attention/prefill.h"
 #include "src/cuda/attention/prefill_mma.h"
 #include "src/cuda/attention/prefill_tensor.cuh"
+#include "src/cuda/common/tensor_map.h"
 
 namespace punica::cuda {
 namespace {
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver that the runtime has loaded: the library links to no driver.
-cudaError_t find_encode(EncodeTiled* encode) {
-  static const auto found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return std::pair(error != cudaSuccess || result == cudaDriverEntryPointSuccess ? error : cudaErrorNotSupported,
-                     reinterpret_cast<EncodeTiled>(function));
-  }();
-  *encode = found.second;
-  return found.first;
-}
-
 // Heads and rows of q or o, `rows` rows of a tile at once, each a query and a head of a group.
 cudaError_t rows_map(const void* data, int64_t stride, const AttentionArgs& args, int rows, CUtensorMap* map) {
-  EncodeTiled encode;
-  if (const cudaError_t error = find_encode(&encode); error != cudaSuccess) return error;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(args.head_dim), static_cast<cuuint64_t>(args.num_heads()),
                               static_cast<cuuint64_t>(args.num_rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.head_dim) * 2, static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(args.group_size),
-                            static_cast<cuuint32_t>(rows / args.group_size)},
-                   steps[] = {1, 1, 1};
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(data), sizes, strides, box,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// All memory: coordinates are an element of a row, a row of those that lie together, and an address / 16 in two digits.
-// A thread keeps the map of its last call: an engine has one.
-cudaError_t tensor_map(int head_dim, int box_rows, CUtensorMap* map) {
-  thread_local struct {
-    int head_dim = 0, box_rows = 0;
-    CUtensorMap map;
-  } cache;
-  if (cache.head_dim != head_dim || cache.box_rows != box_rows) {
-    EncodeTiled encode;
-    if (const cudaError_t error = find_encode(&encode); error != cudaSuccess) return error;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(box_rows),
-                                cuuint64_t{1} << kAddressBits, cuuint64_t{1} << (48 - 4 - kAddressBits)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(head_dim) * 2, 16, cuuint64_t{16} << kAddressBits};
-    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
-    const CUresult result = encode(&cache.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, nullptr, sizes, strides, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-    cache.head_dim = head_dim;
-    cache.box_rows = box_rows;
-  }
-  *map = cache.map;
-  return cudaSuccess;
+                            static_cast<cuuint32_t>(rows / args.group_size)};
+  return box_map(data, 3, sizes, strides, box, map);
 }
 
 // With at least so many items splits stay together: every multiprocessor has work. No bit depends on it.
@@ -144,7 +97,9 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, const RopeTab
   const int64_t page_size = args.page_size;
   call.box_rows = static_cast<int>(std::min<int64_t>(page_size & -page_size, kPrefillKeys));
   PrefillMaps maps = {};
-  if (const cudaError_t error = tensor_map(kDim, call.box_rows, &maps.memory); error != cudaSuccess) {
+  // Rows of those that lie together in a page.
+  const MatrixMap rows = {kDim, call.box_rows, kDim, 64, call.box_rows};
+  if (const cudaError_t error = matrix_map_anywhere(rows, &maps.memory); error != cudaSuccess) {
     return to_status(launcher.op(), error);
   }
   const int processors = launcher.num_multiprocessors();

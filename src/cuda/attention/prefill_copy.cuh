@@ -2,6 +2,7 @@
 #pragma once
 
 #include "src/cuda/attention/prefill_items.cuh"
+#include "src/cuda/common/tensor_map.h"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -79,8 +80,8 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const Pref
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, &maps.memory, c * 64, 0,
-                   static_cast<int>(at & ((uint64_t{1} << kAddressBits) - 1)), static_cast<int>(at >> kAddressBits),
-                   shared_address(full));
+                   static_cast<int>(at & ((uint64_t{1} << kTensorAddressBits) - 1)),
+                   static_cast<int>(at >> kTensorAddressBits), shared_address(full));
         }
       }
       __syncwarp();

@@ -26,8 +26,6 @@ inline constexpr int kCopyWarps = 3;
 // The one whose output is written, the one that is computed, and the next. More would be taken from blocks that are
 // done sooner.
 inline constexpr int kItemsAhead = 3;
-// Addresses are taken apart for the tensor map: 16 * (low + high << kAddressBits).
-inline constexpr int kAddressBits = 31;
 
 // What a block works on. Positions, rows and pages fit into 32 bits (serves_prefill).
 struct PrefillItem {

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "src/cuda/common/driver.h"
 #include "src/cuda/common/launch.h"
 
 namespace punica::cuda {
@@ -11,16 +12,8 @@ using DriverLaunch = CUresult (*)(const CUlaunchConfig*, CUfunction, void**, voi
 DriverLaunch driver_launch() {
   static const DriverLaunch function = [] {
     void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuLaunchKernelEx", &entry, cudaEnableDefault, &found);
-#endif
-    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<DriverLaunch>(entry)
-                                                                        : nullptr;
+    return find_driver_function("cuLaunchKernelEx", &entry) == cudaSuccess ? reinterpret_cast<DriverLaunch>(entry)
+                                                                           : nullptr;
   }();
   return function;
 }

@@ -351,4 +351,24 @@ __device__ __forceinline__ T bits_as(uint16_t bits) {
   }
 }
 
+// Eight elements, in words, to which as many sums times the scale are added.
+template <class T>
+__device__ __forceinline__ Words<4> add_sums(const BgmvArgs& args, const Words<4>& before, const float* sums) {
+  const float4 low = *reinterpret_cast<const float4*>(sums), high = *reinterpret_cast<const float4*>(sums + 4);
+  const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  Words<4> after;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const T value = bits_as<T>(static_cast<uint16_t>(before.values[i] >> (16 * e)));
+      const T sum = from_float<T>(fmaf(args.scale, v[2 * i + e], to_float(value)));
+      word |= static_cast<uint32_t>(bits_of(sum)) << (16 * e);
+    }
+    after.values[i] = word;
+  }
+  return after;
+}
+
 }  // namespace punica::cuda::bgmv

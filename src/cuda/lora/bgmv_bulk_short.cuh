@@ -155,21 +155,7 @@ __device__ __forceinline__ void bgmv_bulk_short(const BgmvArgs& args, const Bulk
       if (row >= rows) break;
       multiply(row);
       if (row < y_count) {
-        const float4 low = *reinterpret_cast<const float4*>(own_sums);
-        const float4 high = *reinterpret_cast<const float4*>(own_sums + 4);
-        const float total[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        Words<4> after;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t word = 0;
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const T value = bits_as<T>(static_cast<uint16_t>(before[r].values[i] >> (16 * e)));
-            const T sum = from_float<T>(fmaf(args.scale, total[2 * i + e], to_float(value)));
-            word |= static_cast<uint32_t>(bits_of(sum)) << (16 * e);
-          }
-          after.values[i] = word;
-        }
+        const Words<4> after = add_sums<T>(args, before[r], own_sums);
         *reinterpret_cast<uint4*>(y + row) =
             make_uint4(after.values[0], after.values[1], after.values[2], after.values[3]);
       }

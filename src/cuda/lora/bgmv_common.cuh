@@ -244,4 +244,20 @@ __device__ __forceinline__ void step_product(float (&sum)[kSums][4], const Words
   }
 }
 
+// Fragments of products of 16 outputs (m) with 8 columns (n), to rows of columns that lie kPitch apart. Lane (g, t).
+template <int kPitch, int kOut, int kRow>
+__device__ __forceinline__ void store_fragments(const float (&sum)[kOut][kRow][4], float* to, int first_row, int g,
+                                                int t) {
+#pragma unroll
+  for (int m = 0; m < kOut; ++m) {
+#pragma unroll
+    for (int n = 0; n < kRow; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        to[(first_row + 8 * n + 2 * t + e % 2) * kPitch + 16 * m + g + e / 2 * 8] = sum[m][n][e];
+      }
+    }
+  }
+}
+
 }  // namespace punica::cuda::bgmv

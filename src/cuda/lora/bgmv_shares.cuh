@@ -111,16 +111,7 @@ __device__ __forceinline__ void shares_accumulate(const BgmvArgs& args, const T*
       }
     }
   }
-#pragma unroll
-  for (int m = 0; m < kOut; ++m) {
-#pragma unroll
-    for (int n = 0; n < kRow; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[(warp * Tile::kRows + 8 * n + 2 * t + e % 2) * Tile::kPitch + 16 * m + g + e / 2 * 8] = sum[m][n][e];
-      }
-    }
-  }
+  store_fragments<Tile::kPitch>(sum, sums, warp * Tile::kRows, g, t);
 }
 
 // A function of its own: what it needs takes no registers of the common way.

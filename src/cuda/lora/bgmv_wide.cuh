@@ -7,6 +7,7 @@
 // their indices say: nothing is searched, and those that name no adapter are not stored.
 #pragma once
 
+#include "src/cuda/lora/bgmv_bulk.cuh"
 #include "src/cuda/lora/bgmv_diagonal.cuh"
 
 namespace punica::cuda::bgmv {
@@ -215,36 +216,14 @@ __global__ void __launch_bounds__(kWideThreads, kSum == WideSum::kSlices ? 1 : 2
           }
         }
       }
-#pragma unroll
-      for (int m = 0; m < kOut; ++m) {
-#pragma unroll
-        for (int n = 0; n < kRow; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            sums[(8 * n + 2 * t + e % 2) * Tile::kPitch + 16 * m + g + e / 2 * 8] = total[m][n][e];
-          }
-        }
-      }
+      store_fragments<Tile::kPitch>(total, sums, 0, g, t);
       __syncwarp();
       if (args.wide_y) {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
           if (!stores(valid, pass)) continue;
           const float* const from = sums + (pass * (32 / kLanes) + lane / kLanes) * Tile::kPitch + lane % kLanes * 8;
-          const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-          const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-          Words<4> after;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            uint32_t word = 0;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const T value = bits_as<T>(static_cast<uint16_t>(before[pass].values[i] >> (16 * e)));
-              const T sum = from_float<T>(fmaf(args.scale, v[2 * i + e], to_float(value)));
-              word |= static_cast<uint32_t>(bits_of(sum)) << (16 * e);
-            }
-            after.values[i] = word;
-          }
+          const Words<4> after = add_sums<T>(args, before[pass], from);
           const int64_t row = tile * kWideRows + pass * (32 / kLanes);
           *reinterpret_cast<uint4*>(y_lane + row * args.y_stride) =
               make_uint4(after.values[0], after.values[1], after.values[2], after.values[3]);

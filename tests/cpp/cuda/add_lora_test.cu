@@ -788,6 +788,14 @@ void run_all() {
   for (int i = 0; i < 40; ++i) garbage_case<T>(i);
 }
 
+// Slices that turn with the case, in rows of y that start at multiples of 16 bytes.
+void set_aligned_columns(Case* c, int turn) {
+  c->offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
+               : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
+                               : std::vector<int64_t>{0, 72, 1000};
+  c->y_pad = static_cast<int>((8 - (c->offsets.back() + 3) % 8) % 8);
+}
+
 // Many rows, everything aligned to 16 bytes or not.
 template <class T>
 void run_many() {
@@ -802,10 +810,7 @@ void run_many() {
       Case c = {};
       c.rows = turn % 2 == 0 ? 2100 : 1100;
       c.h_in = h_in;
-      c.offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
-                  : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
-                                  : std::vector<int64_t>{0, 72, 1000};
-      c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
+      set_aligned_columns(&c, turn);
       c.ranks = ranks;
       c.rank_turn = turn % 2;
       c.pattern = turn % 4;
@@ -844,10 +849,7 @@ void run_few() {
         Case c = {};
         c.rows = rows[i];
         c.h_in = h_in;
-        c.offsets = turn % 3 == 0   ? std::vector<int64_t>{0, 1024}
-                    : turn % 3 == 1 ? std::vector<int64_t>{8, 520, 648, 712}
-                                    : std::vector<int64_t>{0, 72, 1000};
-        c.y_pad = static_cast<int>((8 - (c.offsets.back() + 3) % 8) % 8);
+        set_aligned_columns(&c, turn);
         c.ranks = ranks;
         if (ranks.empty()) c.ranks.assign(rows[i], turn % 2 == 0 ? 16 : 24);  // an adapter a row
         c.rank_turn = turn / 2 % 2;
