@@ -40,20 +40,21 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     const int of = warp - kWarps;
     if (lane < S::kStages) {
       hopper::barrier_init(shared_address(&shared.rings[of].full[lane]), 32);
-      hopper::barrier_init(shared_address(&shared.rings[of].empty[lane]), 2);
+      hopper::barrier_init(shared_address(&shared.rings[of].empty[lane]), 64);
     }
     if (of == kCopyWarps - 1 && lane == 0) {
       hopper::barrier_init(shared_address(&shared.received), 1);
       hopper::barrier_init(shared_address(&shared.drained), kGroups * (S::kBlocks - 1));
       for (int i = 0; i < 2; ++i) {
-        hopper::barrier_init(shared_address(&shared.ready[i]), 1);
-        hopper::barrier_init(shared_address(&shared.done[i]), kWarps + kCopyWarps);
+        hopper::barrier_init(shared_address(&shared.ready[i]), 32);
+        hopper::barrier_init(shared_address(&shared.done[i]), 32 * (kWarps + kCopyWarps));
       }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // waited for below
+  // Waited for below. What it is there for is released by the fence; to release more is to wait for all memory.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   if (!args.early_reads) grid_dependency_wait<kArch>();
   find_work<T>(args, &shared.scratch, &shared.jobs[0].work, [&](uint32_t) { return blockIdx.x >> kClusterBits; });
   if (args.early_reads) {

@@ -116,7 +116,7 @@ struct Consumer {
   __device__ __forceinline__ void add_piece(Sums& sums, int units, int tiles) {
     ring.wait_full();
     if (!kFull && units == 0) {
-      ring.release(b.lane);
+      ring.release();
       return;
     }
     // Of A the next tile is on its way while one is multiplied, if there are registers for it.
@@ -133,7 +133,7 @@ struct Consumer {
         if (j + 1 < kT && (kFull || j + 1 < tiles)) {
           if constexpr (kAhead) read_a(words, j + 1);
         } else {
-          ring.release(b.lane);
+          ring.release();
         }
         if constexpr (kFull) {
           multiply_all<kAlone>(sums[j], a, x);
@@ -257,7 +257,8 @@ struct Consumer {
     __syncwarp();  // v takes the place of parts that this warp alone has read
     if (more) {
       if (b.lane > 0 && b.lane < S::kBlocks) {
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+        // Says that reads have ended; to release writes to the cluster would be to wait for those to y.
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                          hopper::remote_address(shared_address(&shared.drained), b.rank ^ b.lane))
                      : "memory");
       }
@@ -365,7 +366,7 @@ struct Consumer {
     for (int c = (b.rank * kTeams + b.team) * kStrip; c < s.width; c += S::kBlocks * kTeams * kStrip) {
       ring.wait_full();
       if (units == 0) {
-        ring.release(b.lane);
+        ring.release();
         continue;
       }
       const uint32_t from = ring.weights() + 8 * g / kUnitRows * kUnitBytes;
@@ -415,7 +416,7 @@ struct Consumer {
             words[h][e][0] = four.x, words[h][e][1] = four.y, words[h][e][2] = four.z, words[h][e][3] = four.w;
           }
         }
-        if (u == units - 1) ring.release(b.lane);
+        if (u == units - 1) ring.release();
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -487,7 +488,7 @@ struct Consumer {
           first += tiles;
         }
       }
-      end_job(shared, n, b.lane);
+      end_job(shared, n);
     }
   }
 };

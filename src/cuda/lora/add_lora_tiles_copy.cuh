@@ -170,10 +170,10 @@ struct Producer {
         // The place of the tile before.
         if (n > 0) hopper::barrier_wait(shared_address(&b.shared.done[(n + 1) & 1]), (n - 1) >> 1 & 1);
         find_job<T, kT>(b.args, tile + b.step, &b.shared.jobs[(n + 1) & 1]);
-        if (b.lane == 0) hopper::barrier_arrive(shared_address(&b.shared.ready[(n + 1) & 1]));
+        hopper::barrier_arrive(shared_address(&b.shared.ready[(n + 1) & 1]));
       };
       copy_job(b.shared.jobs[n & 1], find_next);
-      end_job(b.shared, n, b.lane);
+      end_job(b.shared, n);
     }
     copy_wait<0>();
   }
