@@ -24,6 +24,27 @@ constexpr int kClusterBits = 1;
 [[maybe_unused]] constexpr int kCopyRegisters = 104;
 [[maybe_unused]] constexpr int kComputeRegisters = 200;
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What is looked for first is in L2 then, where the calls before may have left no room for it: the first lines of the
+// tables, and of `order` what the tile has if segments are in order and have whole tiles.
+__device__ __forceinline__ void prefetch_tables(const Args& args, int warp, int lane) {
+  const auto prefetch = [&](const void* table, int64_t first, int64_t bytes) {
+    first += lane * kLineBytes;
+    if (first < bytes) prefetch_line(static_cast<const char*>(table) + first);
+  };
+  const int64_t adapters = args.num_adapters, slices = args.num_slices;
+  if (warp == 0) prefetch(args.segment_start, 0, 4 * (int64_t{args.max_segments} + 1));
+  if (warp == 1) prefetch(args.segment_adapter, 0, 4 * int64_t{args.max_segments});
+  if (warp == 2) prefetch(args.a_ptr, 0, 8 * slices * adapters);
+  if (warp == 3) prefetch(args.b_ptr, 0, 8 * slices * adapters);
+  if (warp == 4) prefetch(args.ranks, 0, 4 * ((slices - 1) * args.rank_stride + adapters));
+  if (warp == 5) prefetch(args.scales, 0, 4 * ((slices - 1) * args.scale_stride + adapters));
+  if (warp == 6 && lane < 3) {
+    prefetch(args.order, int64_t{blockIdx.x >> kClusterBits} * (4 * kRows), 4 * int64_t{args.capacity});
+  }
+}
+#endif
+
 // Grid: clusters, a tile each. Rows of x and y and what slices begin and end with are multiples of 16 bytes.
 // kT: tiles of 16 ranks of a pass, at most. kAnyLength: otherwise h_in is at most kLeaves pieces.
 template <Arch kArch, class T, int kT, bool kAnyLength>
@@ -55,7 +76,10 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
   __syncwarp();
   // Waited for below. What it is there for is released by the fence; to release more is to wait for all memory.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  if (!args.early_reads) grid_dependency_wait<kArch>();
+  if (!args.early_reads) {
+    prefetch_tables(args, warp, lane);
+    grid_dependency_wait<kArch>();
+  }
   find_work<T>(args, &shared.scratch, &shared.jobs[0].work, [&](uint32_t) { return blockIdx.x >> kClusterBits; });
   if (args.early_reads) {
     grid_dependency_wait<kArch>();

@@ -21,7 +21,7 @@ inline constexpr int kThreads = 32 * (kWarps + kCopyWarps);
 inline constexpr int kRanks = 64;  // of a pass, at most
 inline constexpr int kStrip = 64;  // columns of y
 inline constexpr int kGroups = kRows / 8;
-inline constexpr int kMaxStages = 4;  // of a ring
+inline constexpr int kMaxStages = 3;  // of a ring; with four more is under way and all of it slower
 inline constexpr int kLeaves = 64;    // of pieces of K: see add_lora_ring.cuh
 
 // What a pass takes x for: the ranks of one slice or of several, in tiles of 16.

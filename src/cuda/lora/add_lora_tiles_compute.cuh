@@ -307,22 +307,45 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < kT; ++j) {
       if (j < pass.tiles) {
-        const int first_tile = j - pass.rank_of[j] / 16;
         const bool one = job.work.slices[pass.slice_of[j]].rank <= 16;
+        uint32_t words[2][2];  // of ranks g and g + 8, of rows 2t and 2t + 1: high and low number
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int k = pass.rank_of[j] + g + 8 * h;
-          // The product, and in it the lane, that take rank k.
-          const int product = one ? first_tile : first_tile + k / 32 * 2 + k % 8 / 4;
-          const int to_lane = one ? k / 4 : k % 32 / 8;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            uint16_t* const to =
-                reinterpret_cast<uint16_t*>(b.parts + (product * kGroups + group) * 32 + (2 * t + e) * 4 + to_lane) +
-                k % 4;
-            split<T>(values[j][2 * h + e] * down[j][e], to, to + 4);
+            uint16_t high, low;
+            split<T>(values[j][2 * h + e] * down[j][e], &high, &low);
+            words[h][e] = high | static_cast<uint32_t>(low) << 16;
           }
         }
+        // Four lanes have neighbouring ranks of the same rows: each of them gets all four for one h and e, which lie
+        // next to each other where products read them.
+        const bool odd = g % 2 != 0, upper = g / 2 % 2 != 0;
+        uint32_t two[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t kept = odd ? words[h][1] : words[h][0];
+          const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? words[h][0] : words[h][1], 4);
+          two[h][0] = odd ? got : kept;
+          two[h][1] = odd ? kept : got;
+        }
+        uint32_t four[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t kept = upper ? two[1][i] : two[0][i];
+          const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? two[0][i] : two[1][i], 8);
+          four[i] = upper ? got : kept;
+          four[2 + i] = upper ? kept : got;
+        }
+        // The product, and in it the lane, that take rank k and the three after it.
+        const int k = pass.rank_of[j] + (upper ? 8 : 0) + (g & 4);
+        const int product = j - pass.rank_of[j] / 16 + (one ? 0 : k / 32 * 2 + k % 8 / 4);
+        const int to_lane = one ? k / 4 : k % 32 / 8;
+        uint4 pair;
+        pair.x = __byte_perm(four[0], four[1], 0x5410), pair.y = __byte_perm(four[2], four[3], 0x5410);
+        pair.z = __byte_perm(four[0], four[1], 0x7632), pair.w = __byte_perm(four[2], four[3], 0x7632);
+        reinterpret_cast<uint4*>(b.parts)[(product * kGroups + group) * 32 + (2 * t + (odd ? 1 : 0)) * 4 + to_lane] =
+            pair;
       }
     }
   }
