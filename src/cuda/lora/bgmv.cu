@@ -15,6 +15,7 @@
 #include "src/cuda/lora/bgmv_diagonal_deep.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
+#include "src/cuda/lora/bgmv_row.cuh"
 #include "src/cuda/lora/bgmv_shares.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
 #include "src/cuda/lora/bgmv_wide.cuh"
@@ -107,6 +108,38 @@ Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
                      shape.shared_bytes = deep_shared_bytes(part.group_rows);
                      return launcher.launch<bgmv_diagonal_deep_kernel<Arch::kSm90, T>>(shape, part);
                    });
+}
+
+template <class T>
+Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args) {
+  return for_parts(args, div_up(args.h_out, kRowOutputs), kMaxRowsY,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(tile_count, rows);
+                     shape.block = dim3(32 * kDiagonalWarps);
+                     shape.shared_bytes = kRowShrinkShared;
+                     return launcher.launch<bgmv_row_shrink_kernel<Arch::kSm90, T>>(shape, part);
+                   });
+}
+
+// bgmv_row_expand_kernel by blocks of `warps`.
+template <class T, int kTiles>
+Status launch_row_expand(const Launcher& launcher, const BgmvArgs& args, int warps) {
+  return for_parts(args, div_up(args.h_out, warps * kTiles * kRowTile), kMaxRows,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(rows, tile_count);
+                     shape.block = dim3(32 * warps);
+                     shape.shared_bytes = static_cast<size_t>(warps) * kTiles * kRowTileBytes;
+                     return launcher.launch<bgmv_row_expand_kernel<Arch::kSm90, T, kTiles>>(shape, part);
+                   });
+}
+
+// Whether all blocks that take one row run at once and are enough: a wave of four on a multiprocessor. Without early
+// reads most rows must have an adapter of their own.
+bool row_blocks_fit(const BgmvArgs& args, int64_t outputs) {
+  const int64_t blocks = args.batch * div_up(args.h_out, outputs);
+  return blocks >= kFewBlocks && blocks <= 528 && (args.early_reads || args.batch <= 2 * args.num_adapters);
 }
 
 // What the kernels for one adapter take, about, in us, by measured times: bgmv_diagonal_kernel for every row, four
@@ -246,6 +279,9 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
     if (dense < diagonal) return launch_dense<T>(launcher, args);
   }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  if (whole && args.steps == 2 && ranks == 4 && args.group_rows == 1 && args.vectors) {
+    return launch_row_shrink<T>(launcher, args);
+  }
   if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
@@ -335,6 +371,13 @@ template <class T>
 Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
   if (prefer_wide(args)) return launch_wide<T>(launcher, args);
   if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
+  if (args.h_in == 16 && args.vectors && args.wide_y && !args.one_adapter && args.h_out % kRowTile == 0) {
+    if (row_blocks_fit(args, 8 * kRowTile)) return launch_row_expand<T, 1>(launcher, args, 8);
+    // Two tiles a warp where they need all shared memory that four blocks have: 56 KiB each.
+    if (args.h_out % (14 * kRowTile) == 0 && row_blocks_fit(args, 14 * kRowTile)) {
+      return launch_row_expand<T, 2>(launcher, args, 7);
+    }
+  }
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
          : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)
                            : launch_bulk_short<T, 4>(launcher, args);
