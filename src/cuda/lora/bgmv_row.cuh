@@ -30,15 +30,16 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const void* from) {
 
 // ---- Shrink --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kRowIn = 4096;      // two steps of eight warps
-inline constexpr int kRowOutputs = 4;    // of a block
+inline constexpr int kRowIn = 4096;                         // two steps of eight warps
+inline constexpr int kRowOutputs = 4;                       // of a block
 inline constexpr int kRowPlace = 16 * 32 * kDiagonalWarps;  // bytes from an output's piece to the next one's
 inline constexpr size_t kRowShrinkShared =
     size_t{2} * kRowOutputs * kRowPlace + sizeof(float) * kSlices * kRowOutputs * kDiagonalWarps;
 
 // Grid: (blocks that share the outputs, rows).
 template <Arch kArch, class T>
-__global__ void __launch_bounds__(32 * kDiagonalWarps, 4) bgmv_row_shrink_kernel(const __grid_constant__ BgmvArgs args) {
+__global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
+    bgmv_row_shrink_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kStride = kDiagonalStep * kDiagonalWarps;
     if (args.early_reads) launch_dependents<kArch>();
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4) bgmv_row_shrink_kernel
 #pragma unroll 1
       for (int s = 0; s < 2; ++s) {
         copy_unaligned<T, kRowIn, kRowPlace>(image + kRowOutputs * s * kRowPlace, w + s * kStride,
-                                                          min(rest, kRowOutputs), layer, end);
+                                             min(rest, kRowOutputs), layer, end);
       }
     }
     copy_commit();
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4) bgmv_row_shrink_kernel
 
 // ---- Expand --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kRowTile = 128;       // outputs of a warp at a time
+inline constexpr int kRowTile = 128;        // outputs of a warp at a time
 inline constexpr int kRowTileBytes = 4096;  // of weights
 
 // A warp takes kTiles tiles. Their weights lie in shared memory in pieces of 16 bytes, half a row of W, eight to 128
@@ -224,8 +225,8 @@ __global__ void __launch_bounds__(256, 4) bgmv_row_expand_kernel(const __grid_co
       for (int c = 0; c < 4; ++c) {
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                      : "=r"(a[u][c].values[0]), "=r"(a[u][c].values[1])
-                     : "r"(image + tile * kRowTileBytes + u * 1024 + g * 128 +
-                           ((2 * c + t / 2) ^ (2 * (g % 4))) * 16 + t % 2 * 8)
+                     : "r"(image + tile * kRowTileBytes + u * 1024 + g * 128 + ((2 * c + t / 2) ^ (2 * (g % 4))) * 16 +
+                           t % 2 * 8)
                      : "memory");
       }
     };

@@ -371,7 +371,10 @@ void run_small() {
       if (const punica::Status status = punica::cuda::dispatch_bgmv(p, context); !status.ok()) fail(status.message());
       kernels = recorder.kernels();
     }
-    if (g_cover.needs(kernels, {c.only ? "one adapter" : "several", c.offset ? "unaligned" : c.w_offset ? "unaligned weights" : "aligned",
+    if (g_cover.needs(kernels, {c.only ? "one adapter" : "several",
+                                c.offset     ? "unaligned"
+                                : c.w_offset ? "unaligned weights"
+                                             : "aligned",
                                 c.y_pad ? "strided" : "dense", c.early_reads ? "early" : "in order",
                                 c.batch > 1 ? "rows" : "a row"})) {
       run_case<T>(c, random);
