@@ -165,7 +165,8 @@ __device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_fir
                                              rows, shared, parity);
 }
 
-// Grid: (rows, blocks that share the outputs). Of a group of several rows the blocks of the first two take a tile each.
+// Under early reads alone, and where there are several adapters. Grid: (rows, blocks that share the outputs). Of a
+// group of several rows the blocks of the first two take a tile each.
 template <Arch kArch, class T, int kSteps, int kRounds>
 __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {

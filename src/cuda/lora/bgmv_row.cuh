@@ -9,8 +9,8 @@
 
 namespace punica::cuda::bgmv {
 
-// Copies 16 bytes of weights to shared memory; the pieces of a thread lie kFrom elements apart, and kTo bytes there.
-// Weights that are not aligned are read as the aligned pieces that hold them; then it is a plain store.
+// Brings `count` pieces of 16 bytes of weights that are not aligned to shared memory, by way of the aligned pieces that
+// hold them. They lie kFrom elements apart, and kTo bytes there.
 template <class T, int kFrom, int kTo>
 __device__ __noinline__ void copy_unaligned(uint32_t to, const T* from, int count, const T* begin, const T* end) {
 #pragma unroll 1
