@@ -63,8 +63,8 @@ TensorView ShortcutCall::data(int i) {
   if (!ordinary_) return {};
   PyObject* const tensor = args_[i];
   if (grad_ < 0) grad_ = g_torch.is_grad_enabled();
-  ordinary_ = is_plain(tensor) && !g_torch.is_neg(tensor_in(tensor)) &&
-              (grad_ == 0 || !g_torch.requires_grad(impl_in(tensor)));
+  ordinary_ =
+      is_plain(tensor) && !g_torch.is_neg(tensor_in(tensor)) && (grad_ == 0 || !g_torch.requires_grad(impl_in(tensor)));
   return ordinary_ ? view(tensor) : TensorView{};
 }
 
