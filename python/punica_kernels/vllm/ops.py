@@ -6,7 +6,6 @@ is taken from torch's allocator, as vLLM's own operations take it.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -82,10 +81,10 @@ def _linear(
     scale: float,
 ) -> None:
     tables = _tables.of(a, b)  # in any case, so that the first call makes them
-    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
-    _require_widths(b, widths)
+    _require_columns(x, tables)
+    offsets = tables.offsets(widths, 0)
     if not nobody.item():
-        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), widths, 0, scale)
+        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), offsets, scale)
 
 
 def _shrink(
@@ -101,20 +100,20 @@ def _shrink(
     exact: bool,
 ) -> None:
     tables = _tables.of(a, None)
-    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
-    _require(y.shape == (len(a), len(x), tables.rank), "y", f"shape {(len(a), len(x), tables.rank)}", y)
+    _require_columns(x, tables)
+    _require_shape("y", y, (len(a), len(x), tables.rank))
     if nobody.item():
         y.zero_()
         return
     batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = y.shape
-    widths = [rank] * slices
+    offsets = tables.offsets([rank] * slices, 0)
     high = x.new_zeros(rows, slices * rank)
-    _run(high, x, tables, batch, widths, 0, scale)
+    _run(high, x, tables, batch, offsets, scale)
     y.copy_(high.view(rows, slices, rank).transpose(0, 1))
     if exact and x.dtype != y.dtype:
         low = high.neg_()  # then A x - high is left
-        _run(low, x, tables, batch, widths, 0, scale)
+        _run(low, x, tables, batch, offsets, scale)
         y.add_(low.view(rows, slices, rank).transpose(0, 1))
 
 
@@ -131,8 +130,8 @@ def _expand(
     start: int,
 ) -> None:
     tables = _tables.of(None, b)
-    _require(x.shape == (len(b), len(y), tables.rank), "x", f"shape {(len(b), len(y), tables.rank)}", x)
-    _require_widths(b, widths)
+    _require_shape("x", x, (len(b), len(y), tables.rank))
+    offsets = tables.offsets(widths, start)
     if nobody.item():
         return
     batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
@@ -141,28 +140,27 @@ def _expand(
         rounded = y.new_empty(rows, slices, rank)
         rounded.copy_(x.transpose(0, 1))
         x = rounded
-    _run(y, x.view(rows, slices * rank), tables, batch, widths, start, 1.0)
+    _run(y, x.view(rows, slices * rank), tables, batch, offsets, 1.0)
 
 
 # What add_lora cannot see: it has only the addresses of the weights.
-def _require(ok: bool, name: str, expected: str, got: Tensor) -> None:
-    if not ok:
-        raise RuntimeError(f"punica_kernels.vllm: {name} must have {expected}, got {tuple(got.shape)}")
+def _require_columns(x: Tensor, tables: _tables.Tables) -> None:
+    if x.shape[-1] != tables.h_in:
+        raise RuntimeError(f"punica_kernels.vllm: x must have {tables.h_in} columns, got {tuple(x.shape)}")
 
 
-def _require_widths(b: Sequence[Tensor], widths: Sequence[int]) -> None:
-    if len(widths) != len(b) or any(width > w.shape[-2] for width, w in zip(widths, b, strict=True)):
-        sizes = [w.shape[-2] for w in b]
-        raise RuntimeError(f"punica_kernels.vllm: widths must be at most B's, {sizes}, got {list(widths)}")
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"punica_kernels.vllm: {name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _run(
-    y: Tensor, x: Tensor, tables: _tables.Tables, batch: LoraBatch, widths: Sequence[int], start: int, scale: float
+    y: Tensor, x: Tensor, tables: _tables.Tables, batch: LoraBatch, offsets: tuple[int, ...], scale: float
 ) -> None:
     scales = tables.scales if scale == 1.0 else tables.scales * scale
     add_lora(
-        y, x, tables.a_ptr, tables.b_ptr, tables.ranks, scales, batch, 0, tuple(accumulate(widths, initial=start)),
-        b_row_stride=tables.b_row_stride, max_rank=tables.rank,
+        y, x, tables.a_ptr, tables.b_ptr, tables.ranks, scales, batch, 0, offsets, b_row_stride=tables.b_row_stride,
+        max_rank=tables.rank,
     )  # fmt: skip
 
 
