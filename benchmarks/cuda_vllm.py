@@ -99,7 +99,7 @@ class Work:
             meta.prepare_tensors((first + which) % SLOTS)
             self.metas.append(meta)
 
-    def ours(self) -> None:
+    def ours(self, specialized: bool = False) -> None:
         for call, meta in enumerate(self.metas):
             a, b = self.layer.sets[call % SETS]
             # As PunicaKernelsWrapperGPU.add_lora_linear does.
@@ -108,7 +108,8 @@ class Work:
                 meta.active_lora_ids,
                 meta.lora_token_start_loc,
             )
-            batch = (order, slots, starts, None, meta.no_lora_flag_cpu)
+            segments = meta.num_active_loras_cpu if specialized else meta.default_num_active_loras_cpu
+            batch = (order, slots, starts, None, meta.no_lora_flag_cpu, segments)
             ops.linear(self.y[call % len(self.y)], self.x[call % len(self.x)], a, b, batch, self.layer.widths, 1.0)
 
     def vllms(self, specialized: bool = False) -> None:

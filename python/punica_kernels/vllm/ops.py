@@ -18,12 +18,13 @@ from . import tables as _tables
 
 MAX_SLICES = 16  # of one call of add_lora
 
-# order, segment_adapter, segment_start and counts of a LoraBatch, and a bool on the host, [1]: no row has an adapter.
-# Then nothing is launched, and nothing captured: vLLM captures steps without adapters in graphs of their own. It is a
-# tensor so that compiled code asks for it each time.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+# order, segment_adapter, segment_start and counts of a LoraBatch, and two tensors of one element on the host, so that
+# compiled code asks for them each time. nobody: no row has an adapter. Then nothing is launched, and nothing captured:
+# vLLM captures steps without adapters in graphs of their own. segments: so many, the first ones, may have rows, in replays
+# of a graph that is captured too, and none that has comes behind one that has not.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
-_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody"
+_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody, Tensor segments"
 _SCHEMAS = {
     "linear": f"Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_BATCH}, int[] widths, float scale",
     "shrink": f"Tensor(a!) y, Tensor x, Tensor[] a, {_BATCH}, float scale, bool exact",
@@ -77,6 +78,7 @@ def _linear(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     widths: Sequence[int],
     scale: float,
 ) -> None:
@@ -84,7 +86,8 @@ def _linear(
     _require_columns(x, tables)
     offsets = tables.offsets(widths, 0)
     if not nobody.item():
-        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), offsets, scale)
+        batch = _batch(order, segment_adapter, segment_start, counts, segments, y.shape[0])
+        _run(y, x, tables, batch, offsets, scale)
 
 
 def _shrink(
@@ -96,6 +99,7 @@ def _shrink(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     scale: float,
     exact: bool,
 ) -> None:
@@ -105,8 +109,8 @@ def _shrink(
     if nobody.item():
         y.zero_()
         return
-    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = y.shape
+    batch = _batch(order, segment_adapter, segment_start, counts, segments, rows)
     offsets = tables.offsets([rank] * slices, 0)
     high = x.new_zeros(rows, slices * rank)
     _run(high, x, tables, batch, offsets, scale)
@@ -126,6 +130,7 @@ def _expand(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     widths: Sequence[int],
     start: int,
 ) -> None:
@@ -134,8 +139,8 @@ def _expand(
     offsets = tables.offsets(widths, start)
     if nobody.item():
         return
-    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = x.shape
+    batch = _batch(order, segment_adapter, segment_start, counts, segments, rows)
     if slices > 1 or x.dtype != y.dtype:
         rounded = y.new_empty(rows, slices, rank)
         rounded.copy_(x.transpose(0, 1))
@@ -152,6 +157,18 @@ def _require_columns(x: Tensor, tables: _tables.Tables) -> None:
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise RuntimeError(f"punica_kernels.vllm: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _batch(
+    order: Tensor, segment_adapter: Tensor, segment_start: Tensor, counts: Tensor | None, segments: Tensor, rows: int
+) -> LoraBatch:
+    """A batch without segments that are not in use: the fewer there are, the sooner a block has found its own."""
+    count = int(segments.item())
+    if segment_adapter.is_cuda:
+        count = min(count, rows)  # each in use has a row
+    if count < segment_adapter.shape[0]:
+        segment_adapter, segment_start = segment_adapter[:count], segment_start[: count + 1]
+    return LoraBatch.of(order, segment_adapter, segment_start, counts)
 
 
 def _run(
