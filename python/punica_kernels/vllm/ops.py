@@ -20,8 +20,8 @@ MAX_SLICES = 16  # of one call of add_lora
 
 # order, segment_adapter, segment_start and counts of a LoraBatch, and two tensors of one element on the host, so that
 # compiled code asks for them each time. nobody: no row has an adapter. Then nothing is launched, and nothing captured:
-# vLLM captures steps without adapters in graphs of their own. segments: so many, the first ones, may have rows, in replays
-# of a graph that is captured too, and none that has comes behind one that has not.
+# vLLM captures steps without adapters in graphs of their own. segments: the first so many may have rows, also when a
+# graph that is captured is replayed; none that has comes behind one that has not.
 Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 _BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody, Tensor segments"
