@@ -43,7 +43,7 @@ def function(name: str, *, release_gil: bool = False) -> Any:
 
 
 def _set_up_shortcuts() -> bool:
-    plain = torch.zeros(1)
+    plain = torch.zeros(1, device="cpu")
     negative = torch._neg_view(plain)
     tensors = (x for tensor in (plain, negative) for x in (id(tensor), tensor._cdata))
     names = (vars(forward_ad), sys.intern("_current_level"), _C._increment_version)
