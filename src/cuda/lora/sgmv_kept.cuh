@@ -31,35 +31,6 @@ struct KeptPlan {
   int slots;  // of x
 };
 
-// The tiles of up to 32 segments, for a warp.
-template <class T>
-struct KeptTiles {
-  int64_t start, end, address;
-  uint32_t before, tiles, all;
-
-  __device__ __forceinline__ explicit KeptTiles(const SgmvArgs& args) {
-    const int lane = threadIdx.x % 32;
-    const bool is_there = lane < args.num_segments;
-    const int32_t first = is_there ? args.s_start[lane] : 0, behind = is_there ? args.s_end[lane] : 0;
-    address = is_there ? args.w_ptr[lane] : 0;
-    const SgmvSegment segment = cut_segment<Kept::kRows>(args, first, behind);
-    const uint32_t sum = warp_inclusive_sum(segment.tiles, lane);
-    start = segment.start, end = segment.end, tiles = segment.tiles, before = sum - tiles;
-    all = __shfl_sync(0xffffffffu, sum, 31);
-  }
-
-  // Tile number `tile`, which there is.
-  __device__ __forceinline__ SgmvTile<T> at(const SgmvArgs& args, uint32_t tile) const {
-    const unsigned owner = __ballot_sync(0xffffffffu, tile - before < tiles);
-    const int from = __ffs(owner) - 1;
-    const int64_t row = __shfl_sync(0xffffffffu, start + int64_t{tile - before} * Kept::kRows, from);
-    const int64_t behind = __shfl_sync(0xffffffffu, end, from);
-    const int64_t w = __shfl_sync(0xffffffffu, address, from);
-    return {row, static_cast<int>(min(behind - row, int64_t{Kept::kRows})),
-            reinterpret_cast<const T*>(w) + args.w_offset, all};
-  }
-};
-
 template <Arch kArch, class T, bool kInOut>
 __global__ void __launch_bounds__(Kept::kThreads, 1)
     sgmv_kept(const SgmvArgs args, const KeptPlan plan, const __grid_constant__ CUtensorMap x_map,
@@ -126,7 +97,7 @@ __global__ void __launch_bounds__(Kept::kThreads, 1)
   }
   __syncthreads();
   if (plan.parts > 1) cluster_arrive();
-  const KeptTiles<T> tiles(args);
+  const WarpTiles<T, S::kRows> tiles(args);
   const uint32_t begin = begin_of(tiles.all, cluster), end = begin_of(tiles.all, cluster + 1);
   if (begin == end) {
     if (args.early_reads) grid_dependency_wait<kArch>();
