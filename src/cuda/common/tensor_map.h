@@ -16,6 +16,9 @@ struct MatrixMap {
   int64_t stride;
   int box_columns;  // 64 or 32: the swizzle of 128 or 64 bytes
   int box_rows;
+  // More than 0: the box has so many times 64 columns, those of each 64 in a block of its own, and coordinates are 0,
+  // row and column / 64. For a multiple of 64 columns.
+  int box_units = 0;
 
   bool operator==(const MatrixMap&) const = default;
 };
@@ -28,11 +31,12 @@ inline constexpr int kTensorAddressBits = 31;
 cudaError_t box_map(const void* data, int rank, const cuuint64_t* sizes, const cuuint64_t* strides,
                     const cuuint32_t* box, CUtensorMap* map);
 
-// The map of the matrix at `data`, a multiple of 16 bytes, as `stride` is: coordinates are column and row.
+// The map of the matrix at `data`, a multiple of 16 bytes, as `stride` is: coordinates are column and row. A thread
+// keeps its last ones, as those below.
 cudaError_t matrix_map(const void* data, const MatrixMap& matrix, CUtensorMap* map);
 
 // The map of such matrices wherever they are: coordinates are column, row and the address / 16 in two digits. A map of
-// all memory serves weights and pages whose addresses only the device knows. A thread keeps its last ones.
+// all memory serves weights and pages whose addresses only the device knows. box_units is not for it.
 cudaError_t matrix_map_anywhere(const MatrixMap& matrix, CUtensorMap* map);
 
 }  // namespace punica::cuda

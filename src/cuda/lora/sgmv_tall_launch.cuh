@@ -67,13 +67,10 @@ Status launch_kept(const Launcher& launcher, const SgmvArgs& args, const ShrinkP
   shape.shared_bytes = kept.pairs * S::kPairBytes + kept.slots * S::kPairBytes + 2 * S::kSumsBytes;
   shape.cluster = plan.parts;
   CUtensorMap x_map, w_map;
-  // 64 columns, rows, 64s of columns.
-  const cuuint64_t sizes[] = {64, static_cast<cuuint64_t>(args.rows), static_cast<cuuint64_t>(args.d_in / 64)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.rows > 1 ? args.x_stride : args.d_in) * 2, 128};
-  const cuuint32_t box[] = {64, S::kRows, 2};
+  const int64_t x_stride = args.rows > 1 ? args.x_stride : args.d_in;  // of a single row it may be anything
   const MatrixMap w = kInOut ? MatrixMap{args.d_out, args.d_in, args.d_out, 64, 64}
                              : MatrixMap{args.d_in, args.d_out, args.d_in, 64, S::kColumns};
-  cudaError_t error = box_map(args.x, 3, sizes, strides, box, &x_map);
+  cudaError_t error = matrix_map(args.x, {args.d_in, args.rows, x_stride, 64, S::kRows, 2}, &x_map);
   if (error == cudaSuccess) error = matrix_map_anywhere(w, &w_map);
   if (error != cudaSuccess) return to_status(launcher.op(), error);
   return launcher.launch<sgmv_kept<Arch::kSm90, T, kInOut>>(shape, args, kept, x_map, w_map);
