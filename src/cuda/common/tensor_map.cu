@@ -61,11 +61,6 @@ cudaError_t matrix_map(const void* data, const MatrixMap& matrix, CUtensorMap* m
     const auto rows = static_cast<cuuint64_t>(matrix.rows);
     const auto stride = static_cast<cuuint64_t>(matrix.stride) * 2;
     const auto box_rows = static_cast<cuuint32_t>(matrix.box_rows);
-    if (matrix.box_units > 0) {
-      const cuuint64_t sizes[] = {64, rows, static_cast<cuuint64_t>(matrix.columns / 64)}, strides[] = {stride, 128};
-      const cuuint32_t box[] = {64, box_rows, static_cast<cuuint32_t>(matrix.box_units)};
-      return box_map(data, 3, sizes, strides, box, map);
-    }
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), rows}, strides[] = {stride};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(matrix.box_columns), box_rows};
     return box_map(data, 2, sizes, strides, box, map);

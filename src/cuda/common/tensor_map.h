@@ -16,9 +16,6 @@ struct MatrixMap {
   int64_t stride;
   int box_columns;  // 64 or 32: the swizzle of 128 or 64 bytes
   int box_rows;
-  // More than 0: the box has so many times 64 columns, those of each 64 in a block of its own, and coordinates are 0,
-  // row and column / 64. For a multiple of 64 columns.
-  int box_units = 0;
 
   bool operator==(const MatrixMap&) const = default;
 };
@@ -36,7 +33,7 @@ cudaError_t box_map(const void* data, int rank, const cuuint64_t* sizes, const c
 cudaError_t matrix_map(const void* data, const MatrixMap& matrix, CUtensorMap* map);
 
 // The map of such matrices wherever they are: coordinates are column, row and the address / 16 in two digits. A map of
-// all memory serves weights and pages whose addresses only the device knows. box_units is not for it.
+// all memory serves weights and pages whose addresses only the device knows.
 cudaError_t matrix_map_anywhere(const MatrixMap& matrix, CUtensorMap* map);
 
 }  // namespace punica::cuda

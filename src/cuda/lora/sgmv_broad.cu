@@ -1,6 +1,5 @@
-// sgmv for float16 and bfloat16 on the sm_90 path where sgmv_wide_wgmma.cu serves, all is aligned, and segments are of
-// more than 16 rows: y is what moves, and the products are many. The same bits: all of d_in in the order of K, by
-// products of a warpgroup.
+// sgmv for float16 and bfloat16 on the sm_90 path where sgmv_wide_wgmma.cu serves and all is aligned: y is what moves,
+// and the products are many. The same bits: all of d_in in the order of K, by products of a warpgroup.
 //
 // A block computes 64 or 128 rows x 64 to 256 columns, a warpgroup 64 rows x all columns. Tensor copies fill a ring of
 // steps of 64 of d_in of x and W. Where there are up to 32 segments, blocks stay: the copies of the next tile are under
@@ -10,9 +9,6 @@
 #include "src/cuda/lora/sgmv_shrink_tile.cuh"
 #include "src/cuda/lora/sgmv_wide.cuh"
 
-#ifdef BROAD_SHAPE
-extern int g_broad_shape;
-#endif
 namespace punica::cuda {
 namespace {
 
@@ -252,8 +248,8 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t units = max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns);
   const int64_t room = int64_t{S::kBlocks} * launcher.num_multiprocessors();
   LaunchShape shape;
-  shape.grid = static_cast<unsigned>(args.num_segments <= WarpTiles<T, S::kRows>::kSegments && units > room ? room
-                                                                                                          : units);
+  shape.grid =
+      static_cast<unsigned>(args.num_segments <= WarpTiles<T, S::kRows>::kSegments && units > room ? room : units);
   shape.block = S::kThreads;
   shape.shared_bytes = S::kStages * S::kStageBytes;
   CUtensorMap x_map, w_map;
@@ -269,25 +265,23 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 // A choice of tiles, not of arithmetic.
 template <class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  constexpr int64_t kEnough = 100;  // blocks, to keep an H200 busy
+  constexpr int64_t kEnough = 100;     // blocks, to keep an H200 busy
+  constexpr int64_t kManySteps = 384;  // of d_in, from which on products take longer than y
   const auto blocks = [&](int rows, int width) { return max_tiles(args, rows) * ((args.d_out + width - 1) / width); };
-#ifdef BROAD_SHAPE
-  if (g_broad_shape == 1) return launch<T, kInOut, Broad<2, 256, 1>>(launcher, args);
-  if (g_broad_shape == 2) return launch<T, kInOut, Broad<1, 128, 2>>(launcher, args);
-  if (g_broad_shape == 3) return launch<T, kInOut, Broad<1, 64, 2>>(launcher, args);
-#endif
-  if (args.rows >= 128 * args.num_segments && blocks(128, 256) >= kEnough) {
-    return launch<T, kInOut, Broad<2, 256, 1>>(launcher, args);
+  if (args.rows >= 128 * args.num_segments) {
+    if (args.d_in > kManySteps && blocks(128, 256) >= kEnough) {
+      return launch<T, kInOut, Broad<2, 256, 1>>(launcher, args);
+    }
+    if (blocks(64, 128) >= kEnough) return launch<T, kInOut, Broad<1, 128, 2>>(launcher, args);
   }
-  return blocks(64, 128) >= kEnough ? launch<T, kInOut, Broad<1, 128, 2>>(launcher, args)
-                                    : launch<T, kInOut, Broad<1, 64, 2>>(launcher, args);
+  return launch<T, kInOut, Broad<1, 64, 2>>(launcher, args);
 }
 
 }  // namespace
 
 bool is_sgmv_broad(SgmvWeights weights, const SgmvArgs& args) {
   const int64_t w_row = weights == SgmvWeights::kInOut ? args.d_out : args.d_in;
-  return args.x_aligned && args.y_aligned && args.d_out % 8 == 0 && w_row % 8 == 0 && !short_segments(args);
+  return args.x_aligned && args.y_aligned && args.d_out % 8 == 0 && w_row % 8 == 0;
 }
 
 Status launch_sgmv_broad(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args) {

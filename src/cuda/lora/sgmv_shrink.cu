@@ -90,11 +90,6 @@ Status choose(const Launcher& launcher, const SgmvArgs& args) {
   } else {
     consider_all(kWideShapes);
   }
-  if (args.d_in % 64 == 0 && kept_pairs(args.d_in, plan.parts) <= kKeptPairs && args.num_segments <= kKeptSegments) {
-#ifdef FORCE_KEPT
-    return launch_kept<T, kInOut>(launcher, args, plan);
-#endif
-  }
   return launch_tall<T, kInOut, kN>(launcher, args, plan, tile);
 }
 

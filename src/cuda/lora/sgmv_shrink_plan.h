@@ -39,12 +39,4 @@ Status launch_shrink(const Launcher& launcher, const SgmvArgs& args, const Shrin
 template <class T, bool kInOut, int kN>
 Status launch_tall(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan, const ShrinkTile& tile);
 
-// sgmv_kept.cuh. Pairs of 64 of d_in that a part has at most.
-constexpr int kept_pairs(int64_t d_in, int parts) {
-  return static_cast<int>(((d_in + 127) / 128 + parts - 1) / parts);
-}
-inline constexpr int kKeptPairs = 6, kKeptSegments = 32;  // that it takes at most
-template <class T, bool kInOut>
-Status launch_kept(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan);
-
 }  // namespace punica::cuda

@@ -4,6 +4,5 @@ namespace punica::cuda {
 
 template Status launch_tall<__half, true, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, const ShrinkTile&);
 template Status launch_tall<__half, true, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, const ShrinkTile&);
-template Status launch_kept<__half, true>(const Launcher&, const SgmvArgs&, const ShrinkPlan&);
 
 }  // namespace punica::cuda

@@ -1,9 +1,6 @@
-// Launches of sgmv_tall.cuh and sgmv_kept.cuh: tensor maps and shapes of tiles.
+// Launches of sgmv_tall.cuh: tensor maps and shapes of tiles.
 #pragma once
 
-#include <algorithm>
-
-#include "src/cuda/lora/sgmv_kept.cuh"
 #include "src/cuda/lora/sgmv_shrink_plan.h"
 #include "src/cuda/lora/sgmv_tall.cuh"
 
@@ -50,30 +47,6 @@ Status launch_tall(const Launcher& launcher, const SgmvArgs& args, const ShrinkP
   if (rows == 16) return launch_tall_as<T, kInOut, kN, 1, 16, shrink_levels(kN)>(launcher, args, plan);
   if (rows == 64) return launch_tall_as<T, kInOut, kN, 1, 64, shrink_levels(kN)>(launcher, args, plan);
   return launch_tall_as<T, kInOut, kN, 1, 192, 1>(launcher, args, plan);
-}
-
-template <class T, bool kInOut>
-Status launch_kept(const Launcher& launcher, const SgmvArgs& args, const ShrinkPlan& plan) {
-  using S = Kept;
-  KeptPlan kept = {};
-  kept.parts = plan.parts;
-  kept.pairs = kept_pairs(args.d_in, plan.parts);
-  const int rest = S::kMostBytes - kept.pairs * S::kPairBytes - 2 * S::kSumsBytes;
-  kept.slots = std::min(S::kMostSlots, rest / S::kPairBytes);
-  const int64_t units = max_tiles(args, S::kRows) * ((args.d_out + S::kColumns - 1) / S::kColumns);
-  LaunchShape shape;
-  shape.grid = static_cast<unsigned>(std::min(units, shrink_room(1, plan.parts)) * plan.parts);
-  shape.block = S::kThreads;
-  shape.shared_bytes = kept.pairs * S::kPairBytes + kept.slots * S::kPairBytes + 2 * S::kSumsBytes;
-  shape.cluster = plan.parts;
-  CUtensorMap x_map, w_map;
-  const int64_t x_stride = args.rows > 1 ? args.x_stride : args.d_in;  // of a single row it may be anything
-  const MatrixMap w = kInOut ? MatrixMap{args.d_out, args.d_in, args.d_out, 64, 64}
-                             : MatrixMap{args.d_in, args.d_out, args.d_in, 64, S::kColumns};
-  cudaError_t error = matrix_map(args.x, {args.d_in, args.rows, x_stride, 64, S::kRows, 2}, &x_map);
-  if (error == cudaSuccess) error = matrix_map_anywhere(w, &w_map);
-  if (error != cudaSuccess) return to_status(launcher.op(), error);
-  return launcher.launch<sgmv_kept<Arch::kSm90, T, kInOut>>(shape, args, kept, x_map, w_map);
 }
 
 }  // namespace punica::cuda

@@ -6,6 +6,5 @@ template Status launch_tall<__nv_bfloat16, false, 32>(const Launcher&, const Sgm
                                                       const ShrinkTile&);
 template Status launch_tall<__nv_bfloat16, false, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&,
                                                       const ShrinkTile&);
-template Status launch_kept<__nv_bfloat16, false>(const Launcher&, const SgmvArgs&, const ShrinkPlan&);
 
 }  // namespace punica::cuda

@@ -4,6 +4,5 @@ namespace punica::cuda {
 
 template Status launch_tall<__half, false, 32>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, const ShrinkTile&);
 template Status launch_tall<__half, false, 64>(const Launcher&, const SgmvArgs&, const ShrinkPlan&, const ShrinkTile&);
-template Status launch_kept<__half, false>(const Launcher&, const SgmvArgs&, const ShrinkPlan&);
 
 }  // namespace punica::cuda
