@@ -10,13 +10,15 @@
 #include "src/cuda/lora/sgmv_wide.cuh"
 
 namespace punica::cuda {
-namespace {
+namespace broad {
 
 // kWarpgroups: of 64 rows each. kResident: blocks of a multiprocessor.
 template <int kWarpgroups, int kTileColumns, int kResident>
 struct Broad {
   static constexpr int kRows = kWarpgroups * 64, kColumns = kTileColumns, kBlocks = kResident;
-  static constexpr int kN = kColumns < 128 ? kColumns : 128, kWide = kColumns / kN;  // products along the columns
+  // Products along the columns.
+  static constexpr int kN = kColumns < 128 ? kColumns : 128;
+  static constexpr int kWide = kColumns / kN;
   static constexpr int kConsumers = 128 * kWarpgroups, kFillThreads = 128, kThreads = kConsumers + kFillThreads;
   static constexpr int kXBytes = kRows * 128, kWBytes = kColumns * 128, kStageBytes = kXBytes + kWBytes;
   static constexpr int kMostStages = (kBlocks == 1 ? 225 << 10 : 111 << 10) / kStageBytes;
@@ -25,7 +27,13 @@ struct Broad {
 };
 
 // Registers of a thread that fills and of one that multiplies, where they do not get the same.
-constexpr int kFillRegisters = 56, kMultiplyRegisters = 224;
+inline constexpr int kFillRegisters = 56, kMultiplyRegisters = 224;
+
+}  // namespace broad
+
+namespace {
+
+using namespace broad;
 
 template <Arch kArch, class T, bool kInOut, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
