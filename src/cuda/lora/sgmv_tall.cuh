@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   }
 
   if (guessed) hopper::barrier_wait(guess_barrier, 0);
-  float sums[1][kColumns / 2] = {}, saved[S::kSaved][kColumns / 2];  // products of all columns at once
+  float sums[kWide][kN / 2] = {}, saved[S::kSaved][kWide][kN / 2];
   constexpr int kUnitBytes = kInOut && kN < 64 ? kN * 2 : 128;
   constexpr uint64_t kSwizzle = kUnitBytes == 128 ? 1 : kUnitBytes == 64 ? 2 : 3;
   constexpr uint32_t kWNext = (kInOut ? 16 * kUnitBytes : 32) >> 4;
@@ -237,6 +237,10 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   const auto release = [&](int slot) {
     if (lane == 0) hopper::barrier_arrive(empty_at + slot * 8);
   };
+  const auto pin_sums = [&] {
+#pragma unroll
+    for (int m = 0; m < kWide; ++m) hopper::pin(sums[m]);
+  };
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     hopper::barrier_wait(full_at + slot * 8, turn);
@@ -244,7 +248,12 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
     const uint64_t a = x_descriptor + at, b = w_descriptor + at;
     hopper::products_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) hopper::wgmma_m64k16<T, kColumns, kInOut>(sums[0], a + k * 2, b + k * kWNext);
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int m = 0; m < kWide; ++m) {
+        hopper::wgmma_m64k16<T, kN, kInOut>(sums[m], a + k * 2, b + m * (64 * 128 >> 4) + k * kWNext);
+      }
+    }
     hopper::products_commit();
     hopper::products_wait<1>();
     if (pending >= 0) release(pending);
@@ -252,7 +261,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
     if (++slot == kStages) slot = 0, turn ^= 1;
     if (step + 1 == part_end) {
       hopper::products_wait<0>();
-      hopper::pin(sums[0]);
+      pin_sums();
       release(pending);
       pending = -1;
       bool done = false;
@@ -261,12 +270,18 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
         if (done) continue;
         if (part >> level & 1) {
 #pragma unroll
-          for (int i = 0; i < kColumns / 2; ++i) sums[0][i] += saved[level][i];
+          for (int m = 0; m < kWide; ++m) {
+#pragma unroll
+            for (int i = 0; i < kN / 2; ++i) sums[m][i] += saved[level][m][i];
+          }
         } else {
           done = true;
           if (step + 1 < steps) {
 #pragma unroll
-            for (int i = 0; i < kColumns / 2; ++i) saved[level][i] = sums[0][i], sums[0][i] = 0.0f;
+            for (int m = 0; m < kWide; ++m) {
+#pragma unroll
+              for (int i = 0; i < kN / 2; ++i) saved[level][m][i] = sums[m][i], sums[m][i] = 0.0f;
+            }
           }
         }
       }
@@ -274,7 +289,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
     }
   }
   hopper::products_wait<0>();
-  hopper::pin(sums[0]);
+  pin_sums();
   if constexpr (!kLoadsEarly) end.load();
   if (plan.cluster > 1) {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -282,7 +297,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   } else {
     hopper::named_barrier_sync(2, kConsumers);
   }
-  end.template send<kColumns, 1>(sums, tile.rows, shared, received_barrier);
+  end.template send<kN, kWide>(sums, tile.rows, shared, received_barrier);
   hopper::named_barrier_sync(2, kConsumers);
   if (plan.cluster > 1) hopper::barrier_wait(received_barrier, 0);
   end.add(reinterpret_cast<const float4*>(memory), plan.cluster);
