@@ -58,10 +58,10 @@ Status launch_sgmv_short(const Launcher& launcher, DType dtype, const SgmvArgs& 
 // The same bits for few rows at multiples of 16 bytes.
 bool is_sgmv_split(const SgmvArgs& args);
 Status launch_sgmv_split(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// The same with d_out above 16, or W [d_in, d_out], and at most 512.
+// The same with d_out above 16 and at most 512, W in either layout.
 Status launch_sgmv_shrink_out_in(const Launcher& launcher, DType dtype, const SgmvArgs& args);
 Status launch_sgmv_shrink_in_out(const Launcher& launcher, DType dtype, const SgmvArgs& args);
-// Where d_in is large and d_out small, on the sm_80 path.
+// Otherwise where d_in is large and d_out small: on the sm_80 path, and W [d_in, d_out] with d_out at most 16.
 Status launch_sgmv_deep(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float16 and bfloat16 on sm_90 where d_in is at most 128, y is large and all is aligned: y is what moves. The bits are
 // those of launch_sgmv_expand and launch_sgmv_wide.

@@ -1,5 +1,6 @@
-// sgmv for float16 and bfloat16 on the sm_90 path where sgmv_wide_wgmma.cu serves and all is aligned: y is what moves,
-// and the products are many. The same bits: all of d_in in the order of K, by products of a warpgroup.
+// sgmv for float16 and bfloat16 on the sm_90 path where sgmv_wide_wgmma.cu serves, all is aligned and segments are not
+// short: y is what moves, and the products are many. The same bits: all of d_in in the order of K, by products of a
+// warpgroup.
 //
 // A block computes 64 or 128 rows x 64 to 256 columns, a warpgroup 64 rows x all columns. Tensor copies fill a ring of
 // steps of 64 of d_in of x and W. Where there are up to 32 segments, blocks stay: the copies of the next tile are under
@@ -289,7 +290,8 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 
 bool is_sgmv_broad(SgmvWeights weights, const SgmvArgs& args) {
   const int64_t w_row = weights == SgmvWeights::kInOut ? args.d_out : args.d_in;
-  return args.x_aligned && args.y_aligned && args.d_out % 8 == 0 && w_row % 8 == 0;
+  const bool long_enough = args.rows >= 16 * args.num_segments;  // else most of a tile's rows are others'
+  return long_enough && args.x_aligned && args.y_aligned && args.d_out % 8 == 0 && w_row % 8 == 0;
 }
 
 Status launch_sgmv_broad(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args) {
