@@ -289,9 +289,11 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 }  // namespace
 
 bool is_sgmv_broad(SgmvWeights weights, const SgmvArgs& args) {
+  constexpr int64_t kLeastIn = 256;  // below, a ring has too little to do for what it takes to start
   const int64_t w_row = weights == SgmvWeights::kInOut ? args.d_out : args.d_in;
   const bool long_enough = args.rows >= 16 * args.num_segments;  // else most of a tile's rows are others'
-  return long_enough && args.x_aligned && args.y_aligned && args.d_out % 8 == 0 && w_row % 8 == 0;
+  return args.d_in >= kLeastIn && long_enough && args.x_aligned && args.y_aligned && args.d_out % 8 == 0 &&
+         w_row % 8 == 0;
 }
 
 Status launch_sgmv_broad(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args) {

@@ -172,9 +172,10 @@ int main(int argc, char** argv) {
     // Long sums have tiles of other sizes for long, short and few segments.
     failed += !bfloat16.run(layout, 520, 7168, {700, 300, 20, 128});
     failed += !half.run(layout, 264, 4096, {700, 300, 20, 128});
+    failed += !bfloat16.run(layout, 256, 1032, std::vector<int>(40, 33));
     failed += !bfloat16.run(layout, 136, 4096, many);
     failed += !half.run(layout, 136, 520, {3, 1, 70});
-    shapes += 4;
+    shapes += 5;
   }
   return finish();
 }
