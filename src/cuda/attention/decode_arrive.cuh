@@ -36,9 +36,17 @@ __device__ __forceinline__ void store_hint(int set, DecodeHint hint) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(decode_hints + set), "l"(both) : "memory");
 }
 
+// Adds 1 and returns what was there. Not by an addition: of those the compiler makes one for the whole warp, whose
+// lanes share the answer and so wait for it at once.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // Counts the block as one that will count itself at no query any more. What it returns is for reset_counters().
 __device__ __forceinline__ uint32_t count_block(int set) {
-  return threadIdx.x == 0 ? atomicAdd(decode_counter_sets[set], 1u) : 0;
+  return threadIdx.x == 0 ? count_up(decode_counter_sets[set]) : 0;
 }
 
 __device__ __forceinline__ void reset_counters(int set, uint32_t ended) {
@@ -198,14 +206,17 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
                                             MergeShared<kDim, kThreads>& shared) {
   constexpr int kHeads = MergeShared<kDim, kThreads>::kHeads;
   const int num_heads = note.num_heads;
-  const uint32_t stride = static_cast<uint32_t>(args.num_heads());  // from split to split
+  // From split to split, in bytes of states and of sums: one multiplication finds an address.
+  const uint32_t heads_of_all = static_cast<uint32_t>(args.num_kv_heads) * static_cast<uint32_t>(args.group_size);
+  const uint32_t state_bytes = heads_of_all * 8, sum_bytes = heads_of_all * (kDim * 4);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, its_head = threadIdx.x / (kDim / 4);
   const int dim = threadIdx.x % (kDim / 4) * 4;
 #pragma unroll 1
   for (int base = 0; base < num_heads; base += kHeads) {
     const int heads = min(num_heads - base, kHeads);
-    const float2* const states = note.states + base + warp;
-    const float* const values = note.sums + (base + its_head) * kDim + dim;
+    const unsigned char* const states = reinterpret_cast<const unsigned char*>(note.states + base + warp);
+    const unsigned char* const values =
+        reinterpret_cast<const unsigned char*>(note.sums + (base + its_head) * kDim + dim);
     float group_weight = 0.0f, group[4] = {}, weight = 0.0f, sum[4] = {};
     int all = 1;
 #pragma unroll 1
@@ -222,7 +233,9 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       const int count = min(all - from, 32);
       const uint32_t part = list.parts[min(lane, count - 1)];
       float2 state = make_float2(0.0f, 0.0f);
-      if (warp < heads) state = __ldcg(states + static_cast<uint64_t>(part & kPartSplit) * stride);
+      const float2* const its_states =
+          reinterpret_cast<const float2*>(states + static_cast<uint64_t>(part & kPartSplit) * state_bytes);
+      if (warp < heads) state = __ldcg(its_states);
       // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
       if (its_head < heads) {
         const uint32_t to = shared_address(&shared.values[0][threadIdx.x]);
@@ -235,7 +248,7 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
           for (int j = 0; j < 4; ++j) {
             if (i + j < count) {
               copy_chunk(to + (i + j) * static_cast<uint32_t>(sizeof(shared.values[0])),
-                         values + static_cast<uint64_t>(splits[j] & kPartSplit) * (stride * kDim));
+                         values + static_cast<uint64_t>(splits[j] & kPartSplit) * sum_bytes);
             }
           }
         }
@@ -243,7 +256,7 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       copy_commit();
 #pragma unroll 1
       for (int h = warp; h < heads; h += kThreads / 32) {
-        if (h != warp) state = __ldcg(states + static_cast<uint64_t>(part & kPartSplit) * stride + h - warp);
+        if (h != warp) state = __ldcg(its_states + h - warp);
         find_factors(state, part, h, count, from == 0, shared);
       }
       __syncthreads();
@@ -323,7 +336,7 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (notes[i].piece.count == 0) continue;
-      asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"
+      asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], 0x7fffffff;"
                    : "=r"(before[i])
                    : "l"(decode_counter_sets[set] + 1 + notes[i].first_owner)
                    : "memory");
