@@ -100,21 +100,15 @@ __device__ __forceinline__ void copy_query_rows(uint32_t to, const T* from, int 
   }
 }
 
-// The sums of a query, spread over the block: thread i has dims 4 (i % lanes) + 4 lanes j .. + 3 of heads i / lanes, +
-// kThreads / lanes.. A head has 16 lanes, or 32 where half of the block would have nothing to do.
+// The sums of a query, spread over the block: thread i has dims 4 (i % 16) + 64 j .. + 3 of heads i / 16, + kThreads
+// / 16..
 template <class Shape, int kDim>
 struct DecodeTotal {
   static constexpr int kSlices = (kDim + 63) / 64;
   static constexpr int kHeadStep = Shape::kThreads / 16;
   static constexpr int kRows = Shape::kHeads / kHeadStep;
-  static constexpr bool kWidens = kRows == 1 && kSlices > 1 && Shape::kSumDims == kDim;
   float maximum[kRows], weight[kRows], sums[kRows][4 * kSlices];
-  int lane_bits;
 
-  __device__ __forceinline__ explicit DecodeTotal(int group_size)
-      : lane_bits(kWidens && group_size <= Shape::kHeads / 2 ? 5 : 4) {
-    clear();
-  }
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -124,11 +118,10 @@ struct DecodeTotal {
       for (int i = 0; i < 4 * kSlices; ++i) sums[r][i] = 0.0f;
     }
   }
-  __device__ __forceinline__ int head(int r) const { return (threadIdx.x >> lane_bits) + r * kHeadStep; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x & ((1 << lane_bits) - 1); }
-  __device__ __forceinline__ int dim(int j) const { return 4 * lane() + (4 * j << lane_bits); }
+  __device__ __forceinline__ static int head(int r) { return threadIdx.x / 16 + r * kHeadStep; }
+  __device__ __forceinline__ static int dim(int j) { return threadIdx.x % 16 * 4 + 64 * j; }
 
-  __device__ float4* partial(const AttentionArgs& args, int64_t index, int j) const {
+  __device__ static float4* partial(const AttentionArgs& args, int64_t index, int j) {
     return reinterpret_cast<float4*>(args.partial_sums + index * kDim + dim(j));
   }
   __device__ void fold_in(const DecodeTotal& later) {
@@ -137,11 +130,7 @@ struct DecodeTotal {
       const Fold fold(maximum[r], later.maximum[r]);
       fold(weight[r], later.weight[r]);
 #pragma unroll
-      for (int j = 0; j < kSlices; ++j) {
-        if (dim(j) >= kDim) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) fold(sums[r][4 * j + i], later.sums[r][4 * j + i]);
-      }
+      for (int i = 0; i < 4 * kSlices; ++i) fold(sums[r][i], later.sums[r][i]);
     }
   }
   __device__ void store_partial(const AttentionArgs& args, int64_t slot, int64_t first_head, int num_heads) const {
@@ -155,7 +144,7 @@ struct DecodeTotal {
         *partial(args, index, j) =
             make_float4(sums[r][4 * j], sums[r][4 * j + 1], sums[r][4 * j + 2], sums[r][4 * j + 3]);
       }
-      if (lane() == 0) args.partial_states[index] = make_float2(maximum[r], weight[r]);
+      if (threadIdx.x % 16 == 0) args.partial_states[index] = make_float2(maximum[r], weight[r]);
     }
   }
   template <class T>
@@ -183,7 +172,7 @@ struct DecodeTotal {
           for (int i = 0; i < 4; ++i) to[dim(j) + i] = values.values[i];
         }
       }
-      if (args.lse != nullptr && lane() == 0) {
+      if (args.lse != nullptr && threadIdx.x % 16 == 0) {
         args.lse[static_cast<int64_t>(split.sequence) * args.num_heads() + first_head + head(r)] =
             empty ? minus_infinity() : __fadd_rn(maximum[r], log2f(weight[r]));
       }
@@ -256,7 +245,8 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       for (int i = 0; i < (kDim / 2 + 31) / 32; ++i) turns[i] = rope.turns[lane + 32 * i];
     }
     const DecodeGuess guess = DecodeGuess::make(args, last_hint, group_bits, scan);
-    const typename Addresses::Guess guessed = Addresses::Guess::template make<kDim>(args, guess, page_shift);
+    typename Addresses::Guess guessed;
+    if (guess.splits != 0) guessed = Addresses::Guess::template make<kDim>(args, guess, page_shift);
     if (!early_reads) grid_dependency_wait<kArch>();
 
     Addresses here, next, later;
@@ -342,21 +332,21 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     // Where nothing is left to merge, the block counts itself at once: the answer takes a while.
     uint32_t ended = 0;
     if (merge.counters >= 0 && walk.whole_queries) ended = count_block(merge.counters);
-    Total total(args.group_size), group(args.group_size);
+    Total total, group;
+    total.clear();
+    group.clear();
     int stage = 0;
     bool fresh_query = true;
     bool has_start = false, has_group = false;  // of the query, of the group
     DecodePiece piece = {};
     const int parts = args.num_kv_heads * args.head_tiles;
     const bool by_query = merge.pieces != nullptr && args.num_sequences * parts <= gridDim.x;
-    if (warp == 0) {
-      const bool began_before = merge.counters >= 0 && !walk.whole_queries && split.valid && split.index > 0;
-      const DecodePiece first = {split.count, split.sequence, split.part, split.slot, walk.each, walk.more};
-      if (lane == 0) {
-        notes[0] = notes[1] = {};
-        if (began_before) notes[0] = DecodeNote::make(args, first, group_bits, Shape::kHeads);
+    if (thread == 0) {
+      notes[0] = notes[1] = {};
+      if (merge.counters >= 0 && !walk.whole_queries && split.valid && split.index > 0) {
+        notes[0] = DecodeNote::make(args, {split.count, split.sequence, split.part, split.slot, walk.each, walk.more},
+                                    group_bits, Shape::kHeads);
       }
-      if (began_before) list_parts(DecodeParts(first, parts, group_bits), 0, *list);
     }
     if (merge.counters >= 0 && !early_reads && blockIdx.x == 0 && thread == 0 &&
         (hint.splits != last_hint.splits || hint.pages != last_hint.pages)) {
@@ -464,7 +454,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < Total::kRows; ++r) {
-          const int head = total.head(r);
+          const int head = Total::head(r);
           if (head >= num_heads) continue;
           float top = minus_infinity(), weight = 0.0f, decay[Shape::kWarps];
 #pragma unroll
@@ -481,12 +471,12 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
           const int64_t index = static_cast<int64_t>(split.slot + split.index) * args.num_heads() + first_head + head;
 #pragma unroll
           for (int j = dims / 64; j < Total::kSlices && 64 * j < dims + Shape::kSumDims; ++j) {
-            if (total.dim(j) >= kDim) continue;
+            if (Total::dim(j) >= kDim) continue;
             float value[4] = {};
 #pragma unroll
             for (int w = 0; w < Shape::kWarps; ++w) {
               const float4 v = *reinterpret_cast<const float4*>(all_sums + (w * Shape::kHeads + head) * Shape::kSumRow +
-                                                                total.dim(j) - dims);
+                                                                Total::dim(j) - dims);
               value[0] = __fmaf_rn(v.x, decay[w], value[0]);
               value[1] = __fmaf_rn(v.y, decay[w], value[1]);
               value[2] = __fmaf_rn(v.z, decay[w], value[2]);
@@ -496,14 +486,14 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
 #pragma unroll
               for (int i = 0; i < 4; ++i) fold(group.sums[r][4 * j + i], value[i]);
             } else {
-              *total.partial(args, index, j) = make_float4(value[0], value[1], value[2], value[3]);
+              *Total::partial(args, index, j) = make_float4(value[0], value[1], value[2], value[3]);
             }
           }
           if (dims + Shape::kSumDims < kDim) continue;
           if (has_group) {
             fold(group.weight[r], weight);
             group.maximum[r] = maximum;
-          } else if (total.lane() == 0) {
+          } else if (thread % 16 == 0) {
             args.partial_states[index] = make_float2(top, weight);
           }
         }

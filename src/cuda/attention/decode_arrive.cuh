@@ -323,8 +323,8 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
 }
 
 // All threads call it when the block's parts are stored. notes[0]: the query that began before this block and ends in
-// it or behind it, whose parts are in the list; notes[1]: the one that begins in it and ends behind it; counts of 0
-// where there is none. `flags` holds 2 values in shared memory. Returns what count_block() does.
+// it or behind it; notes[1]: the one that begins in it and ends behind it; counts of 0 where there is none. `flags`
+// holds 2 values in shared memory. Returns what count_block() does.
 template <class T, int kDim, int kThreads>
 __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodeNote* notes, int set,
                                                      int group_bits, bool aligned, int32_t* flags, DecodeList& list,
@@ -348,8 +348,8 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
   }
   // Meanwhile another warp prepares to merge, in case that this block is the last one.
   const int prepared = notes[0].piece.count != 0 ? 0 : 1;
-  if (threadIdx.x / 32 == 1 && prepared == 1 && notes[1].piece.count != 0) {
-    list_parts(DecodeParts(notes[1].piece, args.num_kv_heads * args.head_tiles, group_bits), 0, list);
+  if (threadIdx.x / 32 == 1 && notes[prepared].piece.count != 0) {
+    list_parts(DecodeParts(notes[prepared].piece, args.num_kv_heads * args.head_tiles, group_bits), 0, list);
   }
   __syncthreads();
   // The counts above have come back: none of this launch comes after the zeros.
