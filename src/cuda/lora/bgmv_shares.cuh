@@ -121,6 +121,125 @@ __device__ __noinline__ void shares_accumulate_unaligned(const BgmvArgs& args, c
   shares_accumulate<kArch, T, kOut, kRow, false>(args, w, b, m_block, share, sums);
 }
 
+// One share of K of a tile that the warps share: slice after slice, two steps at a time.
+template <Arch kArch, class T, int kOut, int kRow, bool kAligned>
+__device__ __forceinline__ void shares_accumulate_tile(const BgmvArgs& args, const T* w, int64_t b, int m_block,
+                                                       int share, unsigned char* ring) {
+  using Tile = SharesTile<kOut, kRow>;
+  constexpr int kStages = Tile::kSharedStages, kStageBytes = Tile::kSharedStageBytes;
+  constexpr int kOutWarps = kOut / 4, kApart = kSharesThreads / 8, kWarpOut = 4, kWarpRow = 4;
+  static_assert(kOut / kWarpOut * kRow / kWarpRow == kSlices);
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int h_in = args.h_in, outputs = args.h_out - m_block, pairs = (args.steps + 1) / 2;
+  const int count = static_cast<int>(min(args.batch - b, int64_t{Tile::kRows}));
+  const int stride = kDiagonalStep << args.k_warp_bits;
+  const T* const x_begin = static_cast<const T*>(args.x);
+  // A copy of a thread: 16 bytes of lines row, row + kApart, ...
+  const int row = tid / 8, piece = tid % 8;
+  const int k_thread = share * kDiagonalStep + piece / 4 * stride + piece % 4 * 8;
+  const T* const w_thread = w + static_cast<int64_t>(m_block + row) * h_in + k_thread;
+  const T* const x_thread = x_begin + (b + row) * args.x_stride + k_thread;
+  unsigned char* const place = ring + 128 * row + 16 * (piece ^ (row % 2 * 4));
+  const auto copy_lines = [&](const T* from, int64_t row_stride, int k, int lines, int used, unsigned char* to,
+                              const T* begin, const T* end) {
+    from += k;
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int i = 0; i < lines / kApart; ++i) {
+        start_copy<4>(reinterpret_cast<Words<4>*>(to + i * kApart * 128), from,
+                      k_thread + k < h_in && row + i * kApart < used);
+        from += kApart * row_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < lines / kApart; ++i) {
+        Unaligned<4> words;
+        words.start(from, row + i * kApart < used ? h_in - k_thread - k : 0, begin, end);
+        *reinterpret_cast<Words<4>*>(to + i * kApart * 128) = words.finish();
+        from += kApart * row_stride;
+      }
+    }
+  };
+  const auto copy_w = [&](int slice, int pair, int stage) {
+    copy_lines(w_thread, h_in, 32 * slice + 2 * stride * pair, Tile::kOutputs, outputs, place + stage * kStageBytes, w,
+               w + static_cast<int64_t>(args.h_out) * h_in);
+  };
+  const auto copy_x = [&](int slice, int pair, int stage) {
+    copy_lines(x_thread, args.x_stride, 32 * slice + 2 * stride * pair, Tile::kRows, count,
+               place + stage * kStageBytes + 128 * Tile::kOutputs, x_begin, x_end(args, x_begin));
+  };
+  if (args.early_reads) {
+#pragma unroll 1
+    for (int i = 0; i < min(kStages - 1, kSlices * pairs); ++i) copy_w(i / pairs, i % pairs, i);
+    grid_dependency_wait<kArch>();
+  }
+  int copy_slice = 0, copy_pair = 0, copy_stage = 0;
+  const auto start = [&](bool weights) {
+    if (copy_slice < kSlices) {
+      if (weights) copy_w(copy_slice, copy_pair, copy_stage);
+      copy_x(copy_slice, copy_pair, copy_stage);
+      copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
+      if (++copy_pair == pairs) {
+        copy_pair = 0;
+        ++copy_slice;
+      }
+    }
+    copy_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) start(!args.early_reads);
+
+  float total[kWarpOut][kWarpRow][4], sum[kWarpOut][kWarpRow][4];
+#pragma unroll
+  for (int i = 0; i < kWarpOut * kWarpRow * 4; ++i) total[i / 4 / kWarpRow][i / 4 % kWarpRow][i % 4] = 0;
+  const int out_warp = warp % kOutWarps, row_warp = warp / kOutWarps;
+  const unsigned char* const w_lane = ring + 128 * (64 * out_warp + g);
+  const unsigned char* const x_lane = ring + 128 * (Tile::kOutputs + 32 * row_warp + g);
+  int stage = 0;
+#pragma unroll 1
+  for (int slice = 0; slice < kSlices; ++slice) {
+#pragma unroll
+    for (int i = 0; i < kWarpOut * kWarpRow * 4; ++i) sum[i / 4 / kWarpRow][i / 4 % kWarpRow][i % 4] = 0;
+#pragma unroll 1
+    for (int pair = 0; pair < pairs; ++pair) {
+      copy_wait<kStages - 2>();
+      __syncthreads();  // this unit is there, and nobody reads the one before
+      start(true);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int at = stage * kStageBytes + 16 * ((4 * s + t) ^ (g % 2 * 4));
+        Words<4> a[2 * kWarpOut];
+#pragma unroll
+        for (int q = 0; q < 2 * kWarpOut; ++q) a[q] = *reinterpret_cast<const Words<4>*>(w_lane + at + 128 * 8 * q);
+#pragma unroll
+        for (int n = 0; n < kWarpRow; ++n) {
+          const Words<4> xw = *reinterpret_cast<const Words<4>*>(x_lane + at + 128 * 8 * n);
+#pragma unroll
+          for (int m = 0; m < kWarpOut; ++m) {
+            float product[4];
+            step_product_from_zero<T>(product, a[2 * m], a[2 * m + 1], xw);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[m][n][e] += product[e];
+          }
+        }
+      }
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+#pragma unroll
+    for (int i = 0; i < kWarpOut * kWarpRow * 4; ++i) {
+      total[i / 4 / kWarpRow][i / 4 % kWarpRow][i % 4] += sum[i / 4 / kWarpRow][i / 4 % kWarpRow][i % 4];
+    }
+  }
+  __syncthreads();  // the ring is used no more
+  store_fragments<Tile::kPitch>(total, reinterpret_cast<float*>(ring) + 64 * out_warp, 32 * row_warp, g, t);
+}
+
+template <Arch kArch, class T, int kOut, int kRow>
+__device__ __noinline__ void shares_accumulate_tile_unaligned(const BgmvArgs& args, const T* w, int64_t b, int m_block,
+                                                              int share, unsigned char* ring) {
+  shares_accumulate_tile<kArch, T, kOut, kRow, false>(args, w, b, m_block, share, ring);
+}
+
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -182,7 +301,7 @@ __global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
         barrier_init_fence();
         barrier_expect(full, static_cast<int>(sizeof(float)) * Tile::kPairs);
       }
-      cluster_arrive();
+      if constexpr (!Tile::kShared) cluster_arrive();
     }
     const auto y_of = [&](int pair) {
       return static_cast<T*>(args.y) + (b + pair / Tile::kOutputs) * args.y_stride + m_block + pair % Tile::kOutputs;
@@ -205,11 +324,19 @@ __global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
     const uint32_t valid = __ballot_sync(0xffffffffu, index == 0);
     if (valid == 0) {
       if (args.early_reads) grid_dependency_wait<kArch>();
-      if (shares > 1) cluster_wait();
+      if (!Tile::kShared && shares > 1) cluster_wait();
       return;
     }
     const T* const w = reinterpret_cast<const T*>(address) + args.layer_offset;
-    if (args.vectors && reinterpret_cast<uintptr_t>(w) % 16 == 0) {
+    const bool aligned = args.vectors && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    if constexpr (Tile::kShared) {
+      if (aligned) {
+        shares_accumulate_tile<kArch, T, kOut, kRow, true>(args, w, b, m_block, share, ring);
+      } else {
+        shares_accumulate_tile_unaligned<kArch, T, kOut, kRow>(args, w, b, m_block, share, ring);
+      }
+      if (shares > 1) cluster_arrive();  // what blocks send lies where the ring was
+    } else if (aligned) {
       shares_accumulate<kArch, T, kOut, kRow, true>(args, w, b, m_block, share, sums);
     } else {
       shares_accumulate_unaligned<kArch, T, kOut, kRow>(args, w, b, m_block, share, sums);
@@ -221,7 +348,7 @@ __global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
     const auto add_slices = [&](int pair, float (&total)[kVector]) {
       const float* from = sums + pair / Tile::kOutputs * Tile::kPitch + pair % Tile::kOutputs;
 #pragma unroll
-      for (int slice = 0; slice < kSlices; ++slice) {
+      for (int slice = 0; slice < Tile::kSums; ++slice) {
         const auto v = *reinterpret_cast<const Vec<float, kVector>*>(from);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) total[i] = slice == 0 ? v.values[i] : total[i] + v.values[i];
