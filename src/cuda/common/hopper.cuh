@@ -108,6 +108,12 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// Brings a map, a kernel's __grid_constant__ argument, to where the copy engine looks for it: the first copy waits for
+// memory otherwise. The argument is the kernel's own, so this may come before the wait for the kernel before.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // From shared memory; what is outside of the tensor is left out. Writes of other threads to shared memory have to be
 // visible to the copy engine (fence_async_proxy).
 __device__ __forceinline__ void store_box(uint32_t from, const CUtensorMap* map, int c0, int c1, int c2) {
