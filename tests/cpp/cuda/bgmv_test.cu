@@ -439,8 +439,9 @@ void run_all() {
     }
   }
   // So many rows and outputs of one adapter that the weights stay in shared memory while rows pass.
-  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504}, {64, 3504}, {100, 3500},
-                                              {128, 3504}, {200, 700},  {256, 704}, {264, 704}, {512, 700}};
+  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504},  {64, 3504},
+                                              {100, 3500}, {128, 3504}, {200, 1900}, {256, 1904},
+                                              {264, 1904}, {512, 1900}, {512, 10008}};
   for (const auto& [h_in, h_out] : wide) {
     const bool odd = h_in % 8 != 0;
     run_case<T>({301, h_in, h_out, 1, odd ? 4 : 8, odd ? 3 : 8, 0, h_in % 16 == 0, true, odd, true}, random);
