@@ -57,30 +57,37 @@ def overhead_rows(floors: FloorLibrary) -> list[dict[str, Any]]:
         floors.launches(overhead.BLOCK, dependent)
         return (time.perf_counter() - start) / overhead.BLOCK
 
-    bare(True)
-    plain, launch = (statistics.median(bare(dependent) for _ in range(40)) for dependent in (False, True))
-    print(f"a bare launch: {plain * 1e6:.2f} us, as a programmatic dependent {launch * 1e6:.2f} us", flush=True)
     rows = []
     calls = overhead.tiny_calls("cuda")
+    bare(True)
+    for call in calls.values():
+        call()
     for busy in (False, True):
-        for name, call in calls.items():
-            times = []
-            for _ in range(5 if busy else 40):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        plain, launch = [], []
+        # In turns: the host's pace changes by more than half within minutes.
+        for _ in range(5 if busy else 40):
+            plain.append(bare(False))
+            launch.append(bare(True))
+            for name, call in calls.items():
                 torch.cuda.synchronize()
                 if busy:
                     with overhead.busy_thread():
-                        times.append(overhead.beside(call))
+                        times[name].append(overhead.beside(call))
                 else:
-                    times.append(overhead.alone(call))
+                    times[name].append(overhead.alone(call))
+        floor = statistics.median(launch) * 1e6
+        print(f"a bare launch: {statistics.median(plain) * 1e6:.2f} us, as a programmatic dependent {floor:.2f} us")
+        for name in calls:
             goal = OVERHEAD_GOALS.get(name) if not busy else None
             rows.append(
                 {
                     "group": OVERHEAD,
                     "work": f"{name}, beside a busy Python thread" if busy else name,
                     "unit": "us",
-                    "ours": statistics.median(times) * 1e6,
-                    "floor": launch * 1e6,
-                    "goal": None if goal is None else launch * 1e6 + goal,
+                    "ours": statistics.median(times[name]) * 1e6,
+                    "floor": floor,
+                    "goal": None if goal is None else floor + goal,
                     "rivals": {},
                 }
             )

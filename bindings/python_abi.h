@@ -30,12 +30,7 @@ PUNICA_PYTHON void PyErr_SetString(PyObject* type, const char* message);
 PUNICA_PYTHON double PyFloat_AsDouble(PyObject* value);
 PUNICA_PYTHON long long PyLong_AsLongLong(PyObject* value);                     // NOLINT(google-runtime-int)
 PUNICA_PYTHON PyObject* PyObject_CallFunctionObjArgs(PyObject* function, ...);  // the last argument is null
-PUNICA_PYTHON PyObject* PyObject_CallNoArgs(PyObject* function);
-PUNICA_PYTHON PyObject* PyObject_GetAttr(PyObject* object, PyObject* name);
 PUNICA_PYTHON PyObject* PyObject_Type(PyObject* object);
-// From 3.11 on; `count` may have a flag on top.
-PUNICA_PYTHON PyObject* PyObject_Vectorcall(PyObject* function, PyObject* const* args, std::size_t count,
-                                            PyObject* names);
 PUNICA_PYTHON PyObject* PySequence_GetItem(PyObject* sequence, std::ptrdiff_t i);  // a new reference
 PUNICA_PYTHON std::ptrdiff_t PySequence_Size(PyObject* sequence);
 PUNICA_PYTHON PyObject* PyTuple_GetItem(PyObject* tuple, std::ptrdiff_t i);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings/settings.h"
+#include "bindings/torch_functions.h"
 #include "punica/build.h"
 
 namespace punica::bindings {
@@ -14,43 +15,19 @@ namespace {
 struct Python {
   PyObject *tensor_type, *parameter_type, *int_type, *float_type, *tuple_type, *list_type;
   PyObject *none, *yes, *no, *runtime_error;
-  PyObject *dispatch_stack_size, *forward_ad, *forward_ad_level;  // a dictionary, and a name in it
-  PyObject *is_grad_enabled, *requires_grad;                      // a name too
-  PyObject *is_neg, *get_num_threads, *increment_version;
+  PyObject *forward_ad, *forward_ad_level;  // a dictionary, and a name in it
+  PyObject* increment_version;
 };
 Python g_python;
 const DLPackExchangeAPI* g_exchange = nullptr;
+TorchFunctions g_torch;
+std::ptrdiff_t g_tensor_offset = 0;  // of the at::Tensor in a Python tensor
 
-// The value of a call that gives an int; -1 after an exception, which is gone.
-int64_t to_int(PyObject* value) {
-  int64_t result = -1;
-  if (value != nullptr) {
-    result = PyLong_AsLongLong(value);
-    Py_DecRef(value);
-  }
-  if (result == -1) PyErr_Clear();
-  return result;
-}
-
-// Owned references are given back at once: what is compared with lives as long as Python.
-bool is(PyObject* owned, PyObject* what) {
-  if (owned == nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  Py_DecRef(owned);
-  return owned == what;
-}
+const void* tensor_in(PyObject* object) { return reinterpret_cast<const char*>(object) + g_tensor_offset; }
+const void* impl_in(PyObject* object) { return *static_cast<const void* const*>(tensor_in(object)); }
 
 // Where Python's stable ABI has it (set_up_shortcuts() looks): behind the count of references.
 PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject**>(object)[1]; }
-
-PyObject* call(PyObject* function) { return PyObject_CallNoArgs(function); }
-
-PyObject* call(PyObject* function, PyObject* argument) {
-  if (PyObject_Vectorcall == nullptr) return PyObject_CallFunctionObjArgs(function, argument, nullptr);
-  return PyObject_Vectorcall(function, &argument, 1, nullptr);
-}
 
 bool is_plain(PyObject* object) {
   PyObject* const type = type_of(object);
@@ -61,7 +38,7 @@ bool is_plain(PyObject* object) {
 // operation's validation refuses, and the others are plain.
 bool is_intercepted() {
   PyObject* const level = PyDict_GetItemWithError(g_python.forward_ad, g_python.forward_ad_level);
-  return level == nullptr || PyLong_AsLongLong(level) >= 0 || to_int(call(g_python.dispatch_stack_size)) != 0;
+  return level == nullptr || PyLong_AsLongLong(level) >= 0 || g_torch.dispatch_stack_size() != 0;
 }
 
 }  // namespace
@@ -73,8 +50,9 @@ bool ShortcutCall::is_none(int i) const { return ordinary_ && args_[i] == g_pyth
 
 TensorView ShortcutCall::view(PyObject* tensor) {
   DLTensor dl;
-  if (g_exchange->dltensor_from_py_object_no_sync(tensor, &dl) != 0) {
-    PyErr_Clear();
+  try {
+    g_torch.to_dlpack(tensor_in(tensor), &dl);
+  } catch (...) {
     ordinary_ = false;
     return {};
   }
@@ -84,9 +62,9 @@ TensorView ShortcutCall::view(PyObject* tensor) {
 TensorView ShortcutCall::data(int i) {
   if (!ordinary_) return {};
   PyObject* const tensor = args_[i];
-  if (grad_ < 0) grad_ = !is(call(g_python.is_grad_enabled), g_python.no);
-  ordinary_ = is_plain(tensor) && is(call(g_python.is_neg, tensor), g_python.no) &&
-              (grad_ == 0 || is(PyObject_GetAttr(tensor, g_python.requires_grad), g_python.no));
+  if (grad_ < 0) grad_ = g_torch.is_grad_enabled();
+  ordinary_ =
+      is_plain(tensor) && !g_torch.is_neg(tensor_in(tensor)) && (grad_ == 0 || !g_torch.requires_grad(impl_in(tensor)));
   return ordinary_ ? view(tensor) : TensorView{};
 }
 
@@ -142,7 +120,7 @@ double ShortcutCall::number(int i) {
 bool ShortcutCall::prepare(const TensorView& on, bool is_long, Context* context) const {
   if (on.device.type == DeviceType::kCpu) {
     if (is_long) return false;
-    context->num_threads = static_cast<int>(to_int(call(g_python.get_num_threads)));
+    context->num_threads = g_torch.get_num_threads();
     return true;
   }
   // Checks of contents wait for the device, and have a warning to give.
@@ -154,20 +132,22 @@ bool ShortcutCall::prepare(const TensorView& on, bool is_long, Context* context)
 }
 
 bool ShortcutCall::count_up(std::initializer_list<int> written) const {
-  std::ptrdiff_t count = 0;
-  for (const int i : written) count += args_[i] != g_python.none;
-  PyObject* const tensors = PyTuple_New(count);
-  if (tensors == nullptr) return false;
-  count = 0;
   for (const int i : written) {
     if (args_[i] == g_python.none) continue;
-    Py_IncRef(args_[i]);
-    PyTuple_SetItem(tensors, count++, args_[i]);
+    try {
+      g_torch.bump_version(tensor_in(args_[i]));
+    } catch (...) {
+      // Inference tensors outside inference mode have none: Python's function raises what says so.
+      PyObject* const one = PyTuple_New(1);
+      if (one == nullptr) return false;
+      Py_IncRef(args_[i]);
+      PyTuple_SetItem(one, 0, args_[i]);
+      PyObject* const result = PyObject_CallFunctionObjArgs(g_python.increment_version, one, nullptr);
+      Py_DecRef(one);
+      if (result == nullptr) return false;
+      Py_DecRef(result);
+    }
   }
-  PyObject* const result = call(g_python.increment_version, tensors);
-  Py_DecRef(tensors);
-  if (result == nullptr) return false;
-  Py_DecRef(result);
   return true;
 }
 
@@ -216,14 +196,34 @@ namespace {
 
 PyObject* to_object(void* address) { return static_cast<PyObject*>(address); }
 
+// Where both tensors hold what they are said to point to; -1: nowhere.
+std::ptrdiff_t find_tensor_offset(PyObject* const* tensors, const void* const* impls, std::ptrdiff_t size) {
+  constexpr std::ptrdiff_t kWord = sizeof(void*);
+  for (std::ptrdiff_t at = 2 * kWord; at + kWord <= size; at += kWord) {
+    const auto holds = [&](int i) {
+      return *reinterpret_cast<const void* const*>(reinterpret_cast<const char*>(tensors[i]) + at) == impls[i];
+    };
+    if (holds(0) && holds(1)) return at;
+  }
+  return -1;
+}
+
+// A plain tensor and a lazy negative view, with what they point to; size: of such an object.
+bool set_up_tensors(void* plain, void* plain_impl, void* negative, void* negative_impl, int64_t size) {
+  PyObject* const tensors[] = {to_object(plain), to_object(negative)};
+  const void* const impls[] = {plain_impl, negative_impl};
+  g_tensor_offset = find_tensor_offset(tensors, impls, size);
+  return g_tensor_offset > 0 && find_torch_functions(&g_torch) && !g_torch.is_neg(tensor_in(tensors[0])) &&
+         g_torch.is_neg(tensor_in(tensors[1]));
+}
+
 // objects: a tuple of what struct Python wants, in its order; capsule: torch.Tensor.__dlpack_c_exchange_api__. False if
 // this Python or torch lacks something.
 bool set_up_shortcuts(void* objects, void* capsule) {
   if (PyCFunction_NewEx == nullptr) return false;
   const auto* api =
       static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(to_object(capsule), "dlpack_exchange_api"));
-  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION ||
-      api->dltensor_from_py_object_no_sync == nullptr) {
+  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION) {
     PyErr_Clear();
     return false;
   }
@@ -246,6 +246,7 @@ bool set_up_shortcuts(void* objects, void* capsule) {
 
 }  // namespace
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_up_tensors, set_up_tensors);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_up_shortcuts, set_up_shortcuts);
 
 void* make_function(const char* name, PyFastFunction function) {

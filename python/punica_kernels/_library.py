@@ -43,14 +43,16 @@ def function(name: str, *, release_gil: bool = False) -> Any:
 
 
 def _set_up_shortcuts() -> bool:
-    torchs = (
-        _C._len_torch_dispatch_stack, vars(forward_ad), sys.intern("_current_level"), _C.is_grad_enabled,
-        sys.intern("requires_grad"), Tensor.is_neg, torch.get_num_threads, _C._increment_version,
-    )  # fmt: skip
-    objects = (Tensor, torch.nn.Parameter, int, float, tuple, list, None, True, False, RuntimeError, *torchs)
+    plain = torch.zeros(1, device="cpu")
+    negative = torch._neg_view(plain)
+    tensors = (x for tensor in (plain, negative) for x in (id(tensor), tensor._cdata))
+    names = (vars(forward_ad), sys.intern("_current_level"), _C._increment_version)
+    objects = (Tensor, torch.nn.Parameter, int, float, tuple, list, None, True, False, RuntimeError, *names)
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return api is not None and bool(
-        function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api)))
+    return (
+        api is not None
+        and bool(function("set_up_tensors")(*map(ctypes.c_void_p, tensors), Tensor.__basicsize__))
+        and bool(function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api))))
     )
 
 

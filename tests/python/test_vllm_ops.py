@@ -47,11 +47,16 @@ def make_layer():
         layer.remove()
 
 
-def rows_of(device, seed=1):
-    indices = torch.randint(-1, SLOTS, (ROWS,), generator=torch.Generator().manual_seed(seed))
+def rows_of(device, seed=1, indices=None):
+    if indices is None:
+        indices = torch.randint(-1, SLOTS, (ROWS,), generator=torch.Generator().manual_seed(seed))
     batch = pk.LoraBatch(indices.to(device), SLOTS, capacity=ROWS + 4)
     nobody = torch.tensor([bool((indices < 0).all())])
-    return indices, (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody)
+    return indices, (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody, segments_of(batch))
+
+
+def segments_of(batch):
+    return torch.tensor([len(batch.segment_adapter)], dtype=torch.int32)
 
 
 def randn(*shape, device, dtype, seed=2):
@@ -189,7 +194,7 @@ def test_sizes_that_do_not_fit(make_layer):
 def test_nobody(device, make_layer):
     """A batch in which no row has an adapter: nothing is done, whatever its other tensors still say."""
     layer, (_, batch) = make_layer(device, torch.bfloat16), rows_of(device)
-    nobody = (*batch[:-1], torch.tensor([True]))
+    nobody = (*batch[:-2], torch.tensor([True]), batch[-1])
     x, y = (randn(ROWS, n, device=device, dtype=torch.bfloat16, seed=n) for n in (H_IN, sum(WIDTHS)))
     before, v = y.clone(), torch.ones(len(WIDTHS), ROWS, MAX_RANK, device=device)
     ops.linear(y, x, layer.a, layer.b, nobody, WIDTHS, 1.0)
@@ -197,6 +202,25 @@ def test_nobody(device, make_layer):
     ops.shrink(v, x, layer.a, nobody, 1.0, exact=True)
     assert torch.equal(y, before)
     assert not v.any()
+
+
+def test_segments_in_use(device, make_layer):
+    """Fewer segments: the same bits if all in use are among them; the rows of one that is not stay as they are."""
+    layer, in_use = make_layer(device, torch.bfloat16), 3  # rows of none are a segment too
+    indices, batch = rows_of(device, indices=torch.arange(ROWS) % in_use - 1)
+    x, y = (randn(ROWS, n, device=device, dtype=torch.bfloat16, seed=n) for n in (H_IN, sum(WIDTHS)))
+    before, results = y.clone(), {}
+    for count in (len(batch[1]), len(batch[1]) + 5, in_use, in_use - 1):
+        y.copy_(before)
+        ops.linear(y, x, layer.a, layer.b, (*batch[:-1], torch.tensor([count])), WIDTHS, 1.0)
+        results[count] = y.clone()
+    whole = results.pop(len(batch[1]))
+    fewer = results.pop(in_use - 1)
+    assert all(torch.equal(result, whole) for result in results.values())
+    left_out = (fewer != whole).any(1).cpu()
+    assert left_out.any()
+    assert torch.equal(fewer[left_out], before[left_out])
+    assert len(set(indices[left_out].tolist())) == 1
 
 
 @pytest.mark.parametrize("workers", [2, 4])
@@ -259,7 +283,7 @@ def test_captured_calls_see_adapters_and_rows_change():
     layer = Layer(device, dtype, ranks=[(2, 2, 2)] * SLOTS)
     batch = pk.LoraBatch(torch.full((ROWS,), -1, device=device), SLOTS)
     nobody = torch.tensor([False])  # as in vLLM's captures: what is read on the host counts while capturing
-    rows = (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody)
+    rows = (batch.order, batch.segment_adapter, batch.segment_start, batch.counts, nobody, segments_of(batch))
     x, y = (randn(ROWS, n, device=device, dtype=dtype, seed=n) for n in (H_IN, sum(WIDTHS)))
     v = torch.zeros(len(WIDTHS), ROWS, MAX_RANK, device=device)
 

@@ -17,17 +17,19 @@ class PunicaKernelsWrapperGPU(OurKernels, PunicaWrapperGPU):  # type: ignore[mis
         self._max_rank = self.lora_config.max_lora_rank
 
     def _rows(self) -> ops.Batch:
-        return _batch_of(self.token_mapping_meta)
+        return self._batch_of(self.token_mapping_meta)
 
     def _prompt_rows(self) -> ops.Batch:
-        return _batch_of(self.prompt_mapping_meta)
+        return self._batch_of(self.prompt_mapping_meta)
 
-
-def _batch_of(meta: Any) -> ops.Batch:
-    return (
-        meta.token_indices_sorted_by_lora_ids,
-        meta.active_lora_ids,
-        meta.lora_token_start_loc,
-        None,
-        meta.no_lora_flag_cpu,
-    )
+    def _batch_of(self, meta: Any) -> ops.Batch:
+        # With this option vLLM captures a graph for each of some numbers of adapters in use, and one says so at least.
+        specialized = self.lora_config.specialize_active_lora
+        return (
+            meta.token_indices_sorted_by_lora_ids,
+            meta.active_lora_ids,
+            meta.lora_token_start_loc,
+            None,
+            meta.no_lora_flag_cpu,
+            meta.num_active_loras_cpu if specialized else meta.default_num_active_loras_cpu,
+        )

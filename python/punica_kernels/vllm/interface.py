@@ -29,7 +29,10 @@ _WRAPPERS = {
 _INIT = ("max_num_batched_tokens", "max_batches", "device", "kwargs")
 
 _META = "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta"
-_META_FIELDS = ("token_indices_sorted_by_lora_ids", "active_lora_ids", "lora_token_start_loc", "no_lora_flag_cpu")
+_META_FIELDS = (
+    "token_indices_sorted_by_lora_ids", "active_lora_ids", "lora_token_start_loc", "no_lora_flag_cpu",
+    "num_active_loras_cpu", "default_num_active_loras_cpu",
+)  # fmt: skip
 
 
 def difference(platform: str) -> str | None:

@@ -6,7 +6,6 @@ is taken from torch's allocator, as vLLM's own operations take it.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from . import tables as _tables
 
 MAX_SLICES = 16  # of one call of add_lora
 
-# order, segment_adapter, segment_start and counts of a LoraBatch, and a bool on the host, [1]: no row has an adapter.
-# Then nothing is launched, and nothing captured: vLLM captures steps without adapters in graphs of their own. It is a
-# tensor so that compiled code asks for it each time.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+# order, segment_adapter, segment_start and counts of a LoraBatch, and two tensors of one element on the host, so that
+# compiled code asks for them each time. nobody: no row has an adapter. Then nothing is launched, and nothing captured:
+# vLLM captures steps without adapters in graphs of their own. segments: the first so many may have rows, also when a
+# graph that is captured is replayed; none that has comes behind one that has not.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
-_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody"
+_BATCH = "Tensor order, Tensor segment_adapter, Tensor segment_start, Tensor? counts, Tensor nobody, Tensor segments"
 _SCHEMAS = {
     "linear": f"Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_BATCH}, int[] widths, float scale",
     "shrink": f"Tensor(a!) y, Tensor x, Tensor[] a, {_BATCH}, float scale, bool exact",
@@ -78,14 +78,16 @@ def _linear(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     widths: Sequence[int],
     scale: float,
 ) -> None:
     tables = _tables.of(a, b)  # in any case, so that the first call makes them
-    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
-    _require_widths(b, widths)
+    _require_columns(x, tables)
+    offsets = tables.offsets(widths, 0)
     if not nobody.item():
-        _run(y, x, tables, LoraBatch.of(order, segment_adapter, segment_start, counts), widths, 0, scale)
+        batch = _batch(order, segment_adapter, segment_start, counts, segments, y.shape[0])
+        _run(y, x, tables, batch, offsets, scale)
 
 
 def _shrink(
@@ -97,24 +99,25 @@ def _shrink(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     scale: float,
     exact: bool,
 ) -> None:
     tables = _tables.of(a, None)
-    _require(x.shape[-1] == a[0].shape[-1], "x", f"{a[0].shape[-1]} columns", x)
-    _require(y.shape == (len(a), len(x), tables.rank), "y", f"shape {(len(a), len(x), tables.rank)}", y)
+    _require_columns(x, tables)
+    _require_shape("y", y, (len(a), len(x), tables.rank))
     if nobody.item():
         y.zero_()
         return
-    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = y.shape
-    widths = [rank] * slices
+    batch = _batch(order, segment_adapter, segment_start, counts, segments, rows)
+    offsets = tables.offsets([rank] * slices, 0)
     high = x.new_zeros(rows, slices * rank)
-    _run(high, x, tables, batch, widths, 0, scale)
+    _run(high, x, tables, batch, offsets, scale)
     y.copy_(high.view(rows, slices, rank).transpose(0, 1))
     if exact and x.dtype != y.dtype:
         low = high.neg_()  # then A x - high is left
-        _run(low, x, tables, batch, widths, 0, scale)
+        _run(low, x, tables, batch, offsets, scale)
         y.add_(low.view(rows, slices, rank).transpose(0, 1))
 
 
@@ -127,42 +130,54 @@ def _expand(
     segment_start: Tensor,
     counts: Tensor | None,
     nobody: Tensor,
+    segments: Tensor,
     widths: Sequence[int],
     start: int,
 ) -> None:
     tables = _tables.of(None, b)
-    _require(x.shape == (len(b), len(y), tables.rank), "x", f"shape {(len(b), len(y), tables.rank)}", x)
-    _require_widths(b, widths)
+    _require_shape("x", x, (len(b), len(y), tables.rank))
+    offsets = tables.offsets(widths, start)
     if nobody.item():
         return
-    batch = LoraBatch.of(order, segment_adapter, segment_start, counts)
     slices, rows, rank = x.shape
+    batch = _batch(order, segment_adapter, segment_start, counts, segments, rows)
     if slices > 1 or x.dtype != y.dtype:
         rounded = y.new_empty(rows, slices, rank)
         rounded.copy_(x.transpose(0, 1))
         x = rounded
-    _run(y, x.view(rows, slices * rank), tables, batch, widths, start, 1.0)
+    _run(y, x.view(rows, slices * rank), tables, batch, offsets, 1.0)
 
 
 # What add_lora cannot see: it has only the addresses of the weights.
-def _require(ok: bool, name: str, expected: str, got: Tensor) -> None:
-    if not ok:
-        raise RuntimeError(f"punica_kernels.vllm: {name} must have {expected}, got {tuple(got.shape)}")
+def _require_columns(x: Tensor, tables: _tables.Tables) -> None:
+    if x.shape[-1] != tables.h_in:
+        raise RuntimeError(f"punica_kernels.vllm: x must have {tables.h_in} columns, got {tuple(x.shape)}")
 
 
-def _require_widths(b: Sequence[Tensor], widths: Sequence[int]) -> None:
-    if len(widths) != len(b) or any(width > w.shape[-2] for width, w in zip(widths, b, strict=True)):
-        sizes = [w.shape[-2] for w in b]
-        raise RuntimeError(f"punica_kernels.vllm: widths must be at most B's, {sizes}, got {list(widths)}")
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"punica_kernels.vllm: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _batch(
+    order: Tensor, segment_adapter: Tensor, segment_start: Tensor, counts: Tensor | None, segments: Tensor, rows: int
+) -> LoraBatch:
+    """A batch without segments that are not in use: the fewer there are, the sooner a block has found its own."""
+    count = int(segments.item())
+    if segment_adapter.is_cuda:
+        count = min(count, rows)  # each in use has a row
+    if count < segment_adapter.shape[0]:
+        segment_adapter, segment_start = segment_adapter[:count], segment_start[: count + 1]
+    return LoraBatch.of(order, segment_adapter, segment_start, counts)
 
 
 def _run(
-    y: Tensor, x: Tensor, tables: _tables.Tables, batch: LoraBatch, widths: Sequence[int], start: int, scale: float
+    y: Tensor, x: Tensor, tables: _tables.Tables, batch: LoraBatch, offsets: tuple[int, ...], scale: float
 ) -> None:
     scales = tables.scales if scale == 1.0 else tables.scales * scale
     add_lora(
-        y, x, tables.a_ptr, tables.b_ptr, tables.ranks, scales, batch, 0, tuple(accumulate(widths, initial=start)),
-        b_row_stride=tables.b_row_stride, max_rank=tables.rank,
+        y, x, tables.a_ptr, tables.b_ptr, tables.ranks, scales, batch, 0, offsets, b_row_stride=tables.b_row_stride,
+        max_rank=tables.rank,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ vLLM has filled a slot.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ class Tables:
         like = weights[0]
         self.slices, slots = len(weights), like.shape[0]
         self.rank = like.shape[-1] if a is None else like.shape[-2]
+        self.h_in = None if a is None else a[0].shape[-1]
         self.b_row_stride = self.rank if b is None else b[0].shape[-1]
+        self._widest = [self.rank] * self.slices if b is None else [w.shape[-2] for w in b]
+        self._offsets: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.ranks = torch.zeros(self.slices, slots, dtype=torch.int32, device=like.device)
         self.scales = torch.ones(slots, dtype=torch.float32, device=like.device)
         size = self.rank * (self.slices if a is None else 1)
@@ -40,6 +44,18 @@ class Tables:
         self._weights, self._rank_dim = weights, 2 if a is None else 1
         self._counting = torch.arange(1, self.rank + 1, dtype=torch.int32, device=like.device)
         self.read_ranks()
+
+    def offsets(self, widths: Sequence[int], start: int) -> tuple[int, ...]:
+        """The slice_offsets of slices so wide, from column `start` on."""
+        key = (start, *widths)
+        offsets = self._offsets.get(key)
+        if offsets is None:
+            if len(widths) != self.slices or any(w > most for w, most in zip(widths, self._widest, strict=True)):
+                raise RuntimeError(
+                    f"punica_kernels.vllm: widths must be at most B's, {self._widest}, got {list(widths)}"
+                )
+            offsets = self._offsets[key] = tuple(accumulate(widths, initial=start))
+        return offsets
 
     def read_ranks(self, slot: int | None = None) -> None:
         """Sets the ranks of one slot, or of all, to what its weights say."""

@@ -144,7 +144,8 @@ class _Rows:
     def __init__(self, nobody: Tensor, slots: int):
         self._batch = batch = LoraBatch(nobody, slots)
         self._nobody = torch.ones(1, dtype=torch.bool)
-        self.tensors = batch.order, batch.segment_adapter, batch.segment_start, batch.counts, self._nobody
+        segments = torch.tensor([len(batch.segment_adapter)])
+        self.tensors = batch.order, batch.segment_adapter, batch.segment_start, batch.counts, self._nobody, segments
 
     def update(self, slots: Tensor, nobody: bool) -> None:
         self._nobody.fill_(nobody)

@@ -159,10 +159,11 @@ Status launch_decode(const Launcher& launcher, DType dtype, const AttentionArgs&
 
 // What the device's path needs; enough for either where there is no such device.
 int64_t workspace_bytes(const BatchPrefillParams& params) {
-  const int64_t by_warpgroups = prefill_workspace_bytes(params), by_warps = prefill_mma_workspace_bytes(params);
   Arch arch;
-  if (!active_arch("batch_prefill", params.q.device.index, &arch).ok()) return std::max(by_warpgroups, by_warps);
-  return serves_prefill(arch, params) ? by_warpgroups : by_warps;
+  if (!active_arch("batch_prefill", params.q.device.index, &arch).ok()) {
+    return std::max(prefill_workspace_bytes(params), prefill_mma_workspace_bytes(params));
+  }
+  return serves_prefill(arch, params) ? prefill_workspace_bytes(params) : prefill_mma_workspace_bytes(params);
 }
 
 int64_t workspace_bytes(const BatchDecodeParams& params) {

@@ -196,14 +196,17 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     float* const all_sums = reinterpret_cast<float*>(dynamic_shared + Shape::kWarps * Shape::kRingBytes);
     float2* const states = reinterpret_cast<float2*>(all_sums + Shape::kSumBytes / 4);
     DecodeNote* const notes = reinterpret_cast<DecodeNote*>(states + Shape::kStateBytes / 8);
-    static_assert(2 * sizeof(DecodeNote) == Shape::kNoteBytes);
-    float4* const angles = reinterpret_cast<float4*>(notes + 2);
+    DecodeList* const list = reinterpret_cast<DecodeList*>(notes + 2);
+    static_assert(2 * sizeof(DecodeNote) + sizeof(DecodeList) == Shape::kNoteBytes);
+    float4* const angles = reinterpret_cast<float4*>(list + 1);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const uint32_t ring = shared_address(dynamic_shared) + warp * Shape::kRingBytes;
     float* const warp_sums = all_sums + warp * Shape::kHeads * Shape::kSumRow;
     float4* const query_angles = reinterpret_cast<float4*>(warp_sums);
 
     launch_dependents<kArch>();
+    // Under early reads nothing is waited for that a guess could save.
+    const DecodeHint last_hint = merge.counters >= 0 && !early_reads ? load_hint(merge.counters) : DecodeHint{0, 0};
     // What needs no memory that others write is done before the wait.
     const DecodeScan scan = DecodeScan::prepare<Shape::kThreads>(args);
     const uint32_t page_size = static_cast<uint32_t>(args.page_size);
@@ -241,13 +244,15 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
 #pragma unroll
       for (int i = 0; i < (kDim / 2 + 31) / 32; ++i) turns[i] = rope.turns[lane + 32 * i];
     }
+    const DecodeGuess guess = DecodeGuess::make(args, last_hint, group_bits, scan);
+    typename Addresses::Guess guessed;
+    if (guess.splits != 0) guessed = Addresses::Guess::template make<kDim>(args, guess, page_shift);
     if (!early_reads) grid_dependency_wait<kArch>();
 
-    // The sums of the warps are not there yet.
-    DecodeWalk walk = find_share<Shape::kThreads, Shape::kSumBytes / static_cast<int>(sizeof(DecodePages))>(
-        args, group_bits, scan, reinterpret_cast<int32_t*>(states), reinterpret_cast<DecodePages*>(all_sums));
-    DecodeSplit split = walk.at, after, ahead;
-    const int32_t first_left = walk.left;
+    Addresses here, next, later;
+    const DecodeTables first_tables =
+        scan.begin < scan.end ? DecodeTables::load(args, scan.begin) : DecodeTables{0, 0, 0};
+    if (guess.splits != 0) here.fetch(guessed);
     Warp work;
     // Queries come to shared memory while the split before them is summed, two taking turns.
     const uint32_t query_buffers = shared_address(notes) + Shape::kNoteBytes + Shape::kAngleBytes;
@@ -259,13 +264,32 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
           to, static_cast<const T*>(args.q) + static_cast<int64_t>(of.sequence) * args.q_stride + first_head * kDim,
           args.group_size - head_tile * Shape::kHeads, aligned_queries);
     };
+    if (guess.splits != 0) {
+      DecodeSplit guessed_split;
+      guessed_split.part = guess.part;
+      guessed_split.sequence = guess.sequence;
+      copy_queries(guessed_split, query_buffer);
+      copy_commit();
+    }
+    // The sums of the warps are not there yet.
+    DecodeHint hint;
+    DecodeWalk walk = find_share<Shape::kThreads, Shape::kSumBytes / static_cast<int>(sizeof(DecodePages))>(
+        args, group_bits, scan, guess, first_tables, reinterpret_cast<int32_t*>(states),
+        reinterpret_cast<DecodePages*>(all_sums), &hint);
+    DecodeSplit split = walk.at, after, ahead;
+    const int32_t first_left = walk.left;
     // What the first tiles need besides copies is asked for before these: it would wait behind those of all blocks.
-    Addresses here, next, later;
-    here.fetch(args, split, page_shift);
     walk.look_ahead(args);
-    if (!early_reads && split.valid) copy_queries(split, query_buffer);
+    if (guess.splits != 0 && guess.sequence == split.sequence && guess.part == split.part &&
+        guess.first_page == split.first_page && guess.base == split.base) {
+      here.finish(guessed, split);
+    } else {
+      here.fetch(args, split, page_shift);
+      copy_wait<0>();  // of other queries to the same place
+      if (!early_reads && split.valid) copy_queries(split, query_buffer);
+      here.template finish<kDim>(args, split.part);
+    }
     copy_commit();
-    here.template finish<kDim>(args, split.part);
     // Early reads: all but the newest token may be read now.
     const int newest = split.kv_len - 1 - split.base;  // from the split's base
     const auto newest_row = [&](int tile) {
@@ -321,8 +345,12 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       notes[0] = notes[1] = {};
       if (merge.counters >= 0 && !walk.whole_queries && split.valid && split.index > 0) {
         notes[0] = DecodeNote::make(args, {split.count, split.sequence, split.part, split.slot, walk.each, walk.more},
-                                    group_bits);
+                                    group_bits, Shape::kHeads);
       }
+    }
+    if (merge.counters >= 0 && !early_reads && blockIdx.x == 0 && thread == 0 &&
+        (hint.splits != last_hint.splits || hint.pages != last_hint.pages)) {
+      store_hint(merge.counters, hint);
     }
     int32_t left = first_left;  // splits of the block, with this one
     __syncthreads();            // the tables of angles are here, and `states` are free
@@ -339,7 +367,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
       if (split.index == 0) {
         if (thread == 0 && merge.counters >= 0 && !walk.whole && split.count > left) {
           notes[1] = DecodeNote::make(args, {split.count, split.sequence, split.part, split.slot, walk.each, walk.more},
-                                      group_bits);
+                                      group_bits, Shape::kHeads);
         }
       }
       --left;
@@ -500,7 +528,7 @@ __global__ void __launch_bounds__(DecodeShape<kArch, kDim, kColumns, kRope>::kTh
     if (merge.counters >= 0) {
       if (!walk.whole_queries) {
         ended = arrive_and_merge<T, kDim, Shape::kThreads>(
-            args, notes, merge.counters, group_bits, Shape::kHeads, aligned_outputs, reinterpret_cast<int32_t*>(states),
+            args, notes, merge.counters, group_bits, aligned_outputs, reinterpret_cast<int32_t*>(states), *list,
             *reinterpret_cast<MergeShared<kDim, Shape::kThreads>*>(dynamic_shared));
       }
       reset_counters(merge.counters, ended);

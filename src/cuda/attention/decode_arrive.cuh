@@ -22,9 +22,31 @@ namespace punica::cuda {
 // The first of a set counts the blocks of the launch.
 static __device__ uint32_t decode_counter_sets[kDecodeCounterSets][kDecodeCounters];
 
+static __device__ DecodeHint decode_hints[kDecodeCounterSets];
+
+// May be one that another call is just replacing.
+__device__ __forceinline__ DecodeHint load_hint(int set) {
+  uint64_t both;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(decode_hints + set) : "memory");
+  return {static_cast<int32_t>(both), static_cast<int32_t>(both >> 32)};
+}
+__device__ __forceinline__ void store_hint(int set, DecodeHint hint) {
+  const uint64_t both = static_cast<uint32_t>(hint.splits) | static_cast<uint64_t>(static_cast<uint32_t>(hint.pages))
+                                                                 << 32;
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(decode_hints + set), "l"(both) : "memory");
+}
+
+// Adds 1 and returns what was there. Not by an addition: of those the compiler makes one for the whole warp, whose
+// lanes share the answer and so wait for it at once.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // Counts the block as one that will count itself at no query any more. What it returns is for reset_counters().
 __device__ __forceinline__ uint32_t count_block(int set) {
-  return threadIdx.x == 0 ? atomicAdd(decode_counter_sets[set], 1u) : 0;
+  return threadIdx.x == 0 ? count_up(decode_counter_sets[set]) : 0;
 }
 
 __device__ __forceinline__ void reset_counters(int set, uint32_t ended) {
@@ -63,12 +85,33 @@ struct DecodeParts {
 struct alignas(16) DecodeNote {
   DecodePiece piece;
   int32_t first_owner, owners;  // blocks
+  // What merge_parts() needs of it: its first split's partial results, its output, in elements from the beginning.
+  const float* sums;
+  const float2* states;
+  int64_t output;
+  int32_t first_head, num_heads;
 
   __device__ __forceinline__ static DecodeNote make(const AttentionArgs& args, const DecodePiece& piece,
-                                                    int32_t group_bits) {
+                                                    int32_t group_bits, int tile_heads) {
     const DecodeParts parts(piece, args.num_kv_heads * args.head_tiles, group_bits);
-    return {piece, parts.first_owner, parts.last_owner - parts.first_owner + 1};
+    const int kv_head = DecodeWalk::kv_head(args, piece.part), head_tile = piece.part - kv_head * args.head_tiles;
+    const int first_head = kv_head * args.group_size + head_tile * tile_heads;
+    const int64_t first = piece.first_slot * args.num_heads() + first_head;
+    return {piece,
+            parts.first_owner,
+            parts.last_owner - parts.first_owner + 1,
+            args.partial_sums + first * args.head_dim,
+            args.partial_states + first,
+            piece.sequence * args.o_stride + static_cast<int64_t>(first_head) * args.head_dim,
+            first_head,
+            min(args.group_size - head_tile * tile_heads, tile_heads)};
   }
+};
+
+// The parts of a query, up to 33 of them.
+struct alignas(16) DecodeList {
+  uint32_t parts[36];  // first splits
+  int32_t count;       // of all parts
 };
 
 // What a block has in shared memory to merge a query: 32 parts at a time, one a lane of the warps that compute factors,
@@ -80,16 +123,13 @@ struct MergeShared {
   float4 factors[kHeads][32];  // of the group so far and of the part, of the sums so far and of the group
   float weights[kHeads][32];
   float2 maxima[kHeads];  // of the group, of all, behind the last part
-  uint32_t parts[33];     // first splits
-  int32_t count;          // of all parts
 };
 // Of a part in the list. A run: whole groups, folded already.
 inline constexpr uint32_t kBeginsGroup = 1u << 31, kEndsGroup = 1u << 30, kRun = 1u << 29;
 inline constexpr uint32_t kPartSplit = kRun - 1;
 
 // Writes the parts from number `from` on, up to 33. By a warp, a group a lane.
-template <class Shared>
-__device__ __forceinline__ void list_parts(const DecodeParts& query, int from, Shared& shared) {
+__device__ __forceinline__ void list_parts(const DecodeParts& query, int from, DecodeList& list) {
   const int lane = threadIdx.x % 32;
   const int whole_groups = query.end_of(query.first_owner) / query.group;  // of the first block: one part
   const int begin = (whole_groups + lane) * query.group, end = min(begin + query.group, query.count);
@@ -104,10 +144,10 @@ __device__ __forceinline__ void list_parts(const DecodeParts& query, int from, S
     if (lane >= distance) place += other;
   }
   const int run = whole_groups > 0 ? 1 : 0;
-  if (lane == 31) shared.count = run + place;
+  if (lane == 31) list.count = run + place;
   place += run - number - from;
   const auto write = [&](int at, uint32_t part) {
-    if (at >= 0 && at < 33) shared.parts[at] = part;
+    if (at >= 0 && at < 33) list.parts[at] = part;
   };
   if (run == 1 && lane == 0) write(-from, kBeginsGroup | kEndsGroup | kRun);
   if (there) write(place, static_cast<uint32_t>(begin) | kBeginsGroup | (number == 1 ? kEndsGroup : 0));
@@ -161,20 +201,22 @@ __device__ __forceinline__ void find_factors(float2 state, uint32_t part, int he
 // seldom in the multiprocessor's cache of instructions.
 // `listed`: the first parts are in the list already.
 template <class T, int kDim, int kThreads>
-__device__ __forceinline__ void merge_parts(const AttentionArgs& args, const DecodePiece& piece, int group_bits,
-                                            int tile_heads, bool aligned, bool listed,
+__device__ __forceinline__ void merge_parts(const AttentionArgs& args, const DecodeNote& note, int group_bits,
+                                            bool aligned, bool listed, DecodeList& list,
                                             MergeShared<kDim, kThreads>& shared) {
   constexpr int kHeads = MergeShared<kDim, kThreads>::kHeads;
-  const int kv_head = DecodeWalk::kv_head(args, piece.part), head_tile = piece.part - kv_head * args.head_tiles;
-  const int64_t first_head = static_cast<int64_t>(kv_head) * args.group_size + head_tile * tile_heads;
-  const int num_heads = min(args.group_size - head_tile * tile_heads, tile_heads);
-  const int64_t stride = args.num_heads();  // from split to split
+  const int num_heads = note.num_heads;
+  // From split to split, in bytes of states and of sums: one multiplication finds an address.
+  const uint32_t heads_of_all = static_cast<uint32_t>(args.num_kv_heads) * static_cast<uint32_t>(args.group_size);
+  const uint32_t state_bytes = heads_of_all * 8, sum_bytes = heads_of_all * (kDim * 4);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, its_head = threadIdx.x / (kDim / 4);
   const int dim = threadIdx.x % (kDim / 4) * 4;
 #pragma unroll 1
   for (int base = 0; base < num_heads; base += kHeads) {
     const int heads = min(num_heads - base, kHeads);
-    const int64_t first = piece.first_slot * stride + first_head + base;
+    const unsigned char* const states = reinterpret_cast<const unsigned char*>(note.states + base + warp);
+    const unsigned char* const values =
+        reinterpret_cast<const unsigned char*>(note.sums + (base + its_head) * kDim + dim);
     float group_weight = 0.0f, group[4] = {}, weight = 0.0f, sum[4] = {};
     int all = 1;
 #pragma unroll 1
@@ -182,57 +224,67 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       if (!listed) {
         __syncthreads();
         if (warp == 0) {
-          list_parts(DecodeParts(piece, args.num_kv_heads * args.head_tiles, group_bits), from, shared);
+          list_parts(DecodeParts(note.piece, args.num_kv_heads * args.head_tiles, group_bits), from, list);
         }
         __syncthreads();
       }
       listed = false;
-      all = shared.count;
+      all = list.count;
       const int count = min(all - from, 32);
-      const uint32_t part = shared.parts[min(lane, count - 1)];
-      const float2* const states = args.partial_states + first + (part & kPartSplit) * stride;  // of its first head
-      float2 state = warp < heads ? __ldcg(states + warp) : make_float2(0.0f, 0.0f);
+      const uint32_t part = list.parts[min(lane, count - 1)];
+      float2 state = make_float2(0.0f, 0.0f);
+      const float2* const its_states =
+          reinterpret_cast<const float2*>(states + static_cast<uint64_t>(part & kPartSplit) * state_bytes);
+      if (warp < heads) state = __ldcg(its_states);
       // What other blocks wrote is in the second-level cache, not in this multiprocessor's: nor do copies look there.
-      // Each lane knows where one of the parts lies: quicker than the list in shared memory, which each would wait for.
-      const int64_t its_place = static_cast<int64_t>(part & kPartSplit) * (stride * kDim);
-      const float* const values = args.partial_sums + (first + its_head) * kDim + dim;
-      const uint32_t to = shared_address(&shared.values[0][threadIdx.x]);
-#pragma unroll 8
-      for (int i = 0; i < count; ++i) {
-        const int64_t place = __shfl_sync(0xffffffffu, its_place, i);
-        if (its_head < heads) copy_chunk(to + i * static_cast<uint32_t>(sizeof(shared.values[0])), values + place);
+      if (its_head < heads) {
+        const uint32_t to = shared_address(&shared.values[0][threadIdx.x]);
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+          if (i >= count) break;
+          const uint4 four = *reinterpret_cast<const uint4*>(list.parts + i);
+          const uint32_t splits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (i + j < count) {
+              copy_chunk(to + (i + j) * static_cast<uint32_t>(sizeof(shared.values[0])),
+                         values + static_cast<uint64_t>(splits[j] & kPartSplit) * sum_bytes);
+            }
+          }
+        }
       }
       copy_commit();
 #pragma unroll 1
       for (int h = warp; h < heads; h += kThreads / 32) {
-        if (h != warp) state = __ldcg(states + h);
+        if (h != warp) state = __ldcg(its_states + h - warp);
         find_factors(state, part, h, count, from == 0, shared);
       }
-      copy_wait<0>();
       __syncthreads();
       constexpr uint32_t kGroup = kBeginsGroup | kEndsGroup;
       const bool groups = __all_sync(0xffffffffu, (part & kGroup) == kGroup);
       if (its_head >= heads) continue;
       if (groups) {
-        // Every part is a group: no choice in the loop, so that loads run ahead of sums.
+        // Every part is a group: no choice in the loop, so that loads run ahead of sums. (A run of groups, always the
+        // first part, is folded to nothing: that changes no bit.)
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+          const float4 f = shared.factors[its_head][i];
+          weight = __fmaf_rn(shared.weights[its_head][i], f.w, __fmul_rn(weight, f.z));
+        }
+        copy_wait<0>();  // what this thread copied it alone reads
 #pragma unroll 8
         for (int i = 0; i < count; ++i) {
           const float4 f = shared.factors[its_head][i], v = shared.values[i][threadIdx.x];
-          const float value[4] = {v.x, v.y, v.z, v.w}, its_weight = shared.weights[its_head][i];
-          const bool run = i == 0 && (shared.parts[0] & kRun) != 0;
-          const float all_weights = __fmaf_rn(its_weight, f.w, __fmul_rn(weight, f.z));
-          weight = run ? its_weight : all_weights;
+          const float value[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float both = __fmaf_rn(value[c], f.w, __fmul_rn(sum[c], f.z));
-            sum[c] = run ? value[c] : both;
-          }
+          for (int c = 0; c < 4; ++c) sum[c] = __fmaf_rn(value[c], f.w, __fmul_rn(sum[c], f.z));
         }
         continue;
       }
+      copy_wait<0>();
 #pragma unroll 4
       for (int i = 0; i < count; ++i) {
-        const uint32_t part = shared.parts[i];
+        const uint32_t part = list.parts[i];
         const float4 f = shared.factors[its_head][i], v = shared.values[i][threadIdx.x];
         const float value[4] = {v.x, v.y, v.z, v.w}, its_weight = shared.weights[its_head][i];
         if ((part & kBeginsGroup) != 0) {
@@ -245,20 +297,14 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
           for (int c = 0; c < 4; ++c) group[c] = __fmaf_rn(value[c], f.y, __fmul_rn(group[c], f.x));
         }
         if ((part & kEndsGroup) != 0) {
-          const bool run = (part & kRun) != 0;
-          const float all_weights = __fmaf_rn(group_weight, f.w, __fmul_rn(weight, f.z));
-          weight = run ? group_weight : all_weights;
+          weight = __fmaf_rn(group_weight, f.w, __fmul_rn(weight, f.z));
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float both = __fmaf_rn(group[c], f.w, __fmul_rn(sum[c], f.z));
-            sum[c] = run ? group[c] : both;
-          }
+          for (int c = 0; c < 4; ++c) sum[c] = __fmaf_rn(group[c], f.w, __fmul_rn(sum[c], f.z));
         }
       }
     }
     if (its_head >= heads) continue;
-    const int64_t head = first_head + base + its_head;
-    T* to = static_cast<T*>(args.o) + piece.sequence * args.o_stride + head * kDim + dim;
+    T* to = static_cast<T*>(args.o) + note.output + (base + its_head) * kDim + dim;
     const float inverse = __fdiv_rn(1.0f, weight);
     Vec<T, 4> output;
 #pragma unroll
@@ -270,7 +316,8 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
       for (int i = 0; i < 4; ++i) to[i] = output.values[i];
     }
     if (args.lse != nullptr && dim == 0) {
-      args.lse[piece.sequence * args.num_heads() + head] = __fadd_rn(shared.maxima[its_head].y, log2f(weight));
+      args.lse[note.piece.sequence * args.num_heads() + note.first_head + base + its_head] =
+          __fadd_rn(shared.maxima[its_head].y, log2f(weight));
     }
   }
 }
@@ -280,7 +327,7 @@ __device__ __forceinline__ void merge_parts(const AttentionArgs& args, const Dec
 // holds 2 values in shared memory. Returns what count_block() does.
 template <class T, int kDim, int kThreads>
 __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, const DecodeNote* notes, int set,
-                                                     int group_bits, int tile_heads, bool aligned, int32_t* flags,
+                                                     int group_bits, bool aligned, int32_t* flags, DecodeList& list,
                                                      MergeShared<kDim, kThreads>& shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -289,7 +336,7 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (notes[i].piece.count == 0) continue;
-      asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"
+      asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], 0x7fffffff;"
                    : "=r"(before[i])
                    : "l"(decode_counter_sets[set] + 1 + notes[i].first_owner)
                    : "memory");
@@ -302,15 +349,14 @@ __device__ __forceinline__ uint32_t arrive_and_merge(const AttentionArgs& args, 
   // Meanwhile another warp prepares to merge, in case that this block is the last one.
   const int prepared = notes[0].piece.count != 0 ? 0 : 1;
   if (threadIdx.x / 32 == 1 && notes[prepared].piece.count != 0) {
-    list_parts(DecodeParts(notes[prepared].piece, args.num_kv_heads * args.head_tiles, group_bits), 0, shared);
+    list_parts(DecodeParts(notes[prepared].piece, args.num_kv_heads * args.head_tiles, group_bits), 0, list);
   }
   __syncthreads();
   // The counts above have come back: none of this launch comes after the zeros.
   const uint32_t ended = count_block(set);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
-    if (flags[i] != 0)
-      merge_parts<T, kDim, kThreads>(args, notes[i].piece, group_bits, tile_heads, aligned, i == prepared, shared);
+    if (flags[i] != 0) merge_parts<T, kDim, kThreads>(args, notes[i], group_bits, aligned, i == prepared, list, shared);
   }
   return ended;
 }

@@ -19,7 +19,8 @@ struct DecodeShape {
   static constexpr int kBlocks = kArch == Arch::kSm90 && kDim > 128 ? 1 : 2;  // a multiprocessor, to aim at
 
   static constexpr int kTileBytes = kTileTokens * kDim * 2;  // of keys; values follow
-  static constexpr int kStateBytes = kWarps * kHeads * 8, kNoteBytes = 96;
+  static constexpr int kStateBytes = kWarps * kHeads * 8;
+  static constexpr int kNoteBytes = 320;  // what decode_arrive.cuh notes of queries that other blocks have parts of
   static constexpr int kQueryBytes = kHeads * kDim * 2;  // of a query, of which there are two
   static constexpr int kAngleBytes = kRope ? kTileTokens * ((kDim / 4 + 7) / 8 * 8) * 16 : 0;
   // Of the sm_80 path, what devices of any 8.x or later have.
@@ -246,11 +247,56 @@ struct DecodeScan {
   }
 };
 
-// The share of this block: which split of which sequence is its first one. All threads call it; `scratch` holds
-// kThreads / 8 + 4 values, `table` kTable sequences.
+// What decode_kernel found in the tables of the last call with the same workspace: layers of a model, and most steps,
+// are alike. All that follows from it is computed while the kernels ahead are waited for; the tables are read then, and
+// whether it was right is seen in them. 0 where queries had unlike numbers of splits.
+struct alignas(8) DecodeHint {
+  int32_t splits;  // of each query
+  int32_t pages;   // of the first sequence
+};
+
+// Where the block starts if the hint is right.
+struct DecodeGuess {
+  DecodeShare share;
+  int32_t splits;  // of each query; 0: there is no guess
+  int32_t sequence, part, index, in_group, group;
+  int32_t first_page, base;  // of the sequence, of the split
+
+  __device__ __forceinline__ static DecodeGuess make(const AttentionArgs& args, DecodeHint hint, int32_t group_bits,
+                                                     const DecodeScan& scan) {
+    const uint32_t parts = args.num_kv_heads * args.head_tiles,
+                   num_sequences = static_cast<uint32_t>(args.num_sequences);
+    const uint32_t splits = hint.splits, total = splits * num_sequences, all = total * parts;
+    DecodeGuess guess = {};
+    if (splits == 0 || args.num_page_ptrs == 0 ||
+        static_cast<uint64_t>(splits) * num_sequences * parts >= kSmallDividend / 2 || total > args.num_slots) {
+      return guess;
+    }
+    guess.share = share_of_block<true>(all, splits, true, group_bits, parts, num_sequences, scan.inverse_blocks,
+                                       scan.inverse_parts);
+    if (guess.share.count == 0) return guess;
+    guess.splits = splits;
+    const uint32_t first = guess.share.first, of_sequence = splits * parts;
+    guess.group = (splits + (1 << group_bits) - 1) >> group_bits;
+    guess.sequence = quotient<true>(first, of_sequence, approximate_inverse(of_sequence));
+    const uint32_t local = first - guess.sequence * of_sequence;
+    guess.part = quotient<true>(local, splits, approximate_inverse(splits));
+    guess.index = local - guess.part * splits;
+    guess.in_group =
+        guess.index - quotient<true>(guess.index, guess.group, approximate_inverse(guess.group)) * guess.group;
+    guess.first_page = guess.sequence * hint.pages;
+    guess.base = guess.index * kSplitTokens;
+    return guess;
+  }
+};
+
+// The share of this block: which split of which sequence is its first one. All threads call it; `first_tables` are
+// those of scan.begin, `scratch` holds kThreads / 8 + 4 values, `table` kTable sequences. Thread 0 gets the hint for
+// the next call.
 template <int kThreads, int kTable>
 __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int group_bits, const DecodeScan& scan,
-                                                 int32_t* scratch, DecodePages* table) {
+                                                 const DecodeGuess& guess, const DecodeTables& first_tables,
+                                                 int32_t* scratch, DecodePages* table, DecodeHint* hint) {
   constexpr int kWarps = kThreads / 32;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int32_t parts = args.num_kv_heads * args.head_tiles, num_sequences = static_cast<int32_t>(args.num_sequences);
@@ -259,7 +305,7 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
   DecodePages found = {0, 0};
 #pragma unroll 1
   for (int32_t i = scan.begin; i < scan.end; ++i) {
-    const DecodeTables tables = DecodeTables::load(args, i);
+    const DecodeTables tables = i == scan.begin ? first_tables : DecodeTables::load(args, i);
     found = tables.pages(args);
     const int32_t here = DecodeWalk::num_splits(args, found.kv_len);
     splits += here;
@@ -305,18 +351,43 @@ __device__ __forceinline__ DecodeWalk find_share(const AttentionArgs& args, int 
       }
     }
   }
+  *hint = {alike ? longest : 0, first_tables.end - first_tables.begin};
+  DecodeWalk walk;
+  walk.group_bits = group_bits;
+  walk.whole = total > args.num_slots;
+  if (alike && longest == guess.splits && (alone || tabled)) {
+    walk.each = guess.share.each;
+    walk.more = guess.share.more;
+    walk.left = guess.share.count;
+    walk.whole_queries = guess.share.whole_queries;
+    walk.one_part = guess.share.one_part;
+    if (!alone) {
+      found = table[guess.sequence];
+    } else if (!only) {
+      found.first_page = __shfl_sync(0xffffffffu, found.first_page, guess.sequence);
+      found.kv_len = __shfl_sync(0xffffffffu, found.kv_len, guess.sequence);
+    }
+    walk.at.sequence = guess.sequence;
+    walk.at.slot = guess.sequence * longest;
+    walk.at.part = guess.part;
+    walk.at.index = guess.index;
+    walk.at.in_group = guess.in_group;
+    walk.at.kv_len = found.kv_len;
+    walk.at.first_page = found.first_page;
+    walk.at.count = longest;
+    walk.at.group = guess.group;
+    walk.place(args);
+    return walk;
+  }
   const uint32_t all = static_cast<uint32_t>(total) * static_cast<uint32_t>(parts);
   const bool small = all < kSmallDividend / 2;  // so is all that is divided here
   const DecodeShare share = small ? share_of_block<true>(all, longest, alike, group_bits, parts, num_sequences,
                                                          scan.inverse_blocks, scan.inverse_parts)
                                   : share_of_block<false>(all, longest, alike, group_bits, parts, num_sequences,
                                                           scan.inverse_blocks, scan.inverse_parts);
-  DecodeWalk walk;
   walk.each = share.each;
   walk.more = share.more;
   walk.left = share.count;
-  walk.group_bits = group_bits;
-  walk.whole = total > args.num_slots;
   walk.whole_queries = share.whole_queries;
   walk.one_part = share.one_part;
   const bool valid = walk.left > 0;
@@ -422,6 +493,42 @@ struct DecodeAddresses {
       const uint32_t position = split.base + token(k), number = page_of(position);
       slot[k] = position - number * static_cast<uint32_t>(args.page_size);
       page[k] = args.kv_ptrs[split.first_page + number];
+    }
+  }
+  // Where the pages of the guess are in the table, and how far in them the keys are.
+  struct Guess {
+    const int64_t* page[kCount];
+    int64_t offset[kCount];
+
+    template <int kDim>
+    __device__ __forceinline__ static Guess make(const AttentionArgs& args, const DecodeGuess& split, int page_shift) {
+      const uint32_t page_size = static_cast<uint32_t>(args.page_size);
+      const int64_t of_part = args.key_bytes + DecodeWalk::kv_head(args, split.part) * args.head_bytes;
+      Guess guess;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const uint32_t position = split.base + token(k);
+        const uint32_t number = page_shift >= 0 ? position >> page_shift : position / page_size;
+        // Never behind the table, and no other entry if the guess is right.
+        const uint32_t last = static_cast<uint32_t>(args.num_page_ptrs) - 1;
+        guess.page[k] = args.kv_ptrs + min(split.first_page + number, last);
+        guess.offset[k] = of_part + static_cast<int64_t>(position - number * page_size) * (kDim * 2);
+        asm volatile("" : "+l"(guess.page[k]), "+l"(guess.offset[k]));  // now, and not after the wait
+      }
+      return guess;
+    }
+  };
+  __device__ __forceinline__ void fetch(const Guess& guess) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      asm volatile("ld.global.b64 %0, [%1];" : "=l"(page[k]) : "l"(guess.page[k]));
+    }
+  }
+  // The guess was right: what finish() does.
+  __device__ __forceinline__ void finish(const Guess& guess, const DecodeSplit& split) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      page[k] = token(k) >= split.begin && token(k) < split.end ? page[k] + guess.offset[k] : 0;
     }
   }
   template <int kDim>

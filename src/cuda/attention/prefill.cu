@@ -114,6 +114,7 @@ Status launch(const Launcher& launcher, const AttentionArgs& args, const RopeTab
                 rows_map(args.q, args.q_stride, args, 64, &maps.queries) == cudaSuccess;
   call.copy_o = call.wide_o && 16 % args.group_size == 0 &&
                 rows_map(args.o, args.o_stride, args, 16, &maps.outputs) == cudaSuccess;
+  call.read_once = args.num_rows * args.group_size <= kPrefillRows<kDim>;
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(std::min<int64_t>(items, processors));
   shape.block.x = kPrefillThreads<kDim>;

@@ -40,6 +40,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const Pref
   const int box_rows = call.box_rows, boxes = kPrefillKeys / box_rows, box_bytes = box_rows * 128;
   if (warp >= boxes) return;
   const uint32_t page_size = static_cast<uint32_t>(args.page_size);
+  const uint64_t policy = call.read_once ? read_once_policy() : read_again_policy();
   uint32_t number = 0;  // of tiles so far
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void copy_items(const AttentionArgs& args, const Pref
         for (int c = 0; c < kColumns; ++c) {
           copy_box(shared_address(to) + c * kColumnBytes + box * box_bytes, &maps.memory, c * 64, 0,
                    static_cast<int>(at & ((uint64_t{1} << kTensorAddressBits) - 1)),
-                   static_cast<int>(at >> kTensorAddressBits), shared_address(full));
+                   static_cast<int>(at >> kTensorAddressBits), shared_address(full), policy);
         }
       }
       __syncwarp();

@@ -30,8 +30,15 @@ template <int kRows>
 class ItemFinder {
  public:
   __device__ __forceinline__ ItemFinder(const AttentionArgs& args, bool rotated)
-      : args_(args), splits_apart_(prefill_splits_apart(args)), rotated_(rotated) {
+      : args_(args),
+        splits_apart_(args.num_sequences > 32 ? prefill_splits_apart(args) : args.num_slots > 0),
+        rotated_(rotated) {
     load();
+    // Of up to 32 sequences one trip to the tables suffices: prefill_splits_apart() has these slots.
+    if (splits_apart_ && args.num_sequences <= 32 && __shfl_sync(~0u, slots_end_, 31) > args.num_slots) {
+      splits_apart_ = false;
+      load();
+    }
   }
 
   // By the whole warp; the lane of the item's sequence writes it. Whether there is one; its queries are then known to
@@ -113,12 +120,17 @@ class ItemFinder {
     end_ = static_cast<int64_t>(row_tiles(q_len_) * static_cast<uint32_t>(splits_ * args_.num_kv_heads));
     slots_end_ = static_cast<int64_t>(q_len_) * splits_;
     pages_end_ = num_pages_;  // together no more than the table has, where keys have been rotated
+    if (args_.num_sequences == 1) {
+      end_ = __shfl_sync(~0u, end_, 0);
+      slots_end_ = __shfl_sync(~0u, slots_end_, 0);
+    } else {
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, end_, distance);
-      const int64_t other_slots = __shfl_up_sync(~0u, slots_end_, distance);
-      const uint32_t other_pages = __shfl_up_sync(~0u, pages_end_, distance);
-      if (lane >= distance) end_ += other, slots_end_ += other_slots, pages_end_ += other_pages;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int64_t other = __shfl_up_sync(~0u, end_, distance);
+        const int64_t other_slots = __shfl_up_sync(~0u, slots_end_, distance);
+        const uint32_t other_pages = __shfl_up_sync(~0u, pages_end_, distance);
+        if (lane >= distance) end_ += other, slots_end_ += other_slots, pages_end_ += other_pages;
+      }
     }
     end_ += before_;
     slots_end_ += slots_before_;
@@ -126,7 +138,8 @@ class ItemFinder {
   }
 
   const AttentionArgs& args_;
-  const bool splits_apart_, rotated_;
+  bool splits_apart_;
+  const bool rotated_;
   // Items and slots before the 32 sequences, and up to the end of the lane's.
   int64_t before_ = 0, end_ = 0, slots_before_ = 0, slots_end_ = 0;
   int64_t first_sequence_ = 0;

@@ -49,6 +49,7 @@ struct PrefillCall {
   // Tensor copies of queries, a group's 64 rows at once, and of outputs, a warp's 16: 16-byte accesses, and heads of a
   // group that divide them.
   bool copy_q, copy_o;
+  bool read_once;  // no key is in two items
   // Items taken beyond each block's first; null: a block has every gridDim.x-th.
   unsigned* next_item;
   // Keys rotated ahead, [pages of all sequences, N, P, D]; null: there are none.

@@ -30,6 +30,10 @@ __global__ void __launch_bounds__(kPrefillThreads<kDim>, 1)
   extern __shared__ __align__(1024) unsigned char prefill_shared[];
   PrefillShared<kDim>& shared = *reinterpret_cast<PrefillShared<kDim>*>(prefill_shared);
   launch_dependents<kArch>();
+  if (threadIdx.x == 128) {
+    hopper::prefetch_map(&maps.memory);
+    if (call.copy_q) hopper::prefetch_map(&maps.queries);
+  }
   if (threadIdx.x == 0) {
     const int copy_warps = min(kCopyWarps, kPrefillKeys / call.box_rows);
     for (int i = 0; i < kPrefillStages; ++i) {

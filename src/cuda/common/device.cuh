@@ -95,6 +95,19 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
 }
 inline constexpr int kLineBytes = 128;
 
+// Of what is read once: it is the first to leave the second-level cache, which is better kept for tables, queries and
+// partial results.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t read_again_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -99,6 +99,16 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// `policy`: of the second-level cache (device.cuh).
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, int c3,
+                                         uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2,
                                          uint32_t barrier) {
   asm volatile(
@@ -106,6 +116,12 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "[%5];" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
       : "memory");
+}
+
+// Brings a map, a kernel's __grid_constant__ argument, to where the copy engine looks for it: the first copy waits for
+// memory otherwise. The argument is the kernel's own, so this may come before the wait for the kernel before.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // From shared memory; what is outside of the tensor is left out. Writes of other threads to shared memory have to be

@@ -28,11 +28,12 @@ inline constexpr int kTensorAddressBits = 31;
 cudaError_t box_map(const void* data, int rank, const cuuint64_t* sizes, const cuuint64_t* strides,
                     const cuuint32_t* box, CUtensorMap* map);
 
-// The map of the matrix at `data`, a multiple of 16 bytes, as `stride` is: coordinates are column and row.
+// The map of the matrix at `data`, a multiple of 16 bytes, as `stride` is: coordinates are column and row. A thread
+// keeps its last ones, as those below.
 cudaError_t matrix_map(const void* data, const MatrixMap& matrix, CUtensorMap* map);
 
 // The map of such matrices wherever they are: coordinates are column, row and the address / 16 in two digits. A map of
-// all memory serves weights and pages whose addresses only the device knows. A thread keeps its last ones.
+// all memory serves weights and pages whose addresses only the device knows.
 cudaError_t matrix_map_anywhere(const MatrixMap& matrix, CUtensorMap* map);
 
 }  // namespace punica::cuda

@@ -7,6 +7,7 @@
 // follows from h_in, the data type and the code path; what else is chosen here changes no bits.
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "src/cuda/backend.h"
 #include "src/cuda/common/launch.h"
@@ -15,9 +16,10 @@
 #include "src/cuda/lora/bgmv_diagonal_deep.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
+#include "src/cuda/lora/bgmv_panel.cuh"
+#include "src/cuda/lora/bgmv_row.cuh"
 #include "src/cuda/lora/bgmv_shares.cuh"
 #include "src/cuda/lora/bgmv_short.cuh"
-#include "src/cuda/lora/bgmv_wide.cuh"
 
 namespace punica::cuda {
 namespace {
@@ -109,6 +111,38 @@ Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
                    });
 }
 
+template <class T>
+Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args) {
+  return for_parts(args, div_up(args.h_out, kRowOutputs), kMaxRowsY,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(tile_count, rows);
+                     shape.block = dim3(32 * kDiagonalWarps);
+                     shape.shared_bytes = kRowShrinkShared;
+                     return launcher.launch<bgmv_row_shrink_kernel<Arch::kSm90, T>>(shape, part);
+                   });
+}
+
+// bgmv_row_expand_kernel by blocks of `warps`.
+template <class T, int kTiles>
+Status launch_row_expand(const Launcher& launcher, const BgmvArgs& args, int warps) {
+  return for_parts(args, div_up(args.h_out, warps * kTiles * kRowTile), kMaxRows,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(rows, tile_count);
+                     shape.block = dim3(32 * warps);
+                     shape.shared_bytes = static_cast<size_t>(warps) * kTiles * kRowTileBytes;
+                     return launcher.launch<bgmv_row_expand_kernel<Arch::kSm90, T, kTiles>>(shape, part);
+                   });
+}
+
+// Whether all blocks that take one row run at once and are enough: a wave of four on a multiprocessor. Without early
+// reads most rows must have an adapter of their own.
+bool row_blocks_fit(const BgmvArgs& args, int64_t outputs) {
+  const int64_t blocks = args.batch * div_up(args.h_out, outputs);
+  return blocks >= kFewBlocks && blocks <= 528 && (args.early_reads || args.batch <= 2 * args.num_adapters);
+}
+
 // What the kernels for one adapter take, about, in us, by measured times: bgmv_diagonal_kernel for every row, four
 // outputs and step that a multiprocessor has,
 double diagonal_time(const BgmvArgs& args) {
@@ -123,7 +157,7 @@ double dense_time(const BgmvArgs& args) {
   const int64_t tiles =
       div_up(args.batch, Tile::kRows) * div_up(args.h_out, Tile::kOutputs * kDenseWarps >> args.k_warp_bits);
   return (2.5 + (args.vectors ? 3.6 : 20.0) * args.steps) * static_cast<double>(div_up(tiles, 132)) *
-         (args.k_warp_bits < 3 ? 1.4 : 1.0);
+         (args.k_warp_bits < 3 ? 1.3 : 1.0);
 }
 
 template <class T>
@@ -154,21 +188,29 @@ Status launch_shares(const Launcher& launcher, const BgmvArgs& args) {
                    });
 }
 
-// bgmv_shares_kernel with this tile: what a multiprocessor has to take in.
-double shares_time(const BgmvArgs& args, int out, int row) {
-  const int64_t blocks = (div_up(args.batch, 8 * row) * div_up(args.h_out, 16 * out)) << args.k_warp_bits;
-  const double kib = (16 * out + 8 * row) * args.steps * 0.5;
-  return 1.75 + (args.vectors ? 1.0 : 2.5) * std::max(static_cast<double>(blocks) / 132, 0.8) * kib / 26;
+// bgmv_shares_kernel with each of its tiles: before its steps; for a step that waits for what it has asked for; where
+// the blocks of a multiprocessor share what it can take in, for a step and a block of each.
+struct SharesTime {
+  int out, row;
+  double base, wait, step, unaligned_wait, unaligned_step, block;
+};
+constexpr SharesTime kSharesTimes[] = {{1, 1, 1.65, 0.29, 0.26, 0.95, 0.9, 0.4},
+                                       {1, 4, 1.85, 0.36, 0.6, 1.45, 1.85, 1.0},
+                                       {2, 4, 2.3, 0.47, 0.75, 1.9, 2.1, 0.7},
+                                       {4, 4, 3.1, 0.86, 1.15, 2.95, 2.6, 1.3}};
+
+double shares_time(const BgmvArgs& args, const SharesTime& tile) {
+  const int64_t blocks = (div_up(args.batch, 8 * tile.row) * div_up(args.h_out, 16 * tile.out)) << args.k_warp_bits;
+  const double wait = args.steps * (args.vectors ? tile.wait : tile.unaligned_wait);
+  const double step = args.vectors ? tile.step : tile.unaligned_step;
+  const double block = (args.k_warp_bits < 2 ? 0.2 : 1.0) * tile.block;  // few shares of K to add up
+  return tile.base + std::max(wait, static_cast<double>(blocks) / 132 * (args.steps * step + block));
 }
 
-constexpr int kSharesTiles[][2] = {{1, 1}, {1, 4}, {2, 4}, {4, 4}};
 int best_shares_tile(const BgmvArgs& args) {
   int best = 0;
-  for (int i = 1; i < 4; ++i) {
-    if (shares_time(args, kSharesTiles[i][0], kSharesTiles[i][1]) <
-        shares_time(args, kSharesTiles[best][0], kSharesTiles[best][1])) {
-      best = i;
-    }
+  for (int i = 1; i < static_cast<int>(std::size(kSharesTimes)); ++i) {
+    if (shares_time(args, kSharesTimes[i]) < shares_time(args, kSharesTimes[best])) best = i;
   }
   return best;
 }
@@ -187,38 +229,55 @@ Status launch_shares(const Launcher& launcher, const BgmvArgs& args, int tile) {
   }
 }
 
-template <class T, WideSum kSum, int kOut>
-Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
-  // So many chunks of rows that all blocks run at once.
-  const int64_t tiles = div_up(args.h_out, WideTile<kOut>::kBlockOutputs);
-  const size_t shared_bytes = wide_shared_bytes<kOut>(args.h_in);
-  const int64_t room = shared_bytes > (113 << 10) || kSum == WideSum::kSlices ? 132 : 264;
+// Calls launch(shape, part) with so many chunks of rows that all blocks run at once.
+template <class Tile, class Launch>
+Status for_panels(const BgmvArgs& args, Launch launch) {
+  const int64_t tiles = div_up(args.h_out, kPanelOutputs);
   return for_parts(args, tiles, kMaxRows, [&](BgmvArgs part, unsigned rows, unsigned tile_count) {
-    const int64_t row_tiles = div_up(rows, kWideRows);
-    part.steps = static_cast<int>(div_up(row_tiles, std::clamp(room / tiles, int64_t{1}, row_tiles)));
+    const int64_t row_tiles = div_up(rows, Tile::kRows);
+    part.steps = static_cast<int>(div_up(row_tiles, std::clamp(132 * Tile::kBlocks / tiles, int64_t{1}, row_tiles)));
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(div_up(row_tiles, part.steps)), tile_count);
-    shape.block = dim3(kWideThreads);
-    shape.shared_bytes = shared_bytes;
-    return launcher.launch<bgmv_wide_kernel<Arch::kSm90, T, kSum, kOut>>(shape, part);
+    shape.block = dim3(Tile::kThreads);
+    shape.shared_bytes = Tile::kSharedBytes;
+    return launch(shape, part);
   });
 }
 
-// Whether bgmv_wide_kernel takes less time, as measured.
-bool prefer_wide(const BgmvArgs& args) {
-  if (!args.one_adapter || args.h_in > kWideMaxIn) return false;
-  const int64_t outputs = args.batch * args.h_out;
-  if (args.h_in > kShortMax) return args.batch >= 16 && outputs >= 200000;
-  if (args.batch < 128) return false;
-  return args.h_in <= 16 ? outputs >= 8000000 : args.vectors && outputs >= 1000000;
+template <class T, int kSteps>
+Status launch_panel_short(const Launcher& launcher, const BgmvArgs& args) {
+  return for_panels<PanelShortTile<kSteps>>(args, [&](const LaunchShape& shape, const BgmvArgs& part) {
+    return launcher.launch<bgmv_panel_short_kernel<Arch::kSm90, T, kSteps>>(shape, part);
+  });
+}
+
+template <class T, int kSteps, int kRow>
+Status launch_panel(const Launcher& launcher, const BgmvArgs& args) {
+  return for_panels<PanelTile<kSteps, kRow>>(args, [&](const LaunchShape& shape, const BgmvArgs& part) {
+    return launcher.launch<bgmv_panel_kernel<Arch::kSm90, T, kSteps, kRow>>(shape, part);
+  });
 }
 
 template <class T>
-Status launch_wide(const Launcher& launcher, const BgmvArgs& args) {
-  return args.h_in <= 16          ? launch_wide<T, WideSum::kHalfStep, 2>(launcher, args)
-         : args.h_in <= kShortMax ? launch_wide<T, WideSum::kChains, 2>(launcher, args)
-         : args.h_in <= 256       ? launch_wide<T, WideSum::kSlices, 2>(launcher, args)
-                                  : launch_wide<T, WideSum::kSlices, 1>(launcher, args);
+Status launch_panel(const Launcher& launcher, const BgmvArgs& args) {
+  if (args.h_in <= kDiagonalStep) return launch_panel<T, 1, 2>(launcher, args);
+  // By measured times.
+  return args.batch * args.h_out >= 3000000 ? launch_panel<T, 2, 4>(launcher, args)
+                                            : launch_panel<T, 2, 2>(launcher, args);
+}
+
+// Whether the kernels whose weights stay in shared memory take less time than others, as measured.
+bool prefer_panel(const BgmvArgs& args) {
+  if (!args.one_adapter || args.h_in > kPanelMaxIn || args.batch < 32) return false;
+  const int64_t outputs = args.batch * args.h_out;
+  return outputs >= (args.h_in <= 16 ? 4000000 : args.h_in <= 64 ? 1000000 : args.h_in <= kShortMax ? 850000 : 550000);
+}
+
+template <class T>
+Status launch_panel_short(const Launcher& launcher, const BgmvArgs& args) {
+  return args.h_in <= 16   ? launch_panel_short<T, 0>(launcher, args)
+         : args.h_in <= 64 ? launch_panel_short<T, 2>(launcher, args)
+                           : launch_panel_short<T, 4>(launcher, args);
 }
 
 template <class T>
@@ -241,11 +300,14 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
   if (args.one_adapter) {
     const double diagonal = diagonal_time(args), dense = dense_time(args);
     const int tile = best_shares_tile(args);
-    const double shares = shares_time(args, kSharesTiles[tile][0], kSharesTiles[tile][1]);
-    if (shares < std::min(diagonal, 0.75 * dense)) return launch_shares<T>(launcher, args, tile);
+    const double shares = shares_time(args, kSharesTimes[tile]);
+    if (shares < dense && shares + 0.15 < diagonal) return launch_shares<T>(launcher, args, tile);
     if (dense < diagonal) return launch_dense<T>(launcher, args);
   }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
+  if (whole && args.steps == 2 && ranks == 4 && args.group_rows == 1 && args.vectors) {
+    return launch_row_shrink<T>(launcher, args);
+  }
   if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
@@ -333,8 +395,17 @@ Status launch_bulk_short(const Launcher& launcher, const BgmvArgs& args) {
 
 template <class T>
 Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
-  if (prefer_wide(args)) return launch_wide<T>(launcher, args);
+  if (prefer_panel(args)) {
+    return args.h_in > kShortMax ? launch_panel<T>(launcher, args) : launch_panel_short<T>(launcher, args);
+  }
   if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
+  if (args.h_in == 16 && args.vectors && args.wide_y && !args.one_adapter && args.h_out % kRowTile == 0) {
+    if (row_blocks_fit(args, 8 * kRowTile)) return launch_row_expand<T, 1>(launcher, args, 8);
+    // Two tiles a warp where they need all shared memory that four blocks have: 56 KiB each.
+    if (args.h_out % (14 * kRowTile) == 0 && row_blocks_fit(args, 14 * kRowTile)) {
+      return launch_row_expand<T, 2>(launcher, args, 7);
+    }
+  }
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)
          : args.h_in <= 64 ? launch_bulk_short<T, 2>(launcher, args)
                            : launch_bulk_short<T, 4>(launcher, args);

@@ -129,7 +129,6 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t wei
     }
     if (own + at < rows) store<T, kRounds>(to + at, after);
   };
-  if (!args.early_reads) load_rows();
   if (own_rows > 0) barrier_wait<false>(&full[0], 0);
   // Products whose weights wait in registers.
   constexpr int kHeld = kDeepHeld<kSteps, kRounds>;
@@ -138,10 +137,8 @@ __device__ __forceinline__ void bgmv_bulk_deep(const BgmvArgs& args, int64_t wei
   for (int j = 0; j < kHeld; ++j) pairs[j] = read(j);
   __syncwarp();
   start(1, 0, 16 * kHeld);
-  if (args.early_reads) {
-    grid_dependency_wait<kArch>();
-    load_rows();
-  }
+  grid_dependency_wait<kArch>();
+  load_rows();
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) multiply(j, pairs[j]);
 #pragma unroll
@@ -168,11 +165,12 @@ __device__ __noinline__ void bulk_short_half(const BgmvArgs& args, int64_t m_fir
                                              rows, shared, parity);
 }
 
-// Grid: (rows, blocks that share the outputs). Of a group of several rows the blocks of the first two take a tile each.
+// Under early reads alone, and where there are several adapters. Grid: (rows, blocks that share the outputs). Of a
+// group of several rows the blocks of the first two take a tile each.
 template <Arch kArch, class T, int kSteps, int kRounds>
 __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
-    if (args.early_reads) launch_dependents<kArch>();
+    launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     BulkDeepShared& deep = *reinterpret_cast<BulkDeepShared*>(bulk_shared);
     auto& shared = deep.tile;
@@ -203,16 +201,11 @@ __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(cons
       // No search: every warp finds the adapter for itself.
       RowEntries entries;
       int64_t weights;
-      if (args.early_reads) entries.load(args, block.b);
+      entries.load(args, block.b);
       init_barriers();
       __syncthreads();
-      if (!args.early_reads) {
-        grid_dependency_wait<kArch>();
-        entries.load(args, block.b);
-        launch_dependents<kArch>();
-      }
       if (!entries.find(args, &weights)) {
-        if (args.early_reads) grid_dependency_wait<kArch>();
+        grid_dependency_wait<kArch>();
         return;
       }
       if (aligned(weights)) {
@@ -228,15 +221,13 @@ __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(cons
       }
       __syncthreads();
     } else {
-      if (!args.early_reads) grid_dependency_wait<kArch>();
       if (warp == 0) find_group_by_warp<2>(args, block, &shared.group);
       init_barriers();
       __syncthreads();
       if (shared.group.count == 0) {
-        if (args.early_reads) grid_dependency_wait<kArch>();
+        grid_dependency_wait<kArch>();
         return;
       }
-      if (!args.early_reads) launch_dependents<kArch>();
     }
     // Found anew for each: kept, it would wait in local memory.
     const auto first_output = [&] {
@@ -252,7 +243,7 @@ __global__ void __launch_bounds__(32 * kDeepWarps, 4) bgmv_bulk_deep_kernel(cons
     }
     if (const int64_t m = first_output() + shared.group.part * tile_rows; m < args.h_out) {
       bulk_short_half<kArch, T, kSteps, kRounds>(args, m, rows_from(m, tile_rows), shared, 0);
-    } else if (args.early_reads) {
+    } else {
       grid_dependency_wait<kArch>();
     }
     if (shared.group.count > 1) return;

@@ -2,13 +2,14 @@
 // sm_90: the sums of bgmv_diagonal.cuh, term by term, with every element of the tensor-core product in use.
 //
 // The warps that share K there are blocks of a cluster here, and the slices of K are warps: each takes one slice of all
-// outputs and rows of the cluster's tile, straight from memory to registers. No operand is read twice by a block. What
-// the warps have is added up in shared memory, slice after slice, and sent to the block of the cluster that adds up the
-// shares of K. Rows of a tile are neighbours in the batch, whatever their indices say: nothing is searched, and those
-// that name no adapter are not stored.
+// outputs and rows of the cluster's tile. A step of all slices of a row, 512 neighbouring bytes, comes to a ring in
+// shared memory by one access of a warp; of what is not aligned the aligned pieces that hold it, to be shifted into
+// place by the warp that multiplies it, as no operand is read twice. What the warps have is added up in shared memory,
+// slice after slice, and sent to the block of the cluster that adds up the shares of K. Rows of a tile are neighbours
+// in the batch, whatever their indices say: nothing is searched, and those that name no adapter are not stored.
 #pragma once
 
-#include <type_traits>
+#include <algorithm>
 
 #include "src/cuda/common/hopper.cuh"
 #include "src/cuda/lora/bgmv_diagonal.cuh"
@@ -21,104 +22,172 @@ inline constexpr int kSharesThreads = 32 * kSlices;
 template <int kOut, int kRow>
 struct SharesTile {
   static constexpr int kOutputs = 16 * kOut, kRows = 8 * kRow, kPairs = kOutputs * kRows;
+  static constexpr int kLines = kOutputs + kRows;           // of one step of a row
+  static constexpr int kBlocks = kOut * kRow == 1 ? 3 : 2;  // of a multiprocessor
+  // A line: the step's 512 bytes, or the aligned pieces that hold them.
+  template <bool kAligned>
+  static constexpr int kLineBytes = kAligned ? 512 : 512 + 16;
+  static constexpr int kRoom = (227 << 10) / kBlocks - 1024 - 128 - 4 * kPairs;
+  template <bool kAligned>
+  static constexpr int kStages = std::min(4, kRoom / (kLines * kLineBytes<kAligned>));
   // Lane (g, t) stores to 2 t rows + g: no bank conflict.
   static constexpr int kPitch = kOutputs + 4;  // floats, of a row's sums
   static constexpr int kVector = kPairs >= 1024 ? 4 : 1;
-  static constexpr size_t kSharedBytes = 128 + sizeof(float) * (kSlices * kRows * kPitch + kPairs);
+  static constexpr int kSumBytes = 4 * kSlices * kRows * kPitch;
+  // The barrier; what the blocks of the cluster send; the ring, later the sums.
+  static constexpr size_t kSharedBytes =
+      128 + 4 * kPairs +
+      std::max({kStages<true> * kLines * kLineBytes<true>, kStages<false> * kLines * kLineBytes<false>, kSumBytes});
 };
 
-// One slice of one share of K, by a warp: the sums of the tile go to shared memory.
+// The 16 bytes that begin `shift` bytes after those of `low`, zeros from element `count` on.
+__device__ __forceinline__ Words<4> shift_pieces(const Words<4>& low, const Words<4>& high, uint32_t shift, int count) {
+  uint32_t v[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = low.values[i];
+    v[i + 4] = high.values[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 6; ++i) v[i] = (shift & 8) != 0 ? v[i + 2] : v[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) v[i] = (shift & 4) != 0 ? v[i + 1] : v[i];
+  Words<4> r;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r.values[i] = __funnelshift_r(v[i], v[i + 1], (shift & 2) * 8);
+  if (count < 8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (2 * i >= count) r.values[i] = 0;
+      if (2 * i + 1 == count) r.values[i] &= 0xffffu;
+    }
+  }
+  return r;
+}
+
+// One share of K, a slice a warp: the sums of the tile go to where the ring was.
 template <Arch kArch, class T, int kOut, int kRow, bool kAligned>
 __device__ __forceinline__ void shares_accumulate(const BgmvArgs& args, const T* w, int64_t b, int m_block, int share,
-                                                  float* sums) {
+                                                  unsigned char* ring) {
   using Tile = SharesTile<kOut, kRow>;
-  // Steps of K on their way.
-  constexpr int kDepth = !kAligned ? 1 : kOut * kRow == 1 ? 4 : kOut * kRow <= 4 ? 3 : 2;
+  constexpr int kLineBytes = Tile::template kLineBytes<kAligned>, kStages = Tile::template kStages<kAligned>;
+  constexpr int kStageBytes = kLineBytes * Tile::kLines;
+  static_assert(kStages >= 2);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int h_in = args.h_in, steps = args.steps, outputs = args.h_out - m_block;
   const int count = static_cast<int>(min(args.batch - b, int64_t{Tile::kRows}));
-  const int k_lane = share * kDiagonalStep + 32 * warp + 8 * t;
   const int stride = kDiagonalStep << args.k_warp_bits;
-  const T* const w_end = w + static_cast<int64_t>(args.h_out) * h_in;
-  const T* const w_lane = w + static_cast<int64_t>(m_block + g) * h_in + k_lane;
-  const T* const x_lane = static_cast<const T*>(args.x) + (b + g) * args.x_stride + k_lane;
-  using Piece = std::conditional_t<kAligned, Words<4>, Unaligned<4>>;
-  Piece a[kDepth][2 * kOut], xs[kDepth][kRow];
-  const auto load_w = [&](int i, int step) {
-    const int left = step < steps ? h_in - k_lane - step * stride : 0;
-    const T* from = w_lane + step * stride;
+  const T* const x_begin = static_cast<const T*>(args.x);
+  // A warp copies a step of a row at a time, of lines warp, warp + 8, ...; this lane's piece of it. Odd rows have
+  // halves of 128 bytes exchanged, so that the eight lanes of a later access, two rows of 64 bytes, meet no conflict.
+  const T* const w_row = w + static_cast<int64_t>(m_block + warp) * h_in + share * kDiagonalStep;
+  const T* const x_row = x_begin + (b + warp) * args.x_stride + share * kDiagonalStep;
+  unsigned char* const place = ring + kLineBytes * warp + 16 * (kAligned ? lane ^ (warp % 2 * 4) : lane);
+  const auto copy_lines = [&](const T* from, int64_t row_stride, int step, int lines, int used, unsigned char* to,
+                              const T* begin, const T* end) {
+    const int left = h_in - share * kDiagonalStep - step * stride;  // elements of the row
+    from += step * stride;
+    if constexpr (kAligned) {
+      const bool valid = 8 * lane < left;
+      from += 8 * lane;
 #pragma unroll
-    for (int q = 0; q < 2 * kOut; ++q) {
-      const bool valid = left > 0 && 8 * q + g < outputs;
-      if constexpr (kAligned) {
-        a[i][q] = load_if(valid, from);
-      } else {
-        a[i][q].start(from, valid ? left : 0, w, w_end);
+      for (int i = 0; i < lines / 8; ++i) {
+        start_copy<4>(reinterpret_cast<Words<4>*>(to + 8 * i * kLineBytes), from, valid && warp + 8 * i < used);
+        from += 8 * row_stride;
       }
-      from += 8 * static_cast<int64_t>(h_in);
+    } else {
+      const auto copy_piece = [&](const T* row, int piece, bool valid, unsigned char* piece_to) {
+        const uintptr_t address = reinterpret_cast<uintptr_t>(row), window = (address & ~uintptr_t{15}) + 16 * piece;
+        const uintptr_t first = reinterpret_cast<uintptr_t>(begin), last = reinterpret_cast<uintptr_t>(end);
+        valid = valid && left > 0 && window < address + 2 * static_cast<int64_t>(left);
+        auto* const words = reinterpret_cast<Words<4>*>(piece_to);
+        if (!valid || (window >= first && window + 16 <= last)) {
+          start_copy<4>(words, reinterpret_cast<const void*>(window), valid);
+        } else {
+          *words = load_window(window, first, last);
+        }
+      };
+#pragma unroll 2
+      for (int i = 0; i < lines / 8; ++i) {
+        copy_piece(from + 8 * i * row_stride, lane, warp + 8 * i < used, to + 8 * i * kLineBytes);
+      }
+      if (lane < lines / 8) {
+        copy_piece(from + 8 * lane * row_stride, 32, warp + 8 * lane < used,
+                   to + 8 * lane * kLineBytes + 16 * (32 - lane));
+      }
     }
   };
-  const auto load_x = [&](int i, int step) {
-    const int left = step < steps ? h_in - k_lane - step * stride : 0;
-    const T* from = x_lane + step * stride;
-#pragma unroll
-    for (int n = 0; n < kRow; ++n) {
-      const bool valid = left > 0 && 8 * n + g < count;
-      if constexpr (kAligned) {
-        xs[i][n] = load_if(valid, from);
-      } else {
-        xs[i][n].start(from, valid ? left : 0, args.x, x_end(args, static_cast<const T*>(args.x)));
-      }
-      from += 8 * args.x_stride;
-    }
+  const auto copy_w = [&](int step, int stage) {
+    copy_lines(w_row, h_in, step, Tile::kOutputs, outputs, place + stage * kStageBytes, w,
+               w + static_cast<int64_t>(args.h_out) * h_in);
   };
+  const auto copy_x = [&](int step, int stage) {
+    copy_lines(x_row, args.x_stride, step, Tile::kRows, count,
+               place + stage * kStageBytes + Tile::kOutputs * kLineBytes, x_begin, x_end(args, x_begin));
+  };
+#pragma unroll 1
+  for (int i = 0; i < min(kStages - 1, steps); ++i) copy_w(i, i);
+  if (args.early_reads) grid_dependency_wait<kArch>();
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < steps) copy_x(i, i);
+    copy_commit();
+  }
+
+  // Rows 8 q + g of the tile lie at the same place of 16 bytes.
+  const auto shift_of = [&](const T* row) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) & 15); };
+  const uint32_t w_shift = shift_of(w + static_cast<int64_t>(m_block + g) * h_in);
+  const uint32_t x_shift = shift_of(x_begin + (b + g) * args.x_stride);
   float sum[kOut][kRow][4] = {};
-  const auto multiply = [&](const Words<4>(&aw)[2 * kOut], const Words<4>(&xw)[kRow]) {
+  int stage = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<kStages - 2>();
+    __syncthreads();  // this step is there, and nobody reads the one before
+    {
+      const int next = step + kStages - 1, to = stage == 0 ? kStages - 1 : stage - 1;
+      if (next < steps) {
+        copy_w(next, to);
+        copy_x(next, to);
+      }
+      copy_commit();
+    }
+    const unsigned char* const from = ring + stage * kStageBytes + kLineBytes * g;
+    const int left = h_in - share * kDiagonalStep - step * stride - 32 * warp - 8 * t;
+    const auto read = [&](int line, uint32_t shift) {
+      const unsigned char* const at = from + kLineBytes * line;
+      if constexpr (kAligned) {
+        return *reinterpret_cast<const Words<4>*>(at + 16 * ((4 * warp + t) ^ (g % 2 * 4)));
+      } else {
+        const auto* const pieces = reinterpret_cast<const Words<4>*>(at + 16 * (4 * warp + t));
+        return shift_pieces(pieces[0], pieces[1], shift, left);
+      }
+    };
+    Words<4> a[2 * kOut];
+#pragma unroll
+    for (int q = 0; q < 2 * kOut; ++q) a[q] = read(8 * q, w_shift);
 #pragma unroll
     for (int n = 0; n < kRow; ++n) {
+      const Words<4> xw = read(Tile::kOutputs + 8 * n, x_shift);
 #pragma unroll
       for (int m = 0; m < kOut; ++m) {
         float product[4];
-        step_product_from_zero<T>(product, aw[2 * m], aw[2 * m + 1], xw[n]);
+        step_product_from_zero<T>(product, a[2 * m], a[2 * m + 1], xw);
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[m][n][e] += product[e];
       }
     }
-  };
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) load_w(i, i);
-  if (args.early_reads) grid_dependency_wait<kArch>();
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) load_x(i, i);
-#pragma unroll 1
-  for (int begin = 0; begin < steps; begin += kDepth) {
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      if (i > 0 && begin + i >= steps) break;
-      if constexpr (kAligned) {
-        multiply(a[i], xs[i]);
-        load_w(i, begin + i + kDepth);
-        load_x(i, begin + i + kDepth);
-      } else {
-        Words<4> aw[2 * kOut], xw[kRow];
-#pragma unroll
-        for (int q = 0; q < 2 * kOut; ++q) aw[q] = a[i][q].finish();
-#pragma unroll
-        for (int n = 0; n < kRow; ++n) xw[n] = xs[i][n].finish();
-        load_w(i, begin + i + kDepth);
-        load_x(i, begin + i + kDepth);
-        multiply(aw, xw);
-      }
-    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
-  store_fragments<Tile::kPitch>(sum, sums, warp * Tile::kRows, g, t);
+  __syncthreads();  // the ring is used no more
+  store_fragments<Tile::kPitch>(sum, reinterpret_cast<float*>(ring), warp * Tile::kRows, g, t);
 }
 
 // A function of its own: what it needs takes no registers of the common way.
 template <Arch kArch, class T, int kOut, int kRow>
 __device__ __noinline__ void shares_accumulate_unaligned(const BgmvArgs& args, const T* w, int64_t b, int m_block,
-                                                         int share, float* sums) {
-  shares_accumulate<kArch, T, kOut, kRow, false>(args, w, b, m_block, share, sums);
+                                                         int share, unsigned char* ring) {
+  shares_accumulate<kArch, T, kOut, kRow, false>(args, w, b, m_block, share, ring);
 }
 
 __device__ __forceinline__ void cluster_arrive() {
@@ -151,9 +220,7 @@ __device__ __forceinline__ void send(const float* to, uint64_t* barrier, int ran
 
 // Grid: (tiles of rows x blocks of a cluster, tiles of outputs).
 template <Arch kArch, class T, int kOut, int kRow>
-__global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
-                                                  : kOut * kRow <= 4 ? 2
-                                                                     : 1)
+__global__ void __launch_bounds__(kSharesThreads, SharesTile<kOut, kRow>::kBlocks)
     bgmv_shares_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     using Tile = SharesTile<kOut, kRow>;
@@ -161,8 +228,9 @@ __global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
     auto* const full = reinterpret_cast<uint64_t*>(bulk_shared);
-    float* const sums = reinterpret_cast<float*>(bulk_shared + 128);
-    float* const parts = sums + kSlices * Tile::kRows * Tile::kPitch;  // [share][pair of this block]
+    float* const parts = reinterpret_cast<float*>(bulk_shared + 128);  // [share][pair of this block]
+    unsigned char* const ring = reinterpret_cast<unsigned char*>(parts + Tile::kPairs);
+    float* const sums = reinterpret_cast<float*>(ring);
     const int tid = threadIdx.x, shares = 1 << args.k_warp_bits;
     const int share = static_cast<int>(blockIdx.x) & (shares - 1);
     const int64_t b = args.first_row + static_cast<int64_t>(blockIdx.x >> args.k_warp_bits) * Tile::kRows;
@@ -210,9 +278,9 @@ __global__ void __launch_bounds__(kSharesThreads, kOut* kRow == 1    ? 3
     }
     const T* const w = reinterpret_cast<const T*>(address) + args.layer_offset;
     if (args.vectors && reinterpret_cast<uintptr_t>(w) % 16 == 0) {
-      shares_accumulate<kArch, T, kOut, kRow, true>(args, w, b, m_block, share, sums);
+      shares_accumulate<kArch, T, kOut, kRow, true>(args, w, b, m_block, share, ring);
     } else {
-      shares_accumulate_unaligned<kArch, T, kOut, kRow>(args, w, b, m_block, share, sums);
+      shares_accumulate_unaligned<kArch, T, kOut, kRow>(args, w, b, m_block, share, ring);
     }
     const auto stores = [&](int pair) {
       return (valid >> (pair / Tile::kOutputs) & 1) != 0 && m_block + pair % Tile::kOutputs < args.h_out;

@@ -70,6 +70,9 @@ Status sgmv(const SgmvParams& params, const Context& context) {
     if (is_sgmv_ring(launcher, args)) return launch_sgmv_ring(launcher, params.weights, params.y.dtype, args);
     if (args.d_in <= kExpandIn) return launch_sgmv_expand(launcher, params.weights, params.y.dtype, args);
     if (launcher.arch == Arch::kSm90 && args.d_in >= kWideIn) {
+      if (is_sgmv_broad(params.weights, args)) {
+        return launch_sgmv_broad(launcher, params.weights, params.y.dtype, args);
+      }
       return launch_sgmv_wide_wgmma(launcher, params.weights, params.y.dtype, args);
     }
     return launch_sgmv_wide(launcher, params.weights, params.y.dtype, args);

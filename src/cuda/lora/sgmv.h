@@ -73,6 +73,9 @@ Status launch_sgmv_expand(const Launcher& launcher, SgmvWeights weights, DType d
 Status launch_sgmv_wide(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // The same on sm_90 where d_in is more than 128; other bits.
 Status launch_sgmv_wide_wgmma(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
+// The same bits, where all is aligned and segments are long.
+bool is_sgmv_broad(SgmvWeights weights, const SgmvArgs& args);
+Status launch_sgmv_broad(const Launcher& launcher, SgmvWeights weights, DType dtype, const SgmvArgs& args);
 // float32.
 Status launch_sgmv_float(const Launcher& launcher, SgmvWeights weights, const SgmvArgs& args);
 

@@ -114,6 +114,36 @@ __device__ __noinline__ void fill_words(uint32_t to, uint32_t to_step, const uin
   }
 }
 
+// 64 of d_in from k0 on of kColumns columns of weights at any address, `columns` of which exist, to where tensor copies
+// put them: by 128 threads, where the copy engine cannot take them.
+template <bool kInOut, int kColumns, class T>
+__device__ __forceinline__ void fill_weights(uint32_t stage, const T* w, int64_t k0, int64_t column, int columns,
+                                             const SgmvArgs& args, int thread) {
+  if constexpr (!kInOut) {
+    constexpr int kRowStep = 16;
+    const int row = thread / 8, chunk = thread % 8;
+    const int64_t k = k0 + chunk * 8;
+    const T* const from = w + (column + row) * args.d_in + k;
+    const int count = static_cast<int>(min(max(args.d_in - k, int64_t{0}), int64_t{8}));
+    fill_words<kColumns / kRowStep, kRowStep>(stage + row * 128 + ((chunk ^ (row & 7)) * 16), kRowStep * 128,
+                                              reinterpret_cast<const uint16_t*>(from), kRowStep * args.d_in, count,
+                                              columns - row);
+  } else {
+    constexpr int kChunks = kColumns / 8, kWStep = 128 / kChunks;
+    constexpr int kUnitChunks = kChunks < 8 ? kChunks : 8;
+    static_assert(kWStep % 8 == 0 && kWStep <= 64);
+    const int row = thread / kChunks, chunk = thread % kChunks;
+    const int turn = kUnitChunks == 8 ? row & 7 : kUnitChunks == 4 ? row >> 1 & 3 : row >> 2 & 1;
+    const uint32_t to =
+        stage + chunk / kUnitChunks * (64 * 128) + (row * kUnitChunks + (chunk % kUnitChunks ^ turn)) * 16;
+    const int count = min(max(columns - chunk * 8, 0), 8);
+    const int rows = static_cast<int>(min(max(args.d_in - k0, int64_t{0}), int64_t{64})) - row;
+    const T* const from = w + (k0 + row) * args.d_out + column + chunk * 8;
+    fill_words<64 / kWStep, kWStep>(to, kWStep * kUnitChunks * 16, reinterpret_cast<const uint16_t*>(from),
+                                    kWStep * args.d_out, count, rows);
+  }
+}
+
 // The balanced tree over kCount parts, `stride` apart.
 template <int kCount>
 __device__ __forceinline__ float4 tree_sum(const float4* part, int stride) {

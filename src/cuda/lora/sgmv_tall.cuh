@@ -88,6 +88,10 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
     }
     hopper::barrier_init_fence();
   }
+  if (id == kConsumers) {
+    hopper::prefetch_map(&x_map);
+    hopper::prefetch_map(&w_map);
+  }
   const int64_t guess = int64_t{tile_number} * kRows;
   // Before the wait the second-level cache is asked for the first columns of x where the tile is if the segments cover
   // all rows in order, in the time in which the last blocks of the kernel before end. That is no read: all writes end
@@ -132,33 +136,9 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
 
   if (fills) {
     if constexpr (kWarpgroups > 1) hopper::lower_registers<S::kFillRegisters>();
-    // Weights at any address, by all threads, where the copy engine cannot take them.
     const auto fill_w = [&](int step, int slot) {
-      const int64_t k0 = column_of(step);
-      const uint32_t stage = shared + slot * S::kStageBytes + S::kXBytes;
-      if constexpr (!kInOut) {
-        constexpr int kRowStep = 16;
-        const int row = fill_id / 8, chunk = fill_id % 8;
-        const int64_t k = k0 + chunk * 8;
-        const T* const from = tile.w + (column + row) * args.d_in + k;
-        const int count = static_cast<int>(min(max(args.d_in - k, int64_t{0}), int64_t{8}));
-        fill_words<kColumns / kRowStep, kRowStep>(stage + row * 128 + ((chunk ^ (row & 7)) * 16), kRowStep * 128,
-                                                  reinterpret_cast<const uint16_t*>(from), kRowStep * args.d_in, count,
-                                                  columns - row);
-      } else {
-        constexpr int kChunks = kColumns / 8, kWStep = 128 / kChunks;
-        constexpr int kUnitChunks = kChunks < 8 ? kChunks : 8;
-        static_assert(kWStep % 8 == 0 && kWStep <= 64);
-        const int row = fill_id / kChunks, chunk = fill_id % kChunks;
-        const int turn = kUnitChunks == 8 ? row & 7 : kUnitChunks == 4 ? row >> 1 & 3 : row >> 2 & 1;
-        const uint32_t to =
-            stage + chunk / kUnitChunks * (64 * 128) + (row * kUnitChunks + (chunk % kUnitChunks ^ turn)) * 16;
-        const int count = min(max(columns - chunk * 8, 0), 8);
-        const int rows = static_cast<int>(min(max(args.d_in - k0, int64_t{0}), int64_t{64})) - row;
-        const T* const from = tile.w + (k0 + row) * args.d_out + column + chunk * 8;
-        fill_words<64 / kWStep, kWStep>(to, kWStep * kUnitChunks * 16, reinterpret_cast<const uint16_t*>(from),
-                                        kWStep * args.d_out, count, rows);
-      }
+      fill_weights<kInOut, kColumns>(shared + slot * S::kStageBytes + S::kXBytes, tile.w, column_of(step), column,
+                                     columns, args, fill_id);
     };
     // A box has something of W in it: one that lies outside as a whole ends the kernel, as the map begins at address 0.
     const int w_bytes = kInOut ? (columns + kN - 1) / kN * (kN * 128) : S::kWBytes;
@@ -235,7 +215,14 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   ShrinkSums<T, kRows, kColumns, kConsumers> end(static_cast<T*>(args.y) + tile.row * args.y_stride + column,
                                                  args.y_stride, args.y_aligned, tile.rows, columns, rank, cluster_bits);
   if (id == 0 && plan.cluster > 1) hopper::barrier_expect(received_barrier, end.foreign_bytes(plan.cluster));
-  end.prefetch();
+  // y at once where a thread has registers for what it adds to, so that nobody waits for it in the end.
+  constexpr bool kLoadsEarly = decltype(end)::kUnits <= 2;
+  if constexpr (kLoadsEarly) {
+    end.load();
+    if (!end.whole) end.prefetch();
+  } else {
+    end.prefetch();
+  }
 
   if (guessed) hopper::barrier_wait(guess_barrier, 0);
   float sums[kWide][kN / 2] = {}, saved[S::kSaved][kWide][kN / 2];
@@ -303,7 +290,7 @@ __global__ void __launch_bounds__(Tall<kN, kWide, kRows, kLevels, kBlocks>::kThr
   }
   hopper::products_wait<0>();
   pin_sums();
-  end.load();
+  if constexpr (!kLoadsEarly) end.load();
   if (plan.cluster > 1) {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -153,6 +153,37 @@ __device__ __forceinline__ bool find_tile(const SgmvArgs& args, uint32_t tile, S
   return find_tile<kRows>(args, tile, scratch, found, [] {});
 }
 
+// All tiles of up to kSegments segments, for a warp that keeps them.
+template <class T, int kRows>
+struct WarpTiles {
+  static constexpr int kSegments = 32;
+
+  int64_t start, end, address;  // of the lane's segment
+  uint32_t before, tiles;       // of segments before it, its own
+  uint32_t all;
+
+  __device__ __forceinline__ explicit WarpTiles(const SgmvArgs& args) {
+    const int lane = threadIdx.x % 32;
+    const bool is_there = lane < args.num_segments;
+    const int32_t first = is_there ? args.s_start[lane] : 0, behind = is_there ? args.s_end[lane] : 0;
+    address = is_there ? args.w_ptr[lane] : 0;
+    const SgmvSegment segment = cut_segment<kRows>(args, first, behind);
+    const uint32_t sum = warp_inclusive_sum(segment.tiles, lane);
+    start = segment.start, end = segment.end, tiles = segment.tiles, before = sum - tiles;
+    all = __shfl_sync(0xffffffffu, sum, 31);
+  }
+
+  // Number `tile` of them, less than `all`, for the whole warp.
+  __device__ __forceinline__ SgmvTile<T> at(const SgmvArgs& args, uint32_t tile) const {
+    const int owner = __ffs(__ballot_sync(0xffffffffu, tile - before < tiles)) - 1;
+    const int64_t row = __shfl_sync(0xffffffffu, start + int64_t{tile - before} * kRows, owner);
+    const int64_t behind = __shfl_sync(0xffffffffu, end, owner);
+    const int64_t w = __shfl_sync(0xffffffffu, address, owner);
+    return {row, static_cast<int>(min(behind - row, int64_t{kRows})), reinterpret_cast<const T*>(w) + args.w_offset,
+            all};
+  }
+};
+
 // Asks for the first lines of the tables: enough for 32 segments.
 __device__ __forceinline__ void prefetch_tables(const SgmvArgs& args) {
   if (threadIdx.x == 0) prefetch_line(args.s_start);

@@ -364,9 +364,10 @@ __device__ __forceinline__ float normal_scale_of(float sum, const Args& args) {
 
 // At most kFewRows rows, one a block, and an epsilon that is no denormal number. The same arithmetic, bit for bit; what
 // is after the wait is as little code as can be, for that is all there is to wait for in a chain of such calls. The
-// weight is asked for as soon as the row is there, so that it does not stand in the row's way.
+// weight is asked for as soon as the row is there, so that it does not stand in the row's way. Blocks have a
+// multiprocessor each: told so, the compiler spends the registers that it takes to ask for the sum's terms at once.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kResidual>
-__global__ void __launch_bounds__(kThreads) rms_norm_few_rows(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, 1) rms_norm_few_rows(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     constexpr int kSize = Chunk<T>::kSize;
     __shared__ PairedPartial partial;

@@ -409,6 +409,55 @@ void test_fast_decode(bool small) {
   }
 }
 
+// A call guesses from the one before with the same workspace where its blocks start. Tables that are as they were, and
+// ones of which all or some of the guess is wrong: the same bits as without a workspace, where nothing is guessed.
+void test_decode_guesses(const Case& c, int64_t batch, int64_t length) {
+  if (!in_part()) return;
+  const std::string what = "decode guesses " + c.name() + " batch " + std::to_string(batch);
+  announce(what);
+  Cache cache(c, std::vector<int64_t>(static_cast<size_t>(batch), length));
+  cache.randomize();
+  struct Call {
+    std::vector<int64_t> ptrs;
+    std::vector<int32_t> indptr, last;
+  };
+  const Call as_is = {cache.addresses, cache.indptr, cache.last};
+  Call behind = as_is;  // entries of the table that no sequence has, before the first
+  behind.ptrs.insert(behind.ptrs.begin(), {as_is.ptrs[1], as_is.ptrs[0], as_is.ptrs[2]});
+  for (int32_t& at : behind.indptr) at += 3;
+  Call shorter = as_is;  // the first sequence by a page: those behind begin elsewhere
+  shorter.ptrs.erase(shorter.ptrs.begin());
+  for (size_t i = 1; i < shorter.indptr.size(); ++i) --shorter.indptr[i];
+  Call fewer_splits = as_is;  // of the last sequence alone
+  fewer_splits.indptr.back() -= static_cast<int32_t>(256 / c.page_size);
+  Call half = as_is;  // as many tokens
+  half.indptr.resize(static_cast<size_t>((batch + 1) / 2 + 1));
+  half.last.resize(static_cast<size_t>((batch + 1) / 2));
+  Call empty = as_is;
+  empty.last[0] = 0;
+  Rows q(c.dtype, batch, c.kv_heads * c.group, c.dim);
+  q.randomize();
+  const Tables most(behind.ptrs, behind.indptr, behind.last);
+  const auto params = make_params<BatchDecodeParams>(c, most, q, q, nullptr);
+  const Buffer tmpbuf(cuda::workspace_bytes(params), 0, true);
+  for (const Call& call : {as_is, behind, shorter, as_is, half, fewer_splits, as_is, empty, behind}) {
+    const Tables tables(call.ptrs, call.indptr, call.last);
+    const int64_t rows = static_cast<int64_t>(call.last.size());
+    Rows expected(c.dtype, rows, q.heads, c.dim);
+    auto p = make_params<BatchDecodeParams>(c, tables, expected, q, nullptr);
+    p.q = q.view(0, rows);
+    run(cuda::batch_decode(p, {}), what);
+    p.tmpbuf = workspace(tmpbuf);
+    for (int turn = 0; turn < 3; ++turn) {
+      Rows o(c.dtype, rows, q.heads, c.dim);
+      p.o = o.view();
+      run(cuda::batch_decode(p, {}), what);
+      for (int64_t i = 0; i < rows; ++i) EXPECT(o.same(i, expected, i), what + " sequence " + std::to_string(i));
+    }
+  }
+  EXPECT(tmpbuf.guards_intact() && cache.pool.guards_intact(), what);
+}
+
 // Queries that many blocks of the fast decode have parts of: equal shares and unequal ones, groups of one split and of
 // more, several queries to merge for a block, and the same workspace again and again, whose counters have to be zero
 // each time.
@@ -439,6 +488,13 @@ void test_decode_merges(bool small) {
     std::vector<int64_t> unlike(1300, 20);
     unlike[700] = 600;
     test_decode({t, 1, 1, 64, 16}, unlike);
+  }
+  for (const DType t : {DType::kFloat16, DType::kBFloat16}) {
+    test_decode_guesses({t, 8, 4, 128, 16}, 1, small ? 600 : 4090);
+    test_decode_guesses({t, 8, 1, 64, 16}, 3, small ? 300 : 1500);
+    test_decode_guesses({t, 4, 2, 128, 16, std::nullopt, 1.0, 300}, 3, 700);
+    if (!small) test_decode_guesses({t, 2, 9, 128, 16, 1e4}, 40, 600);
+    if (!small) test_decode_guesses({t, 8, 1, 64, 16}, 300, 270);
   }
   if (!in_part()) return;
   announce("decode again");

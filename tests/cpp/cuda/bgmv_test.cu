@@ -86,16 +86,18 @@ struct Case {
   bool early_reads;
   bool only = false;  // the table holds no other adapter: kernels number their blocks in another way
   bool few = false;   // all but a few rows have indices that name no adapter: large batches at little cost
+  int w_offset = 0;   // as offset, of W alone
 };
 
 std::string name(DType dtype, const Case& c) {
   char text[256];
   std::snprintf(
       text, sizeof(text),
-      "%s B=%lld %lld->%lld adapters=%d x_pad=%d y_pad=%d offset=%d skipped=%d same=%d early=%d only=%d few=%d",
+      "%s B=%lld %lld->%lld adapters=%d x_pad=%d y_pad=%d offset=%d skipped=%d same=%d early=%d only=%d few=%d "
+      "w_offset=%d",
       punica::dtype_name(dtype), static_cast<long long>(c.batch), static_cast<long long>(c.h_in),
       static_cast<long long>(c.h_out), c.num_adapters, c.x_pad, c.y_pad, c.offset, c.skipped, c.same, c.early_reads,
-      c.only, c.few);
+      c.only, c.few, c.w_offset);
   return text;
 }
 
@@ -139,18 +141,19 @@ void run_case(const Case& c, Random& random) {
   // Weights: layer 0 and the elements around are NaN; one adapter that no row uses is all NaN.
   const T nan = from<T>(std::numeric_limits<float>::quiet_NaN());
   // memcheck sees what lies behind an allocation.
-  const int64_t w_elements = kLayers * elements + c.offset + (g_small ? 0 : 16);
+  const int w_offset = c.offset + c.w_offset;
+  const int64_t w_elements = kLayers * elements + w_offset + (g_small ? 0 : 16);
   const int count = c.only ? 1 : c.num_adapters + 1;
   std::vector<std::vector<T>> w(count, std::vector<T>(w_elements, nan));
   std::vector<DeviceMemory*> w_device;
   std::vector<int64_t> addresses;
   for (int a = 0; a < count; ++a) {
     if (a < c.num_adapters) {
-      for (int64_t i = 0; i < elements; ++i) w[a][c.offset + kLayer * elements + i] = from<T>(random.value() * 0.25f);
+      for (int64_t i = 0; i < elements; ++i) w[a][w_offset + kLayer * elements + i] = from<T>(random.value() * 0.25f);
     }
     w_device.push_back(new DeviceMemory(w_elements * sizeof(T)));
     must(cudaMemcpy(w_device[a]->data, w[a].data(), w_elements * sizeof(T), cudaMemcpyHostToDevice));
-    addresses.push_back(reinterpret_cast<int64_t>(w_device[a]->data + c.offset * sizeof(T)));
+    addresses.push_back(reinterpret_cast<int64_t>(w_device[a]->data + w_offset * sizeof(T)));
   }
   const int64_t x_stride = c.h_in + c.x_pad, y_stride = c.h_out + c.y_pad;
   std::vector<T> x(c.batch * x_stride + c.offset, nan), y(c.batch * y_stride + c.offset, nan);
@@ -233,7 +236,7 @@ void run_case(const Case& c, Random& random) {
   std::vector<float> xf(c.h_in);
   for (int64_t b = 0; b < c.batch; b += row_step) {
     if (indices[b] < 0 || indices[b] >= count) continue;
-    const T* weights = w[indices[b]].data() + c.offset + kLayer * elements;
+    const T* weights = w[indices[b]].data() + w_offset + kLayer * elements;
     for (int64_t i = 0; i < c.h_in; ++i) xf[i] = value(x[c.offset + b * x_stride + i]);
     double largest = 0;
     for (int64_t m = 0; m < c.h_out; ++m) {
@@ -336,9 +339,9 @@ void run_small() {
   std::vector<Case> cases;
   for (const int64_t h_in : {1,   7,   8,   16,   17,   40,   64,   65,   100,  128,  129,  136,
                              512, 516, 576, 1024, 1032, 2048, 4096, 4099, 8192, 8200, 14336}) {
-    for (const int64_t h_out : {1, 2, 16, 17, 40, 64, 130, 200, 520, 1030, 4096, 8192}) {
-      for (const int64_t batch : {1, 2, 7, 8, 9, 33, 64, 65, 129, 300, 1100}) {
-        for (int kind = 0; kind < 16; ++kind) {
+    for (const int64_t h_out : {1, 2, 16, 17, 40, 64, 130, 200, 520, 1030, 3584, 4096, 8192}) {
+      for (const int64_t batch : {1, 2, 7, 8, 9, 33, 64, 65, 129, 200, 300, 1100}) {
+        for (int kind = 0; kind < 32; ++kind) {
           Case c = {};
           c.batch = batch, c.h_in = h_in, c.h_out = h_out;
           c.num_adapters = kind & 1 ? 1 : 3;
@@ -347,6 +350,7 @@ void run_small() {
           c.y_pad = kind & 4 ? 3 : 0;
           c.x_pad = kind & 4 ? 8 : 0;
           c.early_reads = kind & 8;
+          if ((kind & 16) != 0 && (kind & 2) == 0) c.w_offset = 1;
           c.few = true;
           cases.push_back(c);
         }
@@ -367,7 +371,10 @@ void run_small() {
       if (const punica::Status status = punica::cuda::dispatch_bgmv(p, context); !status.ok()) fail(status.message());
       kernels = recorder.kernels();
     }
-    if (g_cover.needs(kernels, {c.only ? "one adapter" : "several", c.offset ? "unaligned" : "aligned",
+    if (g_cover.needs(kernels, {c.only ? "one adapter" : "several",
+                                c.offset     ? "unaligned"
+                                : c.w_offset ? "unaligned weights"
+                                             : "aligned",
                                 c.y_pad ? "strided" : "dense", c.early_reads ? "early" : "in order",
                                 c.batch > 1 ? "rows" : "a row"})) {
       run_case<T>(c, random);
@@ -432,8 +439,9 @@ void run_all() {
     }
   }
   // So many rows and outputs of one adapter that the weights stay in shared memory while rows pass.
-  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504}, {64, 3504}, {100, 3500},
-                                              {128, 3504}, {200, 700},  {256, 704}, {264, 704}, {512, 700}};
+  const std::pair<int64_t, int64_t> wide[] = {{16, 26704}, {13, 26701}, {20, 3504},  {64, 3504},
+                                              {100, 3500}, {128, 3504}, {200, 1900}, {256, 1904},
+                                              {264, 1904}, {512, 1900}, {512, 10008}};
   for (const auto& [h_in, h_out] : wide) {
     const bool odd = h_in % 8 != 0;
     run_case<T>({301, h_in, h_out, 1, odd ? 4 : 8, odd ? 3 : 8, 0, h_in % 16 == 0, true, odd, true}, random);
@@ -454,6 +462,14 @@ void run_all() {
     run_case<T>({140, 40, 2344, 130, 0, 8, 0, early, false, early}, random);
     run_case<T>({70, 64, 4090, 60, 0, 1, 1, false, false, early}, random);
     run_case<T>({20, 14336, 33, 18, 0, 0, 0, false, false, early}, random);
+    // One row a block, where W alone may not be aligned; with the row in every batch size.
+    for (const int w_offset : {0, 1, 4, 7}) {
+      run_case<T>({64, 4096, 16, 60, 8, 0, 0, w_offset == 4, false, early, false, false, w_offset}, random);
+      run_case<T>({45, 4096, 18, 40, 0, 0, 0, w_offset == 0, false, early, false, false, w_offset}, random);
+      run_case<T>({64, 16, 4096, 60, 8, 8, 0, w_offset == 4, false, early, false, false, w_offset}, random);
+      run_case<T>({86, 16, 2944, 80, 8, 8, 0, w_offset == 0, false, early, false, false, w_offset}, random);
+      run_case<T>({140, 16, 3584, 120, 0, 0, 0, w_offset == 1, false, early, false, false, w_offset}, random);
+    }
   }
   if (sizeof(T) == 2 && kDType<T> == DType::kBFloat16) {
     run_case<T>({2, 136, 65535 * 16 + 40, 1, 0, 0, 0, false, false, false}, random);

@@ -171,9 +171,11 @@ int main(int argc, char** argv) {
     shapes += 2;
     // Long sums have tiles of other sizes for long, short and few segments.
     failed += !bfloat16.run(layout, 520, 7168, {700, 300, 20, 128});
+    failed += !half.run(layout, 264, 4096, {700, 300, 20, 128});
+    failed += !bfloat16.run(layout, 256, 1032, std::vector<int>(40, 33));
     failed += !bfloat16.run(layout, 136, 4096, many);
     failed += !half.run(layout, 136, 520, {3, 1, 70});
-    shapes += 3;
+    shapes += 5;
   }
   return finish();
 }
