@@ -53,6 +53,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// Of the block, in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 // Of a place in shared memory, in block `rank` of the cluster.
 __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
   uint32_t remote;

@@ -15,6 +15,16 @@ int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
   return teams <= 32 ? 3 : teams <= 128 || args.max_rank > 16 || args.num_slices == 1 ? 2 : 1;
 }
 
+// The most, where the device finds fewer tiles than there might be: eight, but for grids that take the multiprocessors
+// more than one turn, which start faster in small clusters, and for larger ranks, whose sums of eight blocks would take
+// the room of a third block.
+int max_team_bits(const Launcher& launcher, const fused_lora::Args& args) {
+  if (launcher.arch == Arch::kSm80) return 0;
+  const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
+  const bool many = teams << args.team_bits > 4 * launcher.num_multiprocessors();
+  return args.max_rank > 16 || many ? args.team_bits : fused_lora::kMaxTeamBits;
+}
+
 }  // namespace
 
 Status add_lora(const AddLoraParams& p, const Context& context) {
@@ -80,6 +90,7 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
     if (p.y.dtype == DType::kFloat32) return fused_lora::launch_float32(launcher, args);
     if (fused_lora::is_tiles(launcher, args)) return fused_lora::launch_tiles(launcher, p.y.dtype, args);
     args.team_bits = team_bits(launcher, args);
+    args.max_team_bits = max_team_bits(launcher, args);
     return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
                                         : fused_lora::launch_ring_bfloat16(launcher, args);
   });

@@ -16,6 +16,7 @@
 namespace punica::cuda::fused_lora {
 
 inline constexpr int kTileRows = 8;
+inline constexpr int kMaxTeamBits = 3;  // see Args
 
 struct Args {
   void* y;
@@ -34,7 +35,7 @@ struct Args {
   int capacity, max_segments;
   // The same as above, and in the plain way (add_lora_plain.cuh) alone, where they are small enough for that.
   int x_row_bytes, y_row_bytes, rows_32, num_adapters_32, width;
-  int team_bits;  // log2 of the blocks that share a tile in add_lora_ring.cuh
+  int team_bits, max_team_bits;  // log2 of the blocks that share a tile in add_lora_ring.cuh; at most: of a cluster
   int h_in, max_rank, num_slices;
   int leaf_pieces;  // pieces of the first leaf of K, the longest one: see add_lora_ring.cuh
   // Elements before the layer: of A for each rank and in any case, of B for each of the slice's width x row stride, and
@@ -43,6 +44,7 @@ struct Args {
   int slice_begin[kMaxLoraSlices + 1];
   bool early_reads;
   bool x_vectors, y_vectors;  // rows start at multiples of 16 bytes
+  uint32_t slice_blocks;      // the grid's blocks for each slice in add_lora_ring.cuh
 };
 
 // Enough tiles of n rows for segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most m.
@@ -77,7 +79,8 @@ template <int kRows>
 struct Work {
   int count;  // rows; 0: nothing to do
   int num_slices;
-  bool plain;  // all weights are aligned to 16 bytes, rows of B too, and no rank is more than kPlainRank
+  int team_bits;  // log2 of the blocks that share the tile, in add_lora_ring.cuh
+  bool plain;     // all weights are aligned to 16 bytes, rows of B too, and no rank is more than kPlainRank
   int rows[kRows];
   Slice slices[kMaxLoraSlices];
 };

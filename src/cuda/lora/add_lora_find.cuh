@@ -12,45 +12,67 @@ namespace punica::cuda::fused_lora {
 // Up to here one warp looks at all segments.
 inline constexpr int kFindWindow = 256;
 
-// The addresses of a slice's layer, and whether it has anything to do.
-template <class T>
-__device__ __forceinline__ bool finish_slice(const Args& args, int64_t a, int64_t b, Slice* slice) {
-  slice->b_stride = args.b_row_stride >= 0 ? args.b_row_stride : slice->rank;
-  const bool used = a != 0 && b != 0 && slice->rank > 0 && slice->rank <= args.max_rank &&
-                    slice->rank <= slice->b_stride && slice->width > 0;
-  slice->a = reinterpret_cast<const T*>(a) + (slice->rank * args.a_of_rank + args.a_offset);
-  slice->b = reinterpret_cast<const T*>(b) + (slice->b_stride * slice->width * args.b_of_size + args.b_offset);
-  return used;
+// The block's slice, and its place among the blocks of it. Grid: x the blocks of a cluster, slice after slice; y and z
+// the clusters of a slice. So what has work comes first in the order in which blocks start, and spreads over all
+// multiprocessors.
+__device__ __forceinline__ int block_slice(const Args& args) {
+  return static_cast<int>(blockIdx.x) >> args.max_team_bits;
+}
+__device__ __forceinline__ uint32_t block_of_slice(const Args& args) {
+  const uint32_t cluster = blockIdx.z * gridDim.y + blockIdx.y;
+  return (cluster << args.max_team_bits) + (blockIdx.x & ((1u << args.max_team_bits) - 1));
 }
 
-// Nothing is in the way of the plain way: see add_lora_plain.cuh. Offsets within A and B fit into 32 bits then.
-__device__ __forceinline__ bool is_plain(const Args& args, const Slice& slice) {
-  return ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
-         slice.b_stride % 8 == 0 && slice.rank % 8 == 0 && slice.rank <= kPlainRank && args.h_in < 1 << 24 &&
-         slice.b_stride < 1 << 16 && static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
+// log2 of the blocks that share a tile, where there are so many tiles: as many as the grid has blocks for. The host
+// knows only how many tiles there may be.
+__device__ __forceinline__ int choose_team(const Args& args, uint32_t tiles) {
+  int bits = args.team_bits;
+#pragma unroll
+  for (int more = 1; more <= kMaxTeamBits; ++more) {
+    if (more <= args.max_team_bits && tiles <= args.slice_blocks >> more) bits = max(bits, more);
+  }
+  return bits;
 }
 
-// Slice `number` of an adapter whose addresses, rank and scale are these, to `work`, by one warp.
+// A slice of an adapter, whether it has anything to do, and whether nothing is in the way of the plain way (see
+// add_lora_plain.cuh; offsets within A and B fit into 32 bits then).
+struct FoundSlice {
+  Slice slice;
+  bool used, plain;
+};
 template <class T>
-__device__ __forceinline__ void publish_slice(const Args& args, int number, int64_t a, int64_t b, int rank, float scale,
-                                              Work<kTileRows>* work) {
-  Slice slice = {};
+__device__ __forceinline__ FoundSlice make_slice(const Args& args, int number, int64_t a, int64_t b, int rank,
+                                                 float scale) {
+  FoundSlice r = {};
+  Slice& slice = r.slice;
   slice.rank = rank;
   slice.scale = scale;
   slice.begin = args.slice_begin[number];
   slice.width = args.slice_begin[number + 1] - slice.begin;
-  const bool used = finish_slice<T>(args, a, b, &slice);
-  if (threadIdx.x % 32 == 0) {
-    work->slices[0] = slice;
-    work->plain = is_plain(args, slice);
-    work->num_slices = used;
-  }
+  slice.b_stride = args.b_row_stride >= 0 ? args.b_row_stride : rank;
+  r.used = a != 0 && b != 0 && rank > 0 && rank <= args.max_rank && rank <= slice.b_stride && slice.width > 0;
+  slice.a = reinterpret_cast<const T*>(a) + (rank * args.a_of_rank + args.a_offset);
+  slice.b = reinterpret_cast<const T*>(b) + (slice.b_stride * slice.width * args.b_of_size + args.b_offset);
+  r.plain = ((reinterpret_cast<uintptr_t>(slice.a) | reinterpret_cast<uintptr_t>(slice.b)) % 16 == 0) &&
+            slice.b_stride % 8 == 0 && rank % 8 == 0 && rank <= kPlainRank && args.h_in < 1 << 24 &&
+            slice.b_stride < 1 << 16 &&
+            static_cast<int>(slice.b_stride) * int64_t{slice.width + 4096} < int64_t{1} << 29;
+  return r;
+}
+
+// By one lane.
+__device__ __forceinline__ void publish_slice(const FoundSlice& found, Work<kTileRows>* work) {
+  work->slices[0] = found.slice;
+  work->plain = found.plain;
+  work->num_slices = found.used;
 }
 template <class T>
 __device__ __forceinline__ void find_slice(const Args& args, int number, int adapter, Work<kTileRows>* work) {
   const int64_t at = number * args.num_adapters + adapter;
-  publish_slice<T>(args, number, args.a_ptr[at], args.b_ptr[at], args.ranks[number * args.rank_stride + adapter],
-                   args.scales[number * args.scale_stride + adapter], work);
+  const FoundSlice found =
+      make_slice<T>(args, number, args.a_ptr[at], args.b_ptr[at], args.ranks[number * args.rank_stride + adapter],
+                    args.scales[number * args.scale_stride + adapter]);
+  if (threadIdx.x % 32 == 0) publish_slice(found, work);
 }
 
 // What a lane knows of the tile's rows: the one at position `lane`, or -1. Stored by publish_rows().
@@ -69,12 +91,10 @@ __device__ __forceinline__ void publish_rows(const Args& args, int row, Work<kTi
 
 // Up to 32 * kEach segments, by one warp. Comes back with load_row().
 template <class T, int kEach>
-__device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
+__device__ __forceinline__ int find_tile_in(const Args& args, int number, Work<kTileRows>* work) {
   const int lane = threadIdx.x % 32;
   Segment segments[kEach];
-  [[maybe_unused]] int64_t a[kEach] = {}, b[kEach] = {};
-  [[maybe_unused]] int ranks[kEach] = {};
-  [[maybe_unused]] float scales[kEach] = {};
+  [[maybe_unused]] FoundSlice found[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kTileRows>(args, 32 * i + lane, args.max_segments);
   constexpr bool kEarly = kEach <= 2;  // more take too many registers
@@ -86,10 +106,10 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const bool there = 32 * i + lane < args.num_adapters_32;
-      a[i] = there ? a_ptr[32 * i + lane] : 0;
-      b[i] = there ? b_ptr[32 * i + lane] : 0;
-      ranks[i] = there ? rank_of[32 * i + lane] : 0;
-      scales[i] = there ? scale_of[32 * i + lane] : 0;
+      // Each lane does what there is to do for its adapter, while the segments are looked at: that makes the chain of
+      // instructions shorter which all else waits for.
+      found[i] = make_slice<T>(args, number, there ? a_ptr[32 * i + lane] : 0, there ? b_ptr[32 * i + lane] : 0,
+                               there ? rank_of[32 * i + lane] : 0, there ? scale_of[32 * i + lane] : 0);
     }
   }
   uint32_t before[kEach], total = 0;
@@ -114,6 +134,9 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int
       total += __shfl_sync(0xffffffffu, sum, 31);
     }
   }
+  const int team_bits = choose_team(args, total);
+  const uint32_t tile = block_of_slice(args) >> team_bits;
+  if (lane == 0) work->team_bits = team_bits;
   // The lane and window that has the tile; there is one at most.
   uint32_t owners = 0;
   int position = 0, end = 0, adapter = 0;
@@ -137,23 +160,10 @@ __device__ __forceinline__ int find_tile_in(const Args& args, uint32_t tile, int
   adapter = __shfl_sync(0xffffffffu, adapter, owner);
   const int row = load_row(args, position, end);
   if (kEarly && adapter < 32 * kEach) {
-    // By choices: of an index the compiler would make an array in local memory.
-    int64_t a_of_lane = a[0], b_of_lane = b[0];
-    int rank = ranks[0];
-    float scale = scales[0];
-    if constexpr (kEach > 1) {
 #pragma unroll
-      for (int i = 1; i < kEach; ++i) {
-        const bool here = adapter / 32 == i;
-        a_of_lane = here ? a[i] : a_of_lane;
-        b_of_lane = here ? b[i] : b_of_lane;
-        rank = here ? ranks[i] : rank;
-        scale = here ? scales[i] : scale;
-      }
+    for (int i = 0; i < kEach; ++i) {
+      if (adapter == 32 * i + lane) publish_slice(found[i], work);
     }
-    const int from = adapter % 32;
-    publish_slice<T>(args, number, __shfl_sync(0xffffffffu, a_of_lane, from), __shfl_sync(0xffffffffu, b_of_lane, from),
-                     __shfl_sync(0xffffffffu, rank, from), __shfl_sync(0xffffffffu, scale, from), work);
   } else {
     find_slice<T>(args, number, adapter, work);
   }
@@ -166,8 +176,8 @@ inline constexpr int kNotFound = INT_MIN;
 // The same for any number of segments, by the whole block. A function of its own: what it needs takes no registers of
 // the common way.
 template <class T, int kWarps>
-__device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile, int number,
-                                                 TileScratch<kWarps>* scratch, Work<kTileRows>* work) {
+__device__ __noinline__ int find_tile_among_many(const Args& args, int number, TileScratch<kWarps>* scratch,
+                                                 Work<kTileRows>* work) {
   constexpr int kEach = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Each warp counts the tiles of a share of the segments; the one whose share has the tile goes over it again.
@@ -189,11 +199,15 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile
   if (lane == 0) scratch->share_tiles[warp] = tiles;
   if (threadIdx.x == 0) work->num_slices = 0;
   __syncthreads();
-  uint32_t before = 0;
+  uint32_t before = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) before += scratch->share_tiles[i];
+    total += scratch->share_tiles[i];
   }
+  const int team_bits = choose_team(args, total);
+  const uint32_t tile = block_of_slice(args) >> team_bits;
+  if (threadIdx.x == 0) work->team_bits = team_bits;
   if (owns_tile(tile, before, tiles)) {
     for (int i = share_begin; i < share_end; i += 32) {
       Segment segment = load_segment<kTileRows>(args, i + lane, share_end);
@@ -217,23 +231,26 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, uint32_t tile
 }
 
 template <class T, int kWarps>
-__device__ __noinline__ int find_tile_by_warp(const Args& args, uint32_t tile, int number, Work<kTileRows>* work) {
-  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, tile, number, work);
-  return find_tile_in<T, 8>(args, tile, number, work);
+__device__ __noinline__ int find_tile_by_warp(const Args& args, int number, Work<kTileRows>* work) {
+  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, number, work);
+  return find_tile_in<T, 8>(args, number, work);
 }
 
-// Finds tile `tile` of the batch and what there is to do for slice `number`. Called by the whole block, before a
-// barrier of it. The slice is in `work` then (num_slices 0: nothing to do); one warp comes back with rows for
+// Finds the block's tile and what there is to do for slice `number`. Called by the whole block, before a barrier of it.
+// The team and the slice are in `work` then (num_slices 0: nothing to do); one warp comes back with rows for
 // publish_rows(), the others with kNotFound. Up to 32 * kEach segments are looked at in line: code that lies elsewhere
 // has to be fetched first.
 template <class T, int kEach, int kWarps>
-__device__ __forceinline__ int find_tile(const Args& args, uint32_t tile, int number, TileScratch<kWarps>* scratch,
+__device__ __forceinline__ int find_tile(const Args& args, int number, TileScratch<kWarps>* scratch,
                                          Work<kTileRows>* work) {
-  if (args.max_segments <= 32 * kEach) [[likely]] {
-    return threadIdx.x < 32 ? find_tile_in<T, kEach>(args, tile, number, work) : kNotFound;
+  if (args.max_segments <= 32) return threadIdx.x < 32 ? find_tile_in<T, 1>(args, number, work) : kNotFound;
+  if constexpr (kEach > 1) {
+    if (args.max_segments <= 32 * kEach) {
+      return threadIdx.x < 32 ? find_tile_in<T, kEach>(args, number, work) : kNotFound;
+    }
   }
-  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, tile, number, scratch, work);
-  return threadIdx.x < 32 ? find_tile_by_warp<T, kWarps>(args, tile, number, work) : kNotFound;
+  if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, number, scratch, work);
+  return threadIdx.x < 32 ? find_tile_by_warp<T, kWarps>(args, number, work) : kNotFound;
 }
 
 }  // namespace punica::cuda::fused_lora

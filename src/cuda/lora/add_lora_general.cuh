@@ -13,7 +13,6 @@ namespace punica::cuda::fused_lora {
 
 inline constexpr int kRingWarps = 8;
 inline constexpr int kRingThreads = 32 * kRingWarps;
-inline constexpr int kMaxTeamBits = 3;
 
 // Ranks that v is exchanged for at a time: 16 << chunk_bits. Fewer where room is needed for v of a large rank.
 __host__ __device__ constexpr int chunk_bits(int team_bits, int max_rank) {
@@ -372,9 +371,7 @@ __device__ __forceinline__ void exchange(const Warp<T>& w, const V<T>& v, int fi
       // they received before: two buffers are enough.
       if (number == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
       const int team = 1 << team_bits, buffer = number & 1;
-      uint32_t cluster_rank;
-      asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(cluster_rank));
-      const uint32_t first_block = cluster_rank & ~static_cast<uint32_t>(team - 1);
+      const uint32_t first_block = hopper::cluster_rank() & ~static_cast<uint32_t>(team - 1);
       const uint32_t barrier = shared_address(&shared.received[buffer]);
       if (threadIdx.x == 0) hopper::barrier_expect(barrier, 4 * team * rows * count);
       for (int i = threadIdx.x; i < values; i += kRingThreads) {

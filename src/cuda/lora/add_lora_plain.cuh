@@ -220,10 +220,11 @@ struct PlainBlock {
     const int steps = kLong ? kGroups * args.leaf_pieces : kGroups;
     PartOfA a;
     begin_a(a);
+    start_step(a, 0);
     begin_b(b);
 #pragma unroll
-    for (int q = 0; q < kLookahead; ++q) {
-      if (q == 0 || q < steps) {
+    for (int q = 1; q < kLookahead; ++q) {
+      if (q < steps) {
         start_step(a, q * kStep);
       } else {
 #pragma unroll
@@ -384,9 +385,10 @@ struct PlainBlock {
       if (there) store_fragment(place, sum);
     } else {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+      const uint32_t first_block = hopper::cluster_rank() & ~((1u << kTeamBits) - 1);  // of the team
 #pragma unroll
       for (int i = 0; i < 1 << (kTeamBits - kSenderBits); ++i) {
-        const uint32_t peer = (i << kSenderBits) + share;
+        const uint32_t peer = first_block + (i << kSenderBits) + share;
         const uint32_t remote = hopper::remote_address(place, peer);
         const uint32_t remote_barrier = hopper::remote_address(barrier, peer);
         if (there) hopper::store_async(remote, sum, remote_barrier);

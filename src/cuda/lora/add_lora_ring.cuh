@@ -30,16 +30,17 @@ namespace punica::cuda::fused_lora {
 // Lines of x and y, by the last warp: before the wait nothing is known of the block's own rows, so the teams take rows
 // in turn.
 template <class T>
-__device__ __forceinline__ void prefetch_rows(const Args& args, int team_bits) {
-  if (threadIdx.x < kRingThreads - 32 || blockIdx.y > 0) return;
+__device__ __forceinline__ void prefetch_rows(const Args& args) {
+  if (threadIdx.x < kRingThreads - 32 || block_slice(args) > 0) return;
   constexpr int kLine = kLineBytes / sizeof(T);
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, team_bits = args.team_bits;
   const bool of_y = lane >= 16;
   const char* const first = static_cast<const char*>(of_y ? args.y : args.x);
   const int64_t row_bytes = of_y ? args.y_row_bytes : args.x_row_bytes;
   const int length = of_y ? args.width : args.h_in;
-  const int begin = ((blockIdx.x & ((1 << team_bits) - 1)) * 16 + lane % 16) * kLine;
-  for (int row = blockIdx.x >> team_bits; row < args.rows_32; row += gridDim.x >> team_bits) {
+  const uint32_t block = block_of_slice(args);
+  const int begin = ((block & ((1 << team_bits) - 1)) * 16 + lane % 16) * kLine;
+  for (int row = block >> team_bits; row < args.rows_32; row += args.slice_blocks >> team_bits) {
     for (int i = begin; i < length; i += 16 * kLine << team_bits)
       prefetch_line(first + row * row_bytes + i * sizeof(T));
   }
@@ -48,26 +49,29 @@ __device__ __forceinline__ void prefetch_rows(const Args& args, int team_bits) {
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
 // Finds what the block serves; false: nothing. On return num_slices and the slices are in shared.work, and one warp has
-// rows for publish_rows(). Teams are clusters of 1 << team_bits blocks.
+// rows for publish_rows(). A cluster has one team or several.
 template <Arch kArch, class T, int kEach>
-__device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared, int team_bits, int* row) {
+__device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared, int* row) {
   if (args.early_reads) launch_dependents<kArch>();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if (kArch == Arch::kSm90 && team_bits > 0) {
+  if constexpr (kArch == Arch::kSm90) {
     if (threadIdx.x == 32) {
       hopper::barrier_init(shared_address(&shared.received[0]), 1);
       hopper::barrier_init(shared_address(&shared.received[1]), 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncwarp();
+  }
+#endif
+  prefetch_rows<T>(args);
+  if (!args.early_reads) grid_dependency_wait<kArch>();
+  *row = find_tile<T, kEach>(args, block_slice(args), &shared.scratch, &shared.work);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kArch == Arch::kSm90) {
     // Waited for before the first send. The fence above is all that it has to order.
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
 #endif
-  prefetch_rows<T>(args, team_bits);
-  if (!args.early_reads) grid_dependency_wait<kArch>();
-  *row =
-      find_tile<T, kEach>(args, blockIdx.x >> team_bits, static_cast<int>(blockIdx.y), &shared.scratch, &shared.work);
   __syncthreads();
   if (!args.early_reads) launch_dependents<kArch>();
   if (shared.work.num_slices > 0) return true;
@@ -76,33 +80,35 @@ __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared
 }
 
 template <Arch kArch, class T, bool kVectors>
-__device__ __forceinline__ void general_way(const Args& args, RingShared& shared, int team_bits, int row) {
+__device__ __forceinline__ void general_way(const Args& args, RingShared& shared, int row) {
   if (row != kNotFound) publish_rows(args, row, &shared.work);
   __syncthreads();
   if (shared.work.count == 0) {
     if (args.early_reads) grid_dependency_wait<kArch>();
     return;
   }
+  const int team_bits = shared.work.team_bits;
   general_block<kArch, T, kVectors>(args, shared, team_bits, static_cast<int>(blockIdx.x) & ((1 << team_bits) - 1));
 }
 
-// Rows of x and y are whole, aligned pieces of 16 bytes, and so is each slice of y. Grid: (teams, slices). kLong: h_in
-// is more than 4096.
-template <Arch kArch, class T, int kTeamBits, bool kLong>
+// Rows of x and y are whole, aligned pieces of 16 bytes, and so is each slice of y. kLong: h_in is more than 4096.
+// kFewRanks: max_rank is 16 or less.
+template <Arch kArch, class T, bool kLong, bool kFewRanks>
 __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
     add_lora_plain_kernel(const __grid_constant__ Args args, const int fragment_bytes) {
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    if (!begin_block<kArch, T, (kTeamBits == 3 ? 1 : 2)>(args, shared, kTeamBits, &row)) return;
+    if (!begin_block<kArch, T, 2>(args, shared, &row)) return;
     if (!shared.work.plain) [[unlikely]] {
-      general_way<kArch, T, true>(args, shared, kTeamBits, row);
+      general_way<kArch, T, true>(args, shared, row);
       return;
     }
     const int warp = threadIdx.x / 32, rank = shared.work.slices[0].rank;
     const uint32_t receive = shared_address(memory + kHeadBytes);
-    const auto run = [&]<int kTileBits>(std::integral_constant<int, kTileBits>) {
+    const auto run = [&]<int kTeamBits, int kTileBits>(std::integral_constant<int, kTeamBits>,
+                                                       std::integral_constant<int, kTileBits>) {
       PlainBlock<kArch, T, kTeamBits, kTileBits, kLong> block = {
           args,
           shared.work,
@@ -118,26 +124,36 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
         __syncthreads();
       });
     };
-    if (rank <= 16) [[likely]] {
-      run(std::integral_constant<int, 0>{});
-    } else if (rank <= 32) {
-      run(std::integral_constant<int, 1>{});
-    } else {
-      run(std::integral_constant<int, 2>{});
+    const auto run_team = [&]<int kTeamBits>(std::integral_constant<int, kTeamBits> team) {
+      if (kFewRanks || rank <= 16) {
+        run(team, std::integral_constant<int, 0>{});
+      } else if constexpr (!kFewRanks) {
+        if (rank <= 32) {
+          run(team, std::integral_constant<int, 1>{});
+        } else {
+          run(team, std::integral_constant<int, 2>{});
+        }
+      }
+    };
+    if constexpr (kArch == Arch::kSm80) {
+      run_team(std::integral_constant<int, 0>{});
+    } else if (shared.work.team_bits == 3) {
+      run_team(std::integral_constant<int, 3>{});
+    } else if (shared.work.team_bits == 2) {
+      run_team(std::integral_constant<int, 2>{});
+    } else if constexpr (kFewRanks) {
+      run_team(std::integral_constant<int, 1>{});
     }
   }
 }
 
 template <Arch kArch, class T>
-__global__ void __launch_bounds__(kRingThreads, 2)
-    add_lora_general_kernel(const __grid_constant__ Args args, const int team_bits) {
+__global__ void __launch_bounds__(kRingThreads, 2) add_lora_general_kernel(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
     extern __shared__ __align__(128) unsigned char memory[];
     RingShared& shared = *reinterpret_cast<RingShared*>(memory);
     int row;
-    if (begin_block<kArch, T, 1>(args, shared, team_bits, &row)) {
-      general_way<kArch, T, false>(args, shared, team_bits, row);
-    }
+    if (begin_block<kArch, T, 1>(args, shared, &row)) general_way<kArch, T, false>(args, shared, row);
   }
 }
 
