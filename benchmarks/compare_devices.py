@@ -179,7 +179,7 @@ def main() -> int:
         runs = [compare(model, adapters, dtype, args.max_tokens) for dtype in args.dtypes]
     result = {
         **results_form.head(
-            " ".join(["python", "benchmarks/compare_devices.py", *sys.argv[1:]]),
+            " ".join(["python", "benchmarks/compare_devices.py", *results_form.given(sys.argv[1:])]),
             torch.cuda.get_device_name(),
             {"torch": torch.__version__},
         ),
