@@ -43,16 +43,19 @@ def function(name: str, *, release_gil: bool = False) -> Any:
 
 
 def _set_up_shortcuts() -> bool:
-    plain = torch.zeros(1, device="cpu")
-    negative = torch._neg_view(plain)
-    tensors = (x for tensor in (plain, negative) for x in (id(tensor), tensor._cdata))
-    names = (vars(forward_ad), sys.intern("_current_level"), _C._increment_version)
-    objects = (Tensor, torch.nn.Parameter, int, float, tuple, list, None, True, False, RuntimeError, *names)
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return (
-        api is not None
-        and bool(function("set_up_tensors")(*map(ctypes.c_void_p, tensors), Tensor.__basicsize__))
-        and bool(function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api))))
+    if api is None:
+        return False
+    try:  # None of this is promised by torch.
+        plain = torch.zeros(1, device="cpu")
+        negative = torch._neg_view(plain)
+        tensors = [x for tensor in (plain, negative) for x in (id(tensor), tensor._cdata)]
+        names = (vars(forward_ad), sys.intern("_current_level"), _C._increment_version)
+    except (AttributeError, RuntimeError):
+        return False
+    objects = (Tensor, torch.nn.Parameter, int, float, tuple, list, None, True, False, RuntimeError, *names)
+    return bool(function("set_up_tensors")(*map(ctypes.c_void_p, tensors), Tensor.__basicsize__)) and bool(
+        function("set_up_shortcuts")(ctypes.c_void_p(id(objects)), ctypes.c_void_p(id(api)))
     )
 
 

@@ -12,7 +12,7 @@ namespace {
 int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
   if (launcher.arch == Arch::kSm80) return 0;
   const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
-  return teams <= 32 ? 3 : teams < 128 || args.max_rank > 16 || args.num_slices == 1 ? 2 : 1;
+  return teams <= 32 ? 3 : teams <= 128 || args.max_rank > 16 || args.num_slices == 1 ? 2 : 1;
 }
 
 // The most, where the device finds fewer tiles than there might be: eight, but for grids that take the multiprocessors

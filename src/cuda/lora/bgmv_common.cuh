@@ -28,7 +28,7 @@ struct BgmvArgs {
   int group_rows;    // sm_90: rows of a group, at most; a power of two
   int k_warp_bits;   // long K on sm_90: log2 of the warps that share K
   int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time
-  int steps;         // long K: steps of a warp; bgmv_wide: row tiles of a chunk
+  int steps;         // long K: steps of a warp; bgmv_panel: row tiles of a chunk
   int team;          // float32: threads that share a row of W
 };
 

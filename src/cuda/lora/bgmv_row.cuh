@@ -1,5 +1,6 @@
 // dispatch_bgmv of float16 and bfloat16 for groups of one row, on sm_90: h_in = 4096 (shrink, the sums of
-// bgmv_diagonal.cuh) and h_in = 16 (expand, those of bgmv_bulk_short.cuh), where x and y are aligned.
+// bgmv_diagonal.cuh) and h_in = 16 (expand, those of bgmv_bulk_short.cuh), where x and, in the expand,
+// y are aligned.
 //
 // With so little work a block's start and what it does from the wait on are most of the time. So everything that has a
 // known size is a constant here, and all of a block's weights are asked for at once.

@@ -274,11 +274,11 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 // A choice of tiles, not of arithmetic.
 template <class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  constexpr int64_t kEnough = 100;     // blocks, to keep an H200 busy
-  constexpr int64_t kManySteps = 384;  // of d_in, from which on products take longer than y
+  constexpr int64_t kEnough = 100;  // blocks, to keep an H200 busy
+  constexpr int64_t kLongIn = 384;  // d_in above which products take longer than y
   const auto blocks = [&](int rows, int width) { return max_tiles(args, rows) * ((args.d_out + width - 1) / width); };
   if (args.rows >= 128 * args.num_segments) {
-    if (args.d_in > kManySteps && blocks(128, 256) >= kEnough) {
+    if (args.d_in > kLongIn && blocks(128, 256) >= kEnough) {
       return launch<T, kInOut, Broad<2, 256, 1>>(launcher, args);
     }
     if (blocks(64, 128) >= kEnough) return launch<T, kInOut, Broad<1, 128, 2>>(launcher, args);
