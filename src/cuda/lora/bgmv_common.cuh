@@ -152,6 +152,19 @@ __device__ __forceinline__ void start_copy(Words<kCount>* to, const void* from, 
   }
 }
 
+// The same of 16 bytes, by addresses in shared memory, and the read of them behind the wait.
+__device__ __forceinline__ void copy_piece(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ Words<4> read_piece(uint32_t from) {
+  Words<4> r;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.values[0]), "=r"(r.values[1]), "=r"(r.values[2]), "=r"(r.values[3])
+               : "r"(from)
+               : "memory");
+  return r;
+}
+
 // Reads a thread's own place. The order of these among each other and the copies stays as written.
 template <int kCount>
 __device__ __forceinline__ Words<kCount> read_copy(const Words<kCount>* from) {
@@ -168,6 +181,35 @@ __device__ __forceinline__ Words<kCount> read_copy(const Words<kCount>* from) {
                  : "r"(shared)
                  : "memory");
   }
+  return r;
+}
+
+// Zeros from 16-bit element `count` on.
+template <int kCount>
+__device__ __forceinline__ void clear_from(int count, Words<kCount>& words) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (2 * i >= count) words.values[i] = 0;
+    if (2 * i + 1 == count) words.values[i] &= 0xffffu;
+  }
+}
+
+// The words that begin `shift` bytes, fewer than 16 and an even number, after those of `low`.
+template <int kCount>
+__device__ __forceinline__ Words<kCount> shift_pieces(const Words<4>& low, const Words<4>& high, uint32_t shift) {
+  uint32_t v[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = low.values[i];
+    v[i + 4] = high.values[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 6; ++i) v[i] = (shift & 8) != 0 ? v[i + 2] : v[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) v[i] = (shift & 4) != 0 ? v[i + 1] : v[i];
+  Words<kCount> r;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) r.values[i] = __funnelshift_r(v[i], v[i + 1], (shift & 2) * 8);
   return r;
 }
 
@@ -193,23 +235,8 @@ class Unaligned {
   __device__ __forceinline__ Words<kCount> finish() const {
     Words<kCount> r = {};
     if (whole_) {
-      uint32_t v[8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = low_.values[i];
-        v[i + 4] = high_.values[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 6; ++i) v[i] = (shift_ & 8) != 0 ? v[i + 2] : v[i];
-#pragma unroll
-      for (int i = 0; i < 5; ++i) v[i] = (shift_ & 4) != 0 ? v[i + 1] : v[i];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) r.values[i] = __funnelshift_r(v[i], v[i + 1], (shift_ & 2) * 8);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (2 * i >= count_) r.values[i] = 0;
-        if (2 * i + 1 == count_) r.values[i] &= 0xffffu;
-      }
+      r = shift_pieces<kCount>(low_, high_, shift_);
+      clear_from(count_, r);
     } else {
 #pragma unroll
       for (int i = 0; i < 2 * kCount; ++i) r.values[i / 2] |= load_element_if(i < count_, from_ + i) << (16 * (i % 2));

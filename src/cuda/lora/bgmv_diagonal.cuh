@@ -105,8 +105,7 @@ __device__ __forceinline__ bool diagonal_block_aligned(const BgmvArgs& args, Dia
 #pragma unroll
       for (int q = 0; q < kRanks; ++q) {
         if (m0 + q < args.h_out) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + (i * kRanks + q) * kPlace), "l"(w)
-                       : "memory");
+          copy_piece(image + (i * kRanks + q) * kPlace, w);
         }
         w += h_in;
       }
@@ -145,10 +144,7 @@ __device__ __forceinline__ bool diagonal_block_aligned(const BgmvArgs& args, Dia
         for (int q = 0; q < 2 * kPairs; ++q) {
           if (!kWhole || q >= kRanks) a[q] = Words<4>{};
           if (q < kRanks && (kWhole || inside(begin + i))) {
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(a[q].values[0]), "=r"(a[q].values[1]), "=r"(a[q].values[2]), "=r"(a[q].values[3])
-                         : "r"(image + (i * kRanks + q) * kPlace)
-                         : "memory");
+            a[q] = read_piece(image + (i * kRanks + q) * kPlace);
           }
         }
 #pragma unroll

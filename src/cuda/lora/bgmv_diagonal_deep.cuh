@@ -42,21 +42,13 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
 #pragma unroll
     for (int q = 0; q < kUnit; ++q) {
       if (unit / 2 * kUnit + q < rest) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(image + (place * kUnit + q) * kPlace), "l"(w)
-                     : "memory");
+        copy_piece(image + (place * kUnit + q) * kPlace, w);
       }
       w += h_in;
     }
     copy_commit();
   };
-  const auto read = [&](int place, int q) {
-    Words<4> a;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a.values[0]), "=r"(a.values[1]), "=r"(a.values[2]), "=r"(a.values[3])
-                 : "r"(image + (place * kUnit + q) * kPlace)
-                 : "memory");
-    return a;
-  };
+  const auto read = [&](int place, int q) { return read_piece(image + (place * kUnit + q) * kPlace); };
   // Early, a unit is asked for when the one before it is there: what the kernel before still has to read and write
   // stands in line behind all that has been asked for. Else, two at a time.
   start_unit(0, 0);

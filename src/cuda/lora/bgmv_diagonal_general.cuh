@@ -75,13 +75,7 @@ __device__ __forceinline__ Words<4> shift_windows(const Words<4>& low, const Wor
     default:
       shifted(3);
   }
-  if (count < 8) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (2 * i >= count) r.values[i] = 0;
-      if (2 * i + 1 == count) r.values[i] &= 0xffffu;
-    }
-  }
+  if (count < 8) clear_from(count, r);
   return r;
 }
 

@@ -25,10 +25,6 @@ __device__ __noinline__ void copy_unaligned(uint32_t to, const T* from, int coun
   }
 }
 
-__device__ __forceinline__ void copy_piece(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
 // ---- Shrink --------------------------------------------------------------------------------------------------------
 
 inline constexpr int kRowIn = 4096;                         // two steps of eight warps
@@ -109,13 +105,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     Words<4> a[2][kRowOutputs];
     const auto read = [&](int s) {
 #pragma unroll
-      for (int q = 0; q < kRowOutputs; ++q) {
-        Words<4>& words = a[s][q];
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words.values[0]), "=r"(words.values[1]), "=r"(words.values[2]), "=r"(words.values[3])
-                     : "r"(image + (kRowOutputs * s + q) * kRowPlace)
-                     : "memory");
-      }
+      for (int q = 0; q < kRowOutputs; ++q) a[s][q] = read_piece(image + (kRowOutputs * s + q) * kRowPlace);
     };
     copy_wait<0>();
     read(0);

@@ -40,31 +40,6 @@ struct SharesTile {
       std::max({kStages<true> * kLines * kLineBytes<true>, kStages<false> * kLines * kLineBytes<false>, kSumBytes});
 };
 
-// The 16 bytes that begin `shift` bytes after those of `low`, zeros from element `count` on.
-__device__ __forceinline__ Words<4> shift_pieces(const Words<4>& low, const Words<4>& high, uint32_t shift, int count) {
-  uint32_t v[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = low.values[i];
-    v[i + 4] = high.values[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 6; ++i) v[i] = (shift & 8) != 0 ? v[i + 2] : v[i];
-#pragma unroll
-  for (int i = 0; i < 5; ++i) v[i] = (shift & 4) != 0 ? v[i + 1] : v[i];
-  Words<4> r;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) r.values[i] = __funnelshift_r(v[i], v[i + 1], (shift & 2) * 8);
-  if (count < 8) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (2 * i >= count) r.values[i] = 0;
-      if (2 * i + 1 == count) r.values[i] &= 0xffffu;
-    }
-  }
-  return r;
-}
-
 // One share of K, a slice a warp: the sums of the tile go to where the ring was.
 template <Arch kArch, class T, int kOut, int kRow, bool kAligned>
 __device__ __forceinline__ void shares_accumulate(const BgmvArgs& args, const T* w, int64_t b, int m_block, int share,
@@ -160,7 +135,9 @@ __device__ __forceinline__ void shares_accumulate(const BgmvArgs& args, const T*
         return *reinterpret_cast<const Words<4>*>(at + 16 * ((4 * warp + t) ^ (g % 2 * 4)));
       } else {
         const auto* const pieces = reinterpret_cast<const Words<4>*>(at + 16 * (4 * warp + t));
-        return shift_pieces(pieces[0], pieces[1], shift, left);
+        Words<4> r = shift_pieces<4>(pieces[0], pieces[1], shift);
+        if (left < 8) clear_from(left, r);
+        return r;
       }
     };
     Words<4> a[2 * kOut];
