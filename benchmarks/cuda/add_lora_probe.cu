@@ -3,6 +3,7 @@
 // are no programmatic dependents (their own time, measured without the calls, is taken off); `two`, alone, the same by
 // shrink and expand (dispatch_bgmv up to 256 rows, sgmv_shrink otherwise), where all ranks are equal and there is one
 // slice; `floor`, 1.5 us and the bytes: weights of each adapter and x once at 4.5 TB/s, y read and written at 4.13.
+// With PROBE_COLD in the environment, the kernels between calls leave nothing in L2.
 // Usage: add_lora_probe [beginning of a work's name]...
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -23,6 +24,14 @@
 namespace {
 
 __global__ void nothing() {}
+
+// Reads 128 MiB, so that neither tables nor code are left in L2.
+__global__ void sweep(const uint4* from, uint32_t* sum) {
+  uint32_t s = 0;
+#pragma unroll 8
+  for (int i = 0; i < 64; ++i) s += from[(i * size_t{gridDim.x} + blockIdx.x) * 256 + threadIdx.x].x;
+  if (s == 12345) *sum = s;
+}
 
 __global__ void fill(uint16_t* data, size_t count) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
@@ -52,18 +61,20 @@ struct Work {
   int adapters;
   bool in_turn;  // rows take adapters in turn; otherwise neighbours share one
   std::vector<int> ranks;
-  int slot = 0;  // the rank that slots of weights have room for, as vLLM's have; 0: the adapter's own
+  int used = -1;  // adapters that the batch has, where the tables and the batch have room for more
+  int slot = 0;   // the rank that slots of weights have room for, as vLLM's have; 0: the adapter's own
 };
 
 void probe(const Work& work) {
-  const int slices = static_cast<int>(work.widths.size()), n = work.adapters;
+  const int slices = static_cast<int>(work.widths.size()), n = work.adapters, used = work.used < 0 ? n : work.used;
   const int64_t width = std::accumulate(work.widths.begin(), work.widths.end(), int64_t{0});
   const int max_rank = *std::max_element(work.ranks.begin(), work.ranks.end());
   const auto rank_of = [&](int a) { return work.ranks[a % work.ranks.size()]; };
   const auto slot_of = [&](int a) { return work.slot > 0 ? work.slot : rank_of(a); };
-  int64_t weight_bytes = 0, slot_bytes = 0;
+  int64_t weight_bytes = 0, slot_bytes = 0, used_bytes = 0;
   for (int a = 0; a < n; ++a) {
     weight_bytes += 2 * rank_of(a) * (slices * work.h_in + width);
+    if (a < used) used_bytes = weight_bytes;
     slot_bytes += 2 * slot_of(a) * (slices * work.h_in + width);
   }
   const int64_t set_bytes = weight_bytes + 2 * work.rows * (work.h_in + width);
@@ -90,7 +101,8 @@ void probe(const Work& work) {
   uint16_t* const v = numbers(sets * work.rows * max_rank);
   memory.insert(memory.end(), {x, y, v});
   std::vector<int64_t> index(work.rows);
-  for (int64_t t = 0; t < work.rows; ++t) index[t] = work.in_turn ? (t * 37 + 11) % n : t * n / work.rows;
+  for (int64_t t = 0; t < work.rows; ++t)
+    index[t] = used == 0 ? -1 : work.in_turn ? (t * 37 + 11) % used : t * used / work.rows;
   std::vector<int32_t> order(work.rows), adapter, start, end;
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return index[a] < index[b]; });
@@ -99,6 +111,10 @@ void probe(const Work& work) {
       adapter.push_back(static_cast<int32_t>(index[order[p]]));
       start.push_back(static_cast<int32_t>(p));
     }
+  }
+  while (work.used >= 0 && static_cast<int64_t>(adapter.size()) < std::min<int64_t>(work.rows, n + 1)) {
+    adapter.push_back(-1);
+    start.push_back(static_cast<int32_t>(work.rows));
   }
   const int64_t segments = static_cast<int64_t>(adapter.size());
   start.push_back(static_cast<int32_t>(work.rows));
@@ -170,6 +186,13 @@ void probe(const Work& work) {
       }
     }
   };
+  static uint4* cold = std::getenv("PROBE_COLD") ? reinterpret_cast<uint4*>(numbers(size_t{64} << 20)) : nullptr;
+  const auto between = [&](cudaStream_t stream) {
+    if (cold)
+      sweep<<<512, 256, 0, stream>>>(cold, reinterpret_cast<uint32_t*>(cold));
+    else
+      nothing<<<1, 32, 0, stream>>>();
+  };
   const auto chain = [&](bool early) {
     return time_graph([&](cudaStream_t stream) {
              for (int64_t i = 0; i < calls; ++i) call(stream, i, early);
@@ -179,13 +202,13 @@ void probe(const Work& work) {
   const bool only_alone = std::getenv("PROBE_ALONE") != nullptr;
   const double early = only_alone ? 0 : chain(true), standard = only_alone ? 0 : chain(false);
   const double empty = time_graph([&](cudaStream_t stream) {
-    for (int64_t i = 0; i < calls; ++i) nothing<<<1, 32, 0, stream>>>();
+    for (int64_t i = 0; i < calls; ++i) between(stream);
   });
   const auto alone = [&](auto body) {
     return (time_graph([&](cudaStream_t stream) {
               for (int64_t i = 0; i < calls; ++i) {
                 body(stream, i);
-                nothing<<<1, 32, 0, stream>>>();
+                between(stream);
               }
             }) -
             empty) /
@@ -193,11 +216,11 @@ void probe(const Work& work) {
   };
   const double ours = alone([&](cudaStream_t stream, int64_t i) { call(stream, i, false); });
   const double ours_early = only_alone ? 0 : alone([&](cudaStream_t stream, int64_t i) { call(stream, i, true); });
-  const bool comparable =
-      !only_alone && slices == 1 && work.slot == 0 && work.ranks.size() == 1 && (work.rows <= 256 || segments == n);
+  const bool comparable = !only_alone && slices == 1 && work.slot == 0 && work.used < 0 && work.ranks.size() == 1 &&
+                          (work.rows <= 256 || segments == n);
   const double two = comparable ? alone([&](cudaStream_t stream, int64_t i) { two_calls(stream, i); }) : 0;
-  const double floor = 1.5 + (static_cast<double>(weight_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 +
-                       4.0 * work.rows * width / 4.13e6;
+  const double floor =
+      1.5 + (static_cast<double>(used_bytes) + 2.0 * work.rows * work.h_in) / 4.5e6 + 4.0 * work.rows * width / 4.13e6;
   std::printf(
       "%-34s | chain %7.2f default %7.2f alone %7.2f (early %7.2f) | two %7.2f | floor %6.2f, alone/floor %.2f\n",
       work.name, early, standard, ours, ours_early, two, floor, ours / floor);
@@ -230,13 +253,27 @@ int main(int argc, char** argv) {
       {"B=64 mixed 8/16/32/64", 64, 4096, {4096}, 64, true, {8, 16, 32, 64}},
       {"down B=64 distinct r=16", 64, 14336, {4096}, 64, true, {16}},
       {"gate_up B=64 distinct r=16", 64, 4096, {14336, 14336}, 64, true, {16}},
+      {"64 slots, 64 adapters", 64, 4096, {4096}, 64, true, {16}, 64},
+      {"64 slots, 8 adapters", 64, 4096, {4096}, 64, true, {16}, 8},
+      {"64 slots, 1 adapter", 64, 4096, {4096}, 64, true, {16}, 1},
+      {"64 slots, none", 64, 4096, {4096}, 64, true, {16}, 0},
+      {"64 slots, qkv, 64 adapters", 64, 4096, {4096, 1024, 1024}, 64, true, {16}, 64},
+      {"64 slots, qkv, 8 adapters", 64, 4096, {4096, 1024, 1024}, 64, true, {16}, 8},
+      {"64 slots, qkv, 1 adapter", 64, 4096, {4096, 1024, 1024}, 64, true, {16}, 1},
+      {"64 slots, qkv, none", 64, 4096, {4096, 1024, 1024}, 64, true, {16}, 0},
+      {"64 slots, gate_up, 64 adapters", 64, 4096, {14336, 14336}, 64, true, {16}, 64},
+      {"64 slots, gate_up, 8 adapters", 64, 4096, {14336, 14336}, 64, true, {16}, 8},
+      {"64 slots, gate_up, 1 adapter", 64, 4096, {14336, 14336}, 64, true, {16}, 1},
+      {"64 slots, gate_up, none", 64, 4096, {14336, 14336}, 64, true, {16}, 0},
+      {"64 slots, down, 8 adapters", 64, 14336, {4096}, 64, true, {16}, 8},
+      {"64 slots, down, 1 adapter", 64, 14336, {4096}, 64, true, {16}, 1},
       {"8x512 r=16", 4096, 4096, {4096}, 8, false, {16}},
       {"64x64 r=16", 4096, 4096, {4096}, 64, false, {16}},
       {"1x4096 r=16", 4096, 4096, {4096}, 1, false, {16}},
       {"8x512 r=64", 4096, 4096, {4096}, 8, false, {64}},
-      {"slots of 64, B=64 distinct r=8", 64, 4096, {4096}, 64, true, {8}, 64},
-      {"slots of 64, B=64 distinct r=16", 64, 4096, {4096}, 64, true, {16}, 64},
-      {"slots of 64, B=16 8 adapters r=16", 16, 4096, {4096}, 8, true, {16}, 64},
+      {"slots of 64, B=64 distinct r=8", 64, 4096, {4096}, 64, true, {8}, -1, 64},
+      {"slots of 64, B=64 distinct r=16", 64, 4096, {4096}, 64, true, {16}, -1, 64},
+      {"slots of 64, B=16 8 adapters r=16", 16, 4096, {4096}, 8, true, {16}, -1, 64},
       {"8x512 r=32", 4096, 4096, {4096}, 8, false, {32}},
       {"QKV 8x512 r=16", 4096, 4096, {4096, 1024, 1024}, 8, false, {16}},
       {"gate_up 8x512 r=16", 4096, 4096, {14336, 14336}, 8, false, {16}},

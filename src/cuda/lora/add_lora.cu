@@ -12,7 +12,7 @@ namespace {
 int team_bits(const Launcher& launcher, const fused_lora::Args& args) {
   if (launcher.arch == Arch::kSm80) return 0;
   const int64_t teams = fused_lora::max_tiles(args, fused_lora::kTileRows) * args.num_slices;
-  return teams <= 32 ? 3 : teams <= 128 || args.max_rank > 16 || args.num_slices == 1 ? 2 : 1;
+  return teams <= 32 ? 3 : teams < 128 || args.max_rank > 16 || args.num_slices == 1 ? 2 : 1;
 }
 
 // The most, where the device finds fewer tiles than there might be: eight, but for grids that take the multiprocessors
@@ -91,6 +91,7 @@ Status add_lora(const AddLoraParams& p, const Context& context) {
     if (fused_lora::is_tiles(launcher, args)) return fused_lora::launch_tiles(launcher, p.y.dtype, args);
     args.team_bits = team_bits(launcher, args);
     args.max_team_bits = max_team_bits(launcher, args);
+    args.few_blocks = static_cast<uint32_t>(launcher.num_multiprocessors() / args.num_slices);
     return p.y.dtype == DType::kFloat16 ? fused_lora::launch_ring_float16(launcher, args)
                                         : fused_lora::launch_ring_bfloat16(launcher, args);
   });

@@ -45,6 +45,7 @@ struct Args {
   bool early_reads;
   bool x_vectors, y_vectors;  // rows start at multiples of 16 bytes
   uint32_t slice_blocks;      // the grid's blocks for each slice in add_lora_ring.cuh
+  uint32_t few_blocks;        // of a slice, with which each block has a multiprocessor to itself
 };
 
 // Enough tiles of n rows for segments that do not overlap: one of m rows has (m + n - 1) / n of them, and at most m.
@@ -80,6 +81,7 @@ struct Work {
   int count;  // rows; 0: nothing to do
   int num_slices;
   int team_bits;  // log2 of the blocks that share the tile, in add_lora_ring.cuh
+  bool many;      // in add_lora_ring.cuh: more blocks have work than there are multiprocessors
   bool plain;     // all weights are aligned to 16 bytes, rows of B too, and no rank is more than kPlainRank
   int rows[kRows];
   Slice slices[kMaxLoraSlices];

@@ -1,6 +1,6 @@
-// Which tile a block of add_lora_ring.cuh serves, found by one warp in as few waits for memory as there can be: what
-// the first adapters have (addresses, ranks, scales) is asked for together with the segments, and the tile's rows while
-// the block asks for weights already.
+// Which tile a block of add_lora_ring.cuh serves, found in as few waits for memory as there can be, by one warp where
+// there are few segments: what the first adapters have (addresses, ranks, scales) is asked for together with the
+// segments, and the tile's rows while the block asks for weights already.
 #pragma once
 
 #include <climits>
@@ -9,7 +9,7 @@
 
 namespace punica::cuda::fused_lora {
 
-// Up to here one warp looks at all segments.
+// Up to here each thread of the block looks at one segment.
 inline constexpr int kFindWindow = 256;
 
 // The block's slice, and its place among the blocks of it. Grid: x the blocks of a cluster, slice after slice; y and z
@@ -61,6 +61,10 @@ __device__ __forceinline__ FoundSlice make_slice(const Args& args, int number, i
 }
 
 // By one lane.
+__device__ __forceinline__ void publish_team(const Args& args, uint32_t tiles, int team_bits, Work<kTileRows>* work) {
+  work->team_bits = team_bits;
+  work->many = tiles > args.few_blocks >> team_bits;
+}
 __device__ __forceinline__ void publish_slice(const FoundSlice& found, Work<kTileRows>* work) {
   work->slices[0] = found.slice;
   work->plain = found.plain;
@@ -94,23 +98,21 @@ template <class T, int kEach>
 __device__ __forceinline__ int find_tile_in(const Args& args, int number, Work<kTileRows>* work) {
   const int lane = threadIdx.x % 32;
   Segment segments[kEach];
-  [[maybe_unused]] FoundSlice found[kEach];
+  FoundSlice found[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) segments[i] = load_segment<kTileRows>(args, 32 * i + lane, args.max_segments);
-  constexpr bool kEarly = kEach <= 2;  // more take too many registers
-  if constexpr (kEarly) {
-    const int64_t* const a_ptr = args.a_ptr + number * args.num_adapters;
-    const int64_t* const b_ptr = args.b_ptr + number * args.num_adapters;
-    const int32_t* const rank_of = args.ranks + number * args.rank_stride;
-    const float* const scale_of = args.scales + number * args.scale_stride;
+  static_assert(kEach <= 2);  // more take too many registers
+  const int64_t* const a_ptr = args.a_ptr + number * args.num_adapters;
+  const int64_t* const b_ptr = args.b_ptr + number * args.num_adapters;
+  const int32_t* const rank_of = args.ranks + number * args.rank_stride;
+  const float* const scale_of = args.scales + number * args.scale_stride;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const bool there = 32 * i + lane < args.num_adapters_32;
-      // Each lane does what there is to do for its adapter, while the segments are looked at: that makes the chain of
-      // instructions shorter which all else waits for.
-      found[i] = make_slice<T>(args, number, there ? a_ptr[32 * i + lane] : 0, there ? b_ptr[32 * i + lane] : 0,
-                               there ? rank_of[32 * i + lane] : 0, there ? scale_of[32 * i + lane] : 0);
-    }
+  for (int i = 0; i < kEach; ++i) {
+    const bool there = 32 * i + lane < args.num_adapters_32;
+    // Each lane does what there is to do for its adapter, while the segments are looked at: that makes the chain of
+    // instructions shorter which all else waits for.
+    found[i] = make_slice<T>(args, number, there ? a_ptr[32 * i + lane] : 0, there ? b_ptr[32 * i + lane] : 0,
+                             there ? rank_of[32 * i + lane] : 0, there ? scale_of[32 * i + lane] : 0);
   }
   uint32_t before[kEach], total = 0;
   bool single = true;
@@ -136,7 +138,7 @@ __device__ __forceinline__ int find_tile_in(const Args& args, int number, Work<k
   }
   const int team_bits = choose_team(args, total);
   const uint32_t tile = block_of_slice(args) >> team_bits;
-  if (lane == 0) work->team_bits = team_bits;
+  if (lane == 0) publish_team(args, total, team_bits, work);
   // The lane and window that has the tile; there is one at most.
   uint32_t owners = 0;
   int position = 0, end = 0, adapter = 0;
@@ -159,7 +161,7 @@ __device__ __forceinline__ int find_tile_in(const Args& args, int number, Work<k
   end = __shfl_sync(0xffffffffu, end, owner);
   adapter = __shfl_sync(0xffffffffu, adapter, owner);
   const int row = load_row(args, position, end);
-  if (kEarly && adapter < 32 * kEach) {
+  if (adapter < 32 * kEach) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (adapter == 32 * i + lane) publish_slice(found[i], work);
@@ -207,7 +209,7 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, int number, T
   }
   const int team_bits = choose_team(args, total);
   const uint32_t tile = block_of_slice(args) >> team_bits;
-  if (threadIdx.x == 0) work->team_bits = team_bits;
+  if (threadIdx.x == 0) publish_team(args, total, team_bits, work);
   if (owns_tile(tile, before, tiles)) {
     for (int i = share_begin; i < share_end; i += 32) {
       Segment segment = load_segment<kTileRows>(args, i + lane, share_end);
@@ -230,10 +232,51 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, int number, T
   return kNotFound;
 }
 
+// Up to kFindWindow segments, one a thread, by the whole block. What the adapter of the same number has is asked for
+// together with the segment.
 template <class T, int kWarps>
-__device__ __noinline__ int find_tile_by_warp(const Args& args, int number, Work<kTileRows>* work) {
-  if (args.max_segments <= 128) return find_tile_in<T, 4>(args, number, work);
-  return find_tile_in<T, 8>(args, number, work);
+__device__ __noinline__ int find_tile_by_block(const Args& args, int number, TileScratch<kWarps>* scratch,
+                                               Work<kTileRows>* work) {
+  static_assert(32 * kWarps >= kFindWindow);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  Segment segment = load_segment<kTileRows>(args, thread, args.max_segments);
+  const bool there = thread < args.num_adapters_32;
+  const int64_t at = number * args.num_adapters + thread;
+  const FoundSlice found = make_slice<T>(args, number, there ? args.a_ptr[at] : 0, there ? args.b_ptr[at] : 0,
+                                         there ? args.ranks[number * args.rank_stride + thread] : 0,
+                                         there ? args.scales[number * args.scale_stride + thread] : 0);
+  cut_segment<kTileRows>(args, &segment);
+  const uint32_t sum = inclusive_sum(segment.tiles, lane);
+  if (lane == 31) scratch->share_tiles[warp] = sum;
+  if (thread == 0) {
+    scratch->tiles = UINT_MAX;  // here: the adapter
+    work->num_slices = 0;
+  }
+  __syncthreads();
+  uint32_t before = sum - segment.tiles, total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += scratch->share_tiles[i];
+    total += scratch->share_tiles[i];
+  }
+  const int team_bits = choose_team(args, total);
+  const uint32_t tile = block_of_slice(args) >> team_bits;
+  if (thread == 0) publish_team(args, total, team_bits, work);
+  if (tile >= total) return kNotFound;
+  const uint32_t owners = __ballot_sync(0xffffffffu, owns_tile(tile, before, segment.tiles));
+  int row = kNotFound;
+  if (owners != 0) {
+    const int owner = __ffs(owners) - 1;
+    const int position = __shfl_sync(0xffffffffu, segment.start + static_cast<int>(tile - before) * kTileRows, owner);
+    const int end = __shfl_sync(0xffffffffu, segment.end, owner);
+    row = load_row(args, position, end);
+    const int adapter = __shfl_sync(0xffffffffu, segment.adapter, owner);
+    if (adapter >= 32 * kWarps) find_slice<T>(args, number, adapter, work);
+    if (lane == 0) scratch->tiles = adapter;
+  }
+  __syncthreads();
+  if (scratch->tiles == static_cast<uint32_t>(thread)) publish_slice(found, work);
+  return row;
 }
 
 // Finds the block's tile and what there is to do for slice `number`. Called by the whole block, before a barrier of it.
@@ -250,7 +293,7 @@ __device__ __forceinline__ int find_tile(const Args& args, int number, TileScrat
     }
   }
   if (args.max_segments > kFindWindow) return find_tile_among_many<T>(args, number, scratch, work);
-  return threadIdx.x < 32 ? find_tile_by_warp<T, kWarps>(args, number, work) : kNotFound;
+  return find_tile_by_block<T>(args, number, scratch, work);
 }
 
 }  // namespace punica::cuda::fused_lora

@@ -17,7 +17,9 @@
 namespace punica::cuda::fused_lora {
 
 inline constexpr int kPlainWarps = 8;
-inline constexpr int kPlainDepth = 4;  // units of a warp's ring
+// Units of a warp's ring. What teams of eight need is little, so they ask for all at once. Elsewhere there are bytes
+// enough under way with two, and what is asked for too early only stands before what another block waits for.
+__host__ __device__ constexpr int plain_depth(int max_team_bits) { return max_team_bits == 3 ? 4 : 2; }
 inline constexpr int kFragment = 512;  // bytes
 
 __host__ __device__ constexpr int rank_tile_bits(int rank) { return rank <= 16 ? 0 : rank <= 32 ? 1 : 2; }
@@ -97,8 +99,8 @@ struct PlainBlock {
   // B is asked for only when A has come: memory gives what it is asked for in turn, and v would be late.
   static constexpr int kStep = kLeaves < 4 ? kLeaves : 4;
   static constexpr int kGroups = kLeaves < 4 ? 1 : kLeaves / 4;
-  static constexpr int kDepth = kTeamBits == 3 ? kPlainDepth : kStep;
-  static constexpr int kLookahead = kDepth / kStep;
+  static constexpr int kDepth = kTeamBits == 3 || kStep > 1 ? plain_depth(kTeamBits) : 1;
+  static constexpr int kLookahead = kDepth / kStep;  // 0: half of one
   static constexpr int kTiles = 1 << kTileBits;
   static constexpr int kUnitOutputs = 64 >> kTileBits;  // of B
 
@@ -220,7 +222,12 @@ struct PlainBlock {
     const int steps = kLong ? kGroups * args.leaf_pieces : kGroups;
     PartOfA a;
     begin_a(a);
-    start_step(a, 0);
+    if constexpr (kDepth < kStep) {
+      start_a<0>(a, 0);
+      start_a<1>(a, 1);
+    } else {
+      start_step(a, 0);
+    }
     begin_b(b);
 #pragma unroll
     for (int q = 1; q < kLookahead; ++q) {
@@ -270,7 +277,23 @@ struct PlainBlock {
           load_x(i + kAhead, next + 16 * kPiece * (i + kAhead - kStep));
         }
         __syncwarp();  // all lanes have read
-        if (step + kLookahead < steps) {
+        if constexpr (kDepth < kStep) {
+          static_assert(kDepth == 2 && kStep == 4);
+          const int unit = step * kStep + i + 2;
+          if (i == 0) start_a<2>(a, unit);
+          if (i == 1) {
+            start_a<3>(a, unit);
+            end_step(a);
+          }
+          if (i >= 2) {
+            if (step + 1 < steps) {
+              if (i == 2) start_a<0>(a, unit);
+              if (i == 3) start_a<1>(a, unit);
+            } else {
+              start_b(b, unit);
+            }
+          }
+        } else if (step + kLookahead < steps) {
           if (i == 0) start_a<0>(a, step * kStep);
           if (i == 1) start_a<1>(a, step * kStep + 1);
           if (i == 2) start_a<2>(a, step * kStep + 2);

@@ -73,7 +73,9 @@ __device__ __forceinline__ bool begin_block(const Args& args, RingShared& shared
   }
 #endif
   __syncthreads();
-  if (!args.early_reads) launch_dependents<kArch>();
+  // Where each multiprocessor has several blocks, the next kernel's first ones would take places beside them, and its
+  // others those that are left, so that some multiprocessors get more to do than others.
+  if (!args.early_reads && !shared.work.many) launch_dependents<kArch>();
   if (shared.work.num_slices > 0) return true;
   if (args.early_reads) grid_dependency_wait<kArch>();
   return false;
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kRingThreads, kArch == Arch::kSm90 ? 3 : 2)
           shared.work,
           shared.received,
           receive,
-          receive + fragment_bytes + warp * (kUnitBytes * kPlainDepth),
+          receive + fragment_bytes + warp * (kUnitBytes * plain_depth(args.max_team_bits)),
           static_cast<int>(blockIdx.x) & ((1 << kTeamBits) - 1),
           warp,
           static_cast<int>(threadIdx.x % 32)};

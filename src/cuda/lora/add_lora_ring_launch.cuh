@@ -15,7 +15,8 @@ Status launch_plain(const Launcher& launcher, const Args& args, LaunchShape shap
   }
   // Also for what goes the general way in the end.
   shape.shared_bytes =
-      std::max(shape.shared_bytes, kHeadBytes + fragment_bytes + size_t{kUnitBytes} * kPlainWarps * kPlainDepth);
+      std::max(shape.shared_bytes,
+               kHeadBytes + fragment_bytes + size_t{kUnitBytes} * kPlainWarps * plain_depth(args.max_team_bits));
   const auto with_ranks = [&]<bool kFewRanks>(std::bool_constant<kFewRanks>) {
     return args.leaf_pieces > 1
                ? launcher.launch<add_lora_plain_kernel<kArch, T, true, kFewRanks>>(shape, args, fragment_bytes)

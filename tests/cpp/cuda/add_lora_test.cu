@@ -465,6 +465,17 @@ void run_few() {
       }
     }
   }
+  // Adapters whose numbers are not those of their segments, or beyond them all.
+  for (const int64_t segments : {40, 100, 250}) {
+    Case c = {};
+    c.rows = segments;
+    c.h_in = 64;
+    set_aligned_columns(&c, turn++);
+    c.ranks.assign(400, segments == 40 ? 8 : 16);
+    c.pattern = 3;
+    c.early_reads = segments == 100;
+    run_case<T>(c, random);
+  }
 }
 
 }  // namespace
