@@ -112,12 +112,12 @@ class ItemFinder {
     q_len_ = kv_len_ = first_page_ = num_pages_ = first_row_ = 0;
     splits_ = 1;
     if (sequence < args_.num_sequences) {
-      const SequencePages pages = args_.pages(sequence);
-      q_len_ = static_cast<int>(args_.num_queries(sequence));
-      first_row_ = static_cast<int>(args_.row_begin(sequence));
-      kv_len_ = static_cast<int>(pages.kv_len);
-      first_page_ = static_cast<int>(pages.first_page);
-      num_pages_ = static_cast<int>(pages.num_pages);
+      const AttentionArgs::Entry entry = args_.entry(sequence);
+      q_len_ = static_cast<int>(entry.num_queries);
+      first_row_ = static_cast<int>(entry.row_begin);
+      kv_len_ = static_cast<int>(entry.pages.kv_len);
+      first_page_ = static_cast<int>(entry.pages.first_page);
+      num_pages_ = static_cast<int>(entry.pages.num_pages);
       if (splits_apart_) splits_ = static_cast<int>(prefill_splits(kv_len_));
     }
     end_ = static_cast<int64_t>(row_tiles(q_len_) * static_cast<uint32_t>(splits_ * args_.num_kv_heads));
