@@ -69,12 +69,15 @@ class ItemFinder {
 
  private:
   __device__ __forceinline__ void write(int64_t index, PrefillItem* item) const {
-    const uint32_t heads = args_.num_kv_heads, group = args_.group_size, splits = splits_, count = row_tiles(q_len_);
-    const uint32_t local = static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(count * splits * heads)));
+    const uint32_t heads = args_.num_kv_heads, group = args_.group_size, splits = splits_;
+    const uint32_t local =
+        static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(row_tiles(q_len_) * splits * heads)));
     const uint32_t part = local / heads, place = part / splits, split = part - place * splits;
     // Late rows see the most keys: they start first.
-    const uint32_t first_row = (count - 1 - place) * kRows, query = first_row / group;
-    const int rows = min(static_cast<int>(q_len_ * group - first_row), kRows);
+    // Counted from the last row, so that a tile that is not full has those that see the fewest keys.
+    const uint32_t end_row = q_len_ * group - place * kRows, first_row = end_row - min(end_row, uint32_t{kRows});
+    const uint32_t query = first_row / group;
+    const int rows = static_cast<int>(end_row - first_row);
     const int head = static_cast<int>(first_row - query * group);
     const int first = kv_len_ - q_len_ + static_cast<int>(query);
     const int last = first + (head + rows - 1) / static_cast<int>(group);
