@@ -14,6 +14,7 @@
 #include "src/cuda/lora/bgmv_bulk_deep.cuh"
 #include "src/cuda/lora/bgmv_dense.cuh"
 #include "src/cuda/lora/bgmv_diagonal_deep.cuh"
+#include "src/cuda/lora/bgmv_direct.cuh"
 #include "src/cuda/lora/bgmv_float32.cuh"
 #include "src/cuda/lora/bgmv_long.cuh"
 #include "src/cuda/lora/bgmv_panel.cuh"
@@ -121,6 +122,44 @@ Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args) {
                      shape.shared_bytes = kRowShrinkShared;
                      return launcher.launch<bgmv_row_shrink_kernel<Arch::kSm90, T>>(shape, part);
                    });
+}
+
+template <class T, int kSteps>
+Status launch_row_shrink_long(const Launcher& launcher, const BgmvArgs& args) {
+  return for_parts(args, args.h_out / kRowOutputs, kMaxRowsY,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(tile_count, rows);
+                     shape.block = dim3(32 * kDiagonalWarps);
+                     shape.shared_bytes = size_t{kSteps} * kRowOutputs * kRowPlace;
+                     return launcher.launch<bgmv_row_shrink_long_kernel<Arch::kSm90, T, kSteps>>(shape, part);
+                   });
+}
+
+// Weights straight to registers, kOutputs of a block.
+template <class T, int kOutputs, bool kAhead>
+Status launch_direct_shrink(const Launcher& launcher, const BgmvArgs& args) {
+  return for_parts(
+      args, args.h_out / kOutputs, kMaxRowsY, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+        LaunchShape shape;
+        shape.grid = dim3(tile_count, rows);
+        shape.block = dim3(32 * kDiagonalWarps);
+        return launcher.launch<bgmv_direct_shrink_kernel<Arch::kSm90, T, kOutputs, 1, 3, kAhead>>(shape, part);
+      });
+}
+
+// The same, kTiles times 32 outputs of a warp.
+template <class T, int kTiles, bool kAhead>
+Status launch_direct_expand(const Launcher& launcher, const BgmvArgs& args) {
+  return for_parts(
+      args, div_up(args.h_out, kTiles * kDirectWarps * 32), kMaxRows,
+      [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+        LaunchShape shape;
+        shape.grid = dim3(rows, tile_count);
+        shape.block = dim3(32 * kDirectWarps);
+        return launcher.launch<bgmv_direct_expand_kernel<Arch::kSm90, T, kTiles, kDirectWarps, 4, 1, kAhead>>(shape,
+                                                                                                              part);
+      });
 }
 
 // bgmv_row_expand_kernel by blocks of `warps`.
@@ -305,13 +344,20 @@ Status launch_diagonal_or_dense(const Launcher& launcher, BgmvArgs args) {
     if (dense < diagonal) return launch_dense<T>(launcher, args);
   }
   const bool whole = args.k_warp_bits == 3 && args.h_in % (kWarps * kDiagonalStep) == 0;
-  if (whole && args.steps == 2 && ranks == 4 && args.group_rows == 1 && args.vectors) {
-    return launch_row_shrink<T>(launcher, args);
+  if (whole && args.steps == 2 && args.group_rows == 1 && args.vectors) {
+    if (ranks == 1) return launch_direct_shrink<T, 1, false>(launcher, args);
+    if (ranks == 4 && args.early_reads && !args.one_adapter && args.h_out % kRowOutputs == 0) {
+      return launch_direct_shrink<T, kRowOutputs, true>(launcher, args);
+    }
+    if (ranks == 4) return launch_row_shrink<T>(launcher, args);
+  }
+  if (whole && args.steps == 7 && args.vectors && args.early_reads && !args.one_adapter &&
+      args.h_out % kRowOutputs == 0 && row_blocks_fit(args, 2)) {
+    return launch_row_shrink_long<T, 7>(launcher, args);
   }
   if (whole && args.steps == 2 && ranks == 4 && prefer_deep(args)) return launch_diagonal_deep<T>(launcher, args);
   switch (ranks) {
     case 1:
-      if (whole && args.steps <= 2) return launch_diagonal<T, 1, 2, true, false>(launcher, args);
       return whole && args.steps <= 8 ? launch_diagonal<T, 1, 8, true, false>(launcher, args)
                                       : launch_diagonal<T, 1, 8, false, true>(launcher, args);
     case 2:
@@ -399,11 +445,18 @@ Status launch_sm90(const Launcher& launcher, BgmvArgs args) {
     return args.h_in > kShortMax ? launch_panel<T>(launcher, args) : launch_panel_short<T>(launcher, args);
   }
   if (args.h_in > kShortMax) return launch_diagonal_or_dense<T>(launcher, args);
+  if (args.h_in == 16 && args.vectors && !args.early_reads && args.h_out % 32 == 0 &&
+      args.batch * div_up(args.h_out, 32 * kDirectWarps) < kFewBlocks) {
+    return launch_direct_expand<T, 1, false>(launcher, args);
+  }
   if (args.h_in == 16 && args.vectors && args.wide_y && !args.one_adapter && args.h_out % kRowTile == 0) {
-    if (row_blocks_fit(args, 8 * kRowTile)) return launch_row_expand<T, 1>(launcher, args, 8);
-    // Two tiles a warp where they need all shared memory that four blocks have: 56 KiB each.
-    if (args.h_out % (14 * kRowTile) == 0 && row_blocks_fit(args, 14 * kRowTile)) {
-      return launch_row_expand<T, 2>(launcher, args, 7);
+    if (row_blocks_fit(args, 8 * kRowTile)) {
+      return args.early_reads ? launch_direct_expand<T, 4, true>(launcher, args)
+                              : launch_row_expand<T, 1>(launcher, args, 8);
+    }
+    // Two tiles a warp where they need all shared memory that two blocks have: 112 KiB each.
+    if (args.h_out % (28 * kRowTile) == 0 && row_blocks_fit(args, 14 * kRowTile)) {
+      return launch_row_expand<T, 2>(launcher, args, 14);
     }
   }
   return args.h_in <= 16   ? launch_bulk_short<T, 0>(launcher, args)

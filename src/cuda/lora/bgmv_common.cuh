@@ -30,6 +30,7 @@ struct BgmvArgs {
   int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time
   int steps;         // long K: steps of a warp; bgmv_panel: row tiles of a chunk
   int team;          // float32: threads that share a row of W
+  uint32_t zero;     // which the compiler does not know: see bgmv_direct.cuh
 };
 
 // ---- Rows that share an adapter ------------------------------------------------------------------------------------

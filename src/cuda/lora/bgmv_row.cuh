@@ -142,6 +142,100 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
   }
 }
 
+// The same for K of kSteps steps: all weights of a block in shared memory, two blocks a multiprocessor. A step is asked
+// for when all but one of those before it are there; from the wait on the steps go by as they come.
+template <Arch kArch, class T, int kSteps>
+__global__ void __launch_bounds__(32 * kDiagonalWarps, 2)
+    bgmv_row_shrink_long_kernel(const __grid_constant__ BgmvArgs args) {
+  if constexpr (kCompiled<kArch>) {
+    constexpr int kStride = kDiagonalStep * kDiagonalWarps, kIn = kSteps * kStride, kResident = kSteps < 5 ? kSteps : 5;
+    launch_dependents<kArch>();
+    extern __shared__ __align__(128) unsigned char bulk_shared[];
+    RowEntries entries;
+    entries.load(args, args.first_row + blockIdx.y);
+    const unsigned tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const unsigned k_lane = warp * kDiagonalStep + 8 * lane;
+    const T* const x_row = static_cast<const T*>(args.x) + (args.first_row + blockIdx.y) * args.x_stride;
+    for (unsigned line = tid * gridDim.x + blockIdx.x; line < kIn / 64; line += blockDim.x * gridDim.x) {
+      prefetch_line(x_row + line * 64);
+    }
+    const int m_block = (args.first_tile + static_cast<int>(blockIdx.x)) * kRowOutputs;
+    T* const y = static_cast<T*>(args.y) + (args.first_row + blockIdx.y) * args.y_stride + m_block +
+                 lane / kDiagonalWarps;  // of the lanes of the first warp
+    const bool stores = warp == 0 && lane % kDiagonalWarps == 0;
+    if (stores) prefetch_line(y);
+    const T* const x = x_row + k_lane;
+    int64_t address;
+    if (!entries.find(args, &address)) {
+      grid_dependency_wait<kArch>();
+      return;
+    }
+    const T* const layer = reinterpret_cast<const T*>(address) + args.layer_offset;
+    const T* const w = layer + static_cast<int64_t>(m_block) * kIn + k_lane;
+    const uint32_t image = shared_address(bulk_shared) + 16 * tid;
+    if (reinterpret_cast<uintptr_t>(layer) % 16 == 0) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (s > 1) copy_wait<1>();
+#pragma unroll
+        for (int q = 0; q < kRowOutputs; ++q) {
+          copy_piece(image + (kRowOutputs * s + q) * kRowPlace, w + q * kIn + s * kStride);
+        }
+        copy_commit();
+      }
+    } else {
+      const T* const end = layer + static_cast<int64_t>(args.h_out) * kIn;
+#pragma unroll 1
+      for (int s = 0; s < kSteps; ++s) {
+        copy_unaligned<T, kIn, kRowPlace>(image + kRowOutputs * s * kRowPlace, w + s * kStride, kRowOutputs, layer,
+                                          end);
+      }
+    }
+    grid_dependency_wait<kArch>();
+    Words<4> xs[kResident];
+#pragma unroll
+    for (int s = 0; s < kResident; ++s) xs[s] = load_if(true, x + s * kStride);
+    T y_before = from_float<T>(0.0f);
+    if (stores) y_before = *y;
+    float sum[kRowOutputs] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (s == 0) copy_wait<1>();  // of the last two steps
+      if (s == kSteps - 1) copy_wait<0>();
+      Words<4> a[kRowOutputs];
+#pragma unroll
+      for (int q = 0; q < kRowOutputs; ++q) a[q] = read_piece(image + (kRowOutputs * s + q) * kRowPlace);
+#pragma unroll
+      for (int p = 0; p < kRowOutputs / 2; ++p) {
+        float product[4];
+        step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], xs[s % kResident]);
+        sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
+        sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+      }
+      if (s + kResident < kSteps) xs[s % kResident] = load_if(true, x + (s + kResident) * kStride);
+    }
+    // The sums take the place of the warp's first weights, each warp's eight other banks.
+    constexpr int kPitch = kRowPlace / kDiagonalWarps + sizeof(float) * kSlices;
+    __syncwarp();
+    if (t == g / 2) {
+#pragma unroll
+      for (int q = 0; q < kRowOutputs; ++q) {
+        reinterpret_cast<float*>(bulk_shared + q * kRowPlace + warp * kPitch)[g] = sum[q];
+      }
+    }
+    __syncthreads();
+    if (warp != 0) return;
+    const auto* const from = reinterpret_cast<const float4*>(bulk_shared + lane / kDiagonalWarps * kRowPlace +
+                                                             lane % kDiagonalWarps * kPitch);
+    const float4 low = from[0], high = from[1];
+    float total = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    total += __shfl_xor_sync(0xffffffffu, total, 4);
+    if (stores) *y = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
+  }
+}
+
 // ---- Expand --------------------------------------------------------------------------------------------------------
 
 inline constexpr int kRowTile = 128;        // outputs of a warp at a time
@@ -154,7 +248,8 @@ inline constexpr int kRowTileBytes = 4096;  // of weights
 //
 // Grid: (rows, blocks that share the outputs).
 template <Arch kArch, class T, int kTiles>
-__global__ void __launch_bounds__(256, 4) bgmv_row_expand_kernel(const __grid_constant__ BgmvArgs args) {
+__global__ void __launch_bounds__(kTiles == 1 ? 256 : 448, kTiles == 1 ? 4 : 2)
+    bgmv_row_expand_kernel(const __grid_constant__ BgmvArgs args) {
   if constexpr (kCompiled<kArch>) {
     if (args.early_reads) launch_dependents<kArch>();
     extern __shared__ __align__(128) unsigned char bulk_shared[];
@@ -201,6 +296,7 @@ __global__ void __launch_bounds__(256, 4) bgmv_row_expand_kernel(const __grid_co
     if (reinterpret_cast<uintptr_t>(layer) % 16 == 0) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
+        if (tile > 0 && args.early_reads) copy_wait<0>();
         if (tile < tiles) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) copy_piece(to + 512 * i + kRowTileBytes * tile, w + 256 * i + 2048 * tile);

@@ -423,6 +423,13 @@ void run_all() {
       run_case<T>({45, 4096, 18, 40, 0, 0, 0, w_offset == 0, false, early, false, false, w_offset}, random);
       run_case<T>({64, 16, 4096, 60, 8, 8, 0, w_offset == 4, false, early, false, false, w_offset}, random);
       run_case<T>({86, 16, 2944, 80, 8, 8, 0, w_offset == 0, false, early, false, false, w_offset}, random);
+      run_case<T>({100, 4096, 16, 90, 0, 0, 0, w_offset == 1, false, early, false, false, w_offset}, random);
+      run_case<T>({100, 16, 4096, 90, 4, 3, 0, w_offset == 7, false, early, false, false, w_offset}, random);
+      run_case<T>({7, 16, 4096, 5, 4, 1, 0, w_offset == 7, false, early, false, false, w_offset}, random);
+      run_case<T>({40, 14336, 16, 10, 8, 0, 0, w_offset == 4, false, early, false, false, w_offset}, random);
+      run_case<T>({40, 16, 14336, 30, 4, 8, 0, w_offset == 1, false, early, false, false, w_offset}, random);
+      run_case<T>({64, 4096, 16, 1, 8, 1, 0, w_offset == 0, true, early, true, false, w_offset}, random);
+      run_case<T>({61, 16, 4096, 1, 4, 8, 0, w_offset == 0, true, early, true, false, w_offset}, random);
       run_case<T>({140, 16, 3584, 120, 0, 0, 0, w_offset == 1, false, early, false, false, w_offset}, random);
     }
   }
