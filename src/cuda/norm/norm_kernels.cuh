@@ -27,8 +27,12 @@ struct Args {
 // Rows of one warp have a block of several such rows.
 inline constexpr int kMinBlock = 128;
 
-// So few that one row's chain of load, sum and store is all there is to wait for: rms_norm_few_rows, a block each.
-inline constexpr int64_t kFewRows = 16;
+// When a block asks for the weight. The arithmetic is the same.
+enum class Weight { kWithRow, kAfterRow, kAfterSum };
+
+// So few blocks that one row's chain of load, sum and store is all there is to wait for.
+inline constexpr unsigned kFewBlocks = 16;
+inline constexpr int64_t kFewRows = 16;  // of a block each, in rms_norm_few_rows
 
 // 16 bytes of a row: kSize elements as they lie in memory.
 template <class T>
@@ -225,7 +229,8 @@ constexpr int min_blocks(int threads, int chunks, bool streaming) {
 
 // Rows of at most kThreads * kChunks chunks, all full and aligned. One row a block, or one a warp. With kStreaming many
 // blocks hide each other's latency: registers are for rows in flight, so the weight is read when it is wanted, from
-// the first-level cache mostly. Without, the weight is asked for together with the row.
+// the first-level cache mostly. Without, the weight is asked for together with the row; or, where few blocks run, as
+// soon as the row is there, so that it does not stand in the row's way.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kStreaming>
 __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
                                   min_blocks(kThreads, kChunks, kStreaming))
@@ -245,10 +250,10 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
     const auto has = [&](int i) { return thread + i * kThreads < num_chunks; };
     const T* const weight_of_thread = static_cast<const T*>(args.weight) + thread * kSize;
     Chunk<T> weight[kChunks];
-    const auto load_weight = [&] {
+    const auto load_weight = [&](bool wanted = true) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
+        weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
       }
     };
     int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
@@ -268,45 +273,58 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
         }
       }
     }
-    grid_dependency_wait<kArch>();
-    bool again = false;
-    // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's
-    // threads where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
-    for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
-      const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
-      Chunk<T> x[kChunks];
+    const auto do_rows = [&](auto when) {
+      constexpr Weight kWeight = decltype(when)::value;
+      grid_dependency_wait<kArch>();
+      bool again = false;
+      // More than one turn only where the rows outnumber the largest grid. `row` is the same in all of a block's
+      // threads where they meet in __syncthreads; two buffers, for a thread may be one turn ahead of another.
+      for (; row < args.rows; row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock, again = !again) {
+        const T* const input = static_cast<const T*>(args.input) + row * args.input_stride + thread * kSize;
+        Chunk<T> x[kChunks];
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
-      }
-      if constexpr (!kStreaming) load_weight();
-      if (args.residual != nullptr) {
-        T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
+        for (int i = 0; i < kChunks; ++i) {
+          x[i] = load_chunk<kRows>(input + i * kThreads * kSize, has(i));
+        }
+        if constexpr (kWeight == Weight::kWithRow) load_weight();
+        if (args.residual != nullptr) {
+          T* const residual = static_cast<T*>(args.residual) + row * args.residual_stride + thread * kSize;
 #pragma unroll
-        for (int first = 0; first < kChunks; first += kBatch) {
-          Chunk<T> old[kBatch];
+          for (int first = 0; first < kChunks; first += kBatch) {
+            Chunk<T> old[kBatch];
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
-          }
+            for (int i = 0; i < kBatch; ++i) {
+              old[i] = load_chunk<kRows>(residual + (first + i) * kThreads * kSize, has(first + i));
+            }
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            x[first + i] = add(x[first + i], old[i]);
-            store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            for (int i = 0; i < kBatch; ++i) {
+              x[first + i] = add(x[first + i], old[i]);
+              store_chunk<kRows>(residual + (first + i) * kThreads * kSize, x[first + i], has(first + i));
+            }
           }
         }
-      }
-      Squares squares;
+        Squares squares;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
-      const float scale = scale_of(row_sum(squares.total(), kThreads / 32, partial[again]), args);
-      if constexpr (kStreaming) load_weight();
-      T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
+        for (int i = 0; i < kChunks; ++i) squares.add(x[i]);
+        const float squared = squares.total();
+        // Always wanted, but the compiler must think that it depends on the row.
+        if constexpr (kWeight == Weight::kAfterRow) load_weight(!(squared < 0.0f));
+        const float scale = scale_of(row_sum(squared, kThreads / 32, partial[again]), args);
+
+        if constexpr (kWeight == Weight::kAfterSum) load_weight();
+        T* const output = static_cast<T*>(args.output) + row * args.output_stride + thread * kSize;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        for (int i = 0; i < kChunks; ++i) {
+          store_chunk<kRows>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
+        }
       }
+    };
+    using When = std::conditional_t<kStreaming, std::integral_constant<Weight, Weight::kAfterSum>,
+                                    std::integral_constant<Weight, Weight::kWithRow>>;
+    if constexpr (!kStreaming && kThreads < 1024) {  // 1024 threads have no registers left
+      if (gridDim.x <= kFewBlocks) return do_rows(std::integral_constant<Weight, Weight::kAfterRow>{});
     }
+    do_rows(When{});
   }
 }
 
@@ -346,8 +364,8 @@ __device__ __forceinline__ float normal_scale_of(float sum, const Args& args) {
 
 // At most kFewRows rows, one a block, and an epsilon that is no denormal number. The same arithmetic, bit for bit; what
 // is after the wait is as little code as can be, for that is all there is to wait for in a chain of such calls. The
-// weight is asked for behind the row: later, it would come after the row's sum. Blocks have a
-// multiprocessor each: told so, the compiler spends the registers that it takes to ask for the sum's terms at once.
+// weight is asked for right behind the row: later, it would come after the row's sum. Blocks have a multiprocessor
+// each: told so, the compiler spends the registers that it takes to ask for the sum's terms at once.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kResidual>
 __global__ void __launch_bounds__(kThreads, 1) rms_norm_few_rows(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
