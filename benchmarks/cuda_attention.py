@@ -15,7 +15,7 @@ import punica_kernels as pk
 import torch
 import torch.nn.functional as F
 from cuda_flashinfer import CUDA_CORES, FA3, PLAN, TENSOR_CORES, Flashinfer, compare
-from cuda_harness import FloorLibrary, early, time_graph
+from cuda_harness import FloorLibrary, calls_for, early, time_graph
 from cuda_works import ITEM, Row, measured, random
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -211,23 +211,27 @@ def write_rows(floors: FloorLibrary) -> Iterator[Row]:
     for name, batch, new, goal in (("init_kv 16 x 1024", 16, 1024, None), ("append_kv B=256", 256, 1, 2.0)):
         lengths = [max(new, 64)] * batch
         caches = Caches(lengths, 8, 128, 8 if new > 1 else 16)
-        k, v = random(batch * new, 8, 128), random(batch * new, 8, 128)
         indptr = int32([i * new for i in range(batch + 1)])
+        nbytes = 2 * batch * new * 8 * 128 * ITEM
+        # append_kv: as many calls as its floor, each with its own rows. A graph starts as long as four of them take.
+        calls, sets = (16, 1) if new > 1 else (calls_for(2 * nbytes), calls_for(2 * nbytes))
+        k, v = random(sets, batch * new, 8, 128), random(sets, batch * new, 8, 128)
 
-        def run(caches: Caches = caches, k: Tensor = k, v: Tensor = v, indptr: Tensor = indptr, new: int = new) -> None:
-            for i in range(16):
+        def run(caches: Caches = caches, k: Tensor = k, v: Tensor = v, indptr: Tensor = indptr, new: int = new,
+                calls: int = calls) -> None:  # fmt: skip
+            for i in range(calls):
+                rows = k[i % len(k)], v[i % len(v)]
                 if new > 1:
-                    pk.init_kv(*caches.tables(i), k, v, indptr, *caches.scalars)
+                    pk.init_kv(*caches.tables(i), *rows, indptr, *caches.scalars)
                 else:
-                    pk.append_kv(*caches.tables(i), k, v, *caches.scalars)
+                    pk.append_kv(*caches.tables(i), *rows, *caches.scalars)
 
-        nbytes = 2 * k.numel() * ITEM
         floor = floors.copy_floor(nbytes)
         allowed = goal or floor / 0.85
-        row = measured(floors, "KV writes", name, run, 16, floor, allowed, {}, bytes=2 * nbytes)
+        row = measured(floors, "KV writes", name, run, calls, floor, allowed, {}, bytes=2 * nbytes)
         row.goal = row.given_goal = allowed
         yield row
         if goal is not None:
-            row = measured(floors, "KV writes", f"{name}, chained", early(run), 16, floor, 1.2, {}, bytes=2 * nbytes)
+            row = measured(floors, "KV writes", f"{name}, chained", early(run), calls, floor, 1.2, {}, bytes=2 * nbytes)
             row.goal = row.given_goal = 1.2
             yield row

@@ -364,8 +364,8 @@ __device__ __forceinline__ float normal_scale_of(float sum, const Args& args) {
 
 // At most kFewRows rows, one a block, and an epsilon that is no denormal number. The same arithmetic, bit for bit; what
 // is after the wait is as little code as can be, for that is all there is to wait for in a chain of such calls. The
-// weight is asked for as soon as the row is there, so that it does not stand in the row's way. Blocks have a
-// multiprocessor each: told so, the compiler spends the registers that it takes to ask for the sum's terms at once.
+// weight is asked for right behind the row: later, it would come after the row's sum. Blocks have a multiprocessor
+// each: told so, the compiler spends the registers that it takes to ask for the sum's terms at once.
 template <Arch kArch, class T, int kThreads, int kChunks, bool kResidual>
 __global__ void __launch_bounds__(kThreads, 1) rms_norm_few_rows(const __grid_constant__ Args args) {
   if constexpr (kCompiled<kArch>) {
@@ -399,6 +399,10 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_few_rows(const __grid_co
       x[i] = load_chunk<Access::kOnce>(input + i * kThreads * kSize, has(i));
       if constexpr (kResidual) old[i] = load_chunk<Access::kOnce>(residual + i * kThreads * kSize, has(i));
     }
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, has(i));
+    }
     Squares squares;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
@@ -408,14 +412,7 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_few_rows(const __grid_co
       }
       squares.add(x[i]);
     }
-    const float squared = squares.total();
-    // Always wanted, but the compiler must think that it depends on the row.
-    const bool wanted = !(squared < 0.0f);
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      weight[i] = load_chunk<Access::kCached>(weight_of_thread + i * kThreads * kSize, wanted && has(i));
-    }
-    const float scale = normal_scale_of(paired_row_sum(squared, kThreads / 32, partial), args);
+    const float scale = normal_scale_of(paired_row_sum(squares.total(), kThreads / 32, partial), args);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       store_chunk<Access::kOnce>(output + i * kThreads * kSize, normalised(x[i], weight[i], scale), has(i));
