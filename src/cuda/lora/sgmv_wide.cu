@@ -21,8 +21,11 @@ constexpr int kDepth = 64;  // of K, of a step
 constexpr int kWarpWidth = 32;
 
 // kTileRows x kWidth of y a block; a warp has kWarpRows x 32 of them. kBlocks of them fit into a multiprocessor.
-template <int kTileRows, int kTileWidth, int kRowsOfWarp, int kSteps, int kResident, bool kEarly = false>
+// kMany: a block may have several strips of columns.
+template <int kTileRows, int kTileWidth, int kRowsOfWarp, int kSteps, int kResident, bool kEarly = false,
+          bool kMany = false>
 struct Shape {
+  static constexpr bool kStrips = kMany;
   static constexpr bool kEarlyY = kEarly;  // y is copied to shared memory first of all
   static constexpr int kRows = kTileRows;
   static constexpr int kWidth = kTileWidth;
@@ -37,12 +40,12 @@ struct Shape {
 template <Arch kArch>
 struct Shapes {  // d_in is at most 128, two steps; up to 227 KiB of shared memory for all blocks
   using Long = Shape<64, 128, 32, 3, 2, true>;
-  using Short = Shape<16, 256, 16, 3, 2>;  // segments of about 16 rows or less
+  using Short = Shape<16, 256, 16, 3, 2, false, true>;  // segments of about 16 rows or less
 };
 template <>
 struct Shapes<Arch::kSm80> {  // up to 99 KiB for a block
   using Long = Shape<64, 128, 32, 2, 2>;
-  using Short = Shape<16, 256, 16, 2, 2>;
+  using Short = Shape<16, 256, 16, 2, 2, false, true>;
 };
 using Small = Shape<64, 64, 16, 6, 2>;  // where larger ones were too few to fill the device; 96 KiB
 
@@ -89,12 +92,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
   if constexpr (kCompiled<kArch>) {
     using W = Wide<S, kInOut>;
     constexpr int kTilesM = S::kWarpRows / 16;
-    constexpr bool kHeldY = !S::kEarlyY && kTilesM == 1;  // y is read into registers before the last step's wait
+    // y is read into registers before the last step's wait.
+    constexpr bool kHeldY = S::kStrips;
+    static_assert(!kHeldY || (kTilesM == 1 && !S::kEarlyY));
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ SgmvScratch<S::kThreads> scratch;
     launch_dependents<kArch>();
 
-    const int64_t across = int64_t{S::kWidth} * strips;
+    const int64_t across = int64_t{S::kWidth} * (S::kStrips ? strips : 1);
     const uint32_t blocks_n = static_cast<uint32_t>((args.d_out + across - 1) / across);
     const int64_t column = int64_t{blockIdx.x % blocks_n} * across;
     const uint32_t number = blockIdx.x / blocks_n;
@@ -146,15 +151,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
     // The step and strip that are filled next.
     int fill_step = 0;
     int64_t fill_column = column;
+    const auto is_more = [&] { return S::kStrips ? fill_column < end : fill_step < steps; };
     const auto advance = [&] {
-      if (++fill_step == steps) {
+      if (++fill_step == steps && S::kStrips) {
         fill_step = 0;
         fill_column += S::kWidth;
       }
     };
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) {
-      if (fill_column < end) fill_w(fill_step, fill_column, i);
+      if (is_more()) fill_w(fill_step, fill_column, i);
       advance();
     }
     if (args.early_reads) grid_dependency_wait<kArch>();
@@ -172,7 +178,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
     fill_column = column;
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) {
-      if (fill_column < end) {
+      if (is_more()) {
         fill_x(fill_step, i);
         if (kHeldY && fill_step == 0 && fill_column > column) prefetch_y(fill_column);
       }
@@ -185,16 +191,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
     float sums[kTilesM][4][4] = {};
     int stage = 0, step = 0;
 #pragma unroll 1
-    while (warp_column - warp_across * kWarpWidth < end) {
+    while (true) {
       const bool idle = warp_column >= args.d_out || warp_row >= tile.rows, is_last = step == steps - 1;
       LaneOfY<T, S::kWarpRows> mine(args, tile, warp_row, warp_column, lane);
       Vec<T, 8> held[kHeldY ? 2 : 1];
-      if constexpr (kHeldY && !kSingly) {
-        if (is_last) mine.read(held);
-      }
+      if constexpr (kHeldY && !kSingly) mine.read_if(is_last, held);
       copy_wait<S::kStages - 2>();
       __syncthreads();
-      if (fill_column < end) {
+      if (is_more()) {
         const int into = stage == 0 ? S::kStages - 1 : stage - 1;
         fill_w(fill_step, fill_column, into);
         fill_x(fill_step, into);
@@ -207,6 +211,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
       if (!idle) {
 #pragma unroll
         for (int s = 0; s < kDepth / 16; ++s) {
+          if (S::kStrips && s > 0 && step * kDepth + s * 16 >= args.d_in) break;  // zeros
           uint32_t b[4][2];
           load_weights<kInOut, typename W::W>(b, xs, w_offset, s);
 #pragma unroll
@@ -226,7 +231,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
       }
       step = 0;
       warp_column += S::kWidth;
-      if (idle) continue;
+      const bool is_end = !S::kStrips || warp_column - warp_across * kWarpWidth >= end;
+      if (idle) {
+        if (is_end) return;
+        continue;
+      }
       if constexpr (kInOut) {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) gather_columns(sums[m], lane);
@@ -250,7 +259,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
 #pragma unroll
         for (int i = 0; i < 2; ++i) mine.add(held[i], sums[0], i);
       } else {
-        constexpr int kAtOnce = 4;
+        constexpr int kAtOnce = kTilesM == 1 ? 2 : 4;
 #pragma unroll
         for (int first = 0; first < 2 * kTilesM; first += kAtOnce) {
           Vec<T, 8> some[kAtOnce];
@@ -259,6 +268,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
           for (int i = 0; i < kAtOnce; ++i) mine.add(some[i], sums[(first + i) / 2], i % 2);
         }
       }
+      if (is_end) return;
 #pragma unroll
       for (int i = 0; i < kTilesM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0;
     }
@@ -285,18 +295,20 @@ Status launch(const Launcher& launcher, const SgmvArgs& args, int64_t strips = 1
 // A choice of tiles, not of arithmetic.
 template <Arch kArch, class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  // Enough to keep an H200 busy.
-  constexpr int64_t kEnough = 100;
+  // Enough to keep an H200 busy; of large tiles, so many that small ones are not faster.
+  constexpr int64_t kEnough = 100, kEnoughLong = kArch == Arch::kSm90 ? 200 : 100;
   const auto blocks = [&](int rows, int width) { return max_tiles(args, rows) * ((args.d_out + width - 1) / width); };
   using Short = typename Shapes<kArch>::Short;
   using Long = typename Shapes<kArch>::Long;
   if (short_segments(args) && blocks(Short::kRows, Short::kWidth) >= kEnough) {
-    // As many strips a block as leave two blocks for each multiprocessor of an H200.
-    const int64_t tiles = max_tiles(args, Short::kRows), all = (args.d_out + Short::kWidth - 1) / Short::kWidth;
+    // As many strips a block as leave two blocks for each multiprocessor of an H200, if no segment is empty and none
+    // needs more tiles than others.
+    const int64_t most = max_tiles(args, Short::kRows), all = (args.d_out + Short::kWidth - 1) / Short::kWidth;
+    const int64_t tiles = std::min(most, std::max(args.num_segments, (args.rows + Short::kRows - 1) / Short::kRows));
     const int64_t parts = std::clamp(264 / tiles, int64_t{1}, all);
     return launch<kArch, T, kInOut, Short>(launcher, args, (all + parts - 1) / parts);
   }
-  return blocks(Long::kRows, Long::kWidth) >= kEnough ? launch<kArch, T, kInOut, Long>(launcher, args)
+  return blocks(Long::kRows, Long::kWidth) >= kEnoughLong ? launch<kArch, T, kInOut, Long>(launcher, args)
                                                       : launch<kArch, T, kInOut, Small>(launcher, args);
 }
 
