@@ -21,7 +21,7 @@ constexpr int kWidth = kThreads / 32 * kWarpWidth;
 // As many blocks as the registers of a multiprocessor are enough for: what a lane has of y and W, and a few more.
 template <int kGroups, bool kFast>
 inline constexpr int kMinBlocks = kGroups > 1 ? 4
-                                  : kFast     ? 8
+                                  : kFast     ? 7
                                               : 5;
 
 // Four 16-bit elements, of which the first `count` (possibly less than none) are there; zeros elsewhere. kWhole: at a
@@ -279,7 +279,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t all = (args.d_out + args.y_shift + kWidth - 1) / kWidth;
   // Tiles of few rows are many, and each has to be found: a block does more of one then, as long as there are blocks
   // enough to fill an H200 twice. A choice that no bit depends on.
-  constexpr int64_t kBlocks = kFast ? 1056 : 2112;
+  constexpr int64_t kBlocks = kFast ? 924 : 2112;
   const int64_t strips =
       kGroups == 1 ? std::clamp((tiles * all + kBlocks - 1) / kBlocks, int64_t{1}, all) : std::min(all, int64_t{2});
   LaunchShape shape;
