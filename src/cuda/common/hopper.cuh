@@ -239,34 +239,33 @@ __device__ __forceinline__ void pin(float (&values)[kCount]) {
 #define PUNICA_OUT_16(i) PUNICA_OUT_8(i), PUNICA_OUT_8(i + 8)
 #define PUNICA_OUT_32(i) PUNICA_OUT_16(i), PUNICA_OUT_16(i + 16)
 #define PUNICA_OUT_64(i) PUNICA_OUT_32(i), PUNICA_OUT_32(i + 32)
-#define PUNICA_WGMMA_ONE(n, type, regs, outs, a_at, b_at, trans_at, add_at)                         \
+#define PUNICA_WGMMA_ONE(n, type, regs, outs, a_at, b_at, trans_at)                                 \
   asm volatile(                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\n"                                           \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                    \
       "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, " a_at ", " b_at \
       ", p, 1, 1, 0, " trans_at ";\n}"                                                              \
       : outs                                                                                        \
-      : "l"(a), "l"(b), "n"(int{kTransposeB}), "n"(int{kAdd}))
-#define PUNICA_WGMMA(n, count, a_at, b_at, trans_at, add_at)                                               \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                        \
-    PUNICA_WGMMA_ONE(n, "bf16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at, add_at); \
-  } else {                                                                                                 \
-    PUNICA_WGMMA_ONE(n, "f16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at, add_at);  \
+      : "l"(a), "l"(b), "n"(int{kTransposeB}))
+#define PUNICA_WGMMA(n, count, a_at, b_at, trans_at)                                               \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                \
+    PUNICA_WGMMA_ONE(n, "bf16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at); \
+  } else {                                                                                         \
+    PUNICA_WGMMA_ONE(n, "f16", PUNICA_REGS_##count, PUNICA_OUT_##count(0), a_at, b_at, trans_at);  \
   }
 
-// d += a @ b (kAdd; otherwise from zero) for a [64, 16] K-major, b [16, kN] (K-major, or MN-major if kTransposeB), of
-// the warpgroup. With g = lane / 4 and t = lane % 4, lane of warp w has of d: d[4j + 2h + i] = row 16w + 8h + g, column
-// 8j + 2t + i.
-template <class T, int kN, bool kTransposeB, bool kAdd = true>
+// d += a @ b for a [64, 16] K-major, b [16, kN] (K-major, or MN-major if kTransposeB), of the warpgroup. With
+// g = lane / 4 and t = lane % 4, lane of warp w has of d: d[4j + 2h + i] = row 16w + 8h + g, column 8j + 2t + i.
+template <class T, int kN, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128);
   if constexpr (kN == 16) {
-    PUNICA_WGMMA("16", 8, "%8", "%9", "%10", "%11")
+    PUNICA_WGMMA("16", 8, "%8", "%9", "%10")
   } else if constexpr (kN == 32) {
-    PUNICA_WGMMA("32", 16, "%16", "%17", "%18", "%19")
+    PUNICA_WGMMA("32", 16, "%16", "%17", "%18")
   } else if constexpr (kN == 64) {
-    PUNICA_WGMMA("64", 32, "%32", "%33", "%34", "%35")
+    PUNICA_WGMMA("64", 32, "%32", "%33", "%34")
   } else {
-    PUNICA_WGMMA("128", 64, "%64", "%65", "%66", "%67")
+    PUNICA_WGMMA("128", 64, "%64", "%65", "%66")
   }
 }
 

@@ -229,62 +229,41 @@ Status launch_shares(const Launcher& launcher, const BgmvArgs& args, int tile) {
   }
 }
 
-// A tile of `row_groups` or `output_groups` warpgroups; so many chunks of rows that all blocks, `resident` of them on a
-// multiprocessor, run at once. bytes(rows, outputs, tiles): of shared memory.
-template <class Kernel, class Bytes>
-Status launch_panels(const Launcher& launcher, const BgmvArgs& args, int row_groups, int output_groups, int resident,
-                     Kernel kernel, Bytes bytes) {
-  const int64_t tile_outputs = kPanelTile * output_groups, tile_rows = kPanelTile * row_groups;
-  return for_parts(args, div_up(args.h_out, tile_outputs), kMaxRows,
-                   [&](BgmvArgs part, unsigned rows, unsigned tile_count) {
-                     const int64_t row_tiles = div_up(rows, tile_rows);
-                     const int64_t chunks = std::clamp(int64_t{132} * resident / tile_count, int64_t{1}, row_tiles);
-                     part.team = row_groups * output_groups;
-                     part.group_rows = static_cast<int>(tile_rows);
-                     part.steps = static_cast<int>(div_up(row_tiles, chunks));
-                     part.resident = std::min(part.steps, 2);
-                     LaunchShape shape;
-                     shape.grid = dim3(static_cast<unsigned>(div_up(row_tiles, part.steps)), tile_count);
-                     shape.block = dim3(128 * part.team);
-                     shape.shared_bytes = bytes(tile_rows, tile_outputs, part.resident);
-                     if (!part.wide_y) shape.shared_bytes += sizeof(float) * kPanelSumFloats * 4 * part.team;
-                     return kernel(shape, part);
-                   });
+// Calls launch(shape, part) with so many chunks of rows that all blocks run at once.
+template <class Tile, class Launch>
+Status for_panels(const BgmvArgs& args, Launch launch) {
+  const int64_t tiles = div_up(args.h_out, kPanelOutputs);
+  return for_parts(args, tiles, kMaxRows, [&](BgmvArgs part, unsigned rows, unsigned tile_count) {
+    const int64_t row_tiles = div_up(rows, Tile::kRows);
+    part.steps = static_cast<int>(div_up(row_tiles, std::clamp(132 * Tile::kBlocks / tiles, int64_t{1}, row_tiles)));
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(div_up(row_tiles, part.steps)), tile_count);
+    shape.block = dim3(Tile::kThreads);
+    shape.shared_bytes = Tile::kSharedBytes;
+    return launch(shape, part);
+  });
 }
 
 template <class T, int kSteps>
 Status launch_panel_short(const Launcher& launcher, const BgmvArgs& args) {
-  // Blocks of one warpgroup where there are few; of two with rows of their own where there is more than one tile.
-  const int64_t blocks = div_up(args.batch, kPanelTile) * div_up(args.h_out, kPanelTile);
-  const bool two = blocks > 264;
-  const int rows = two && args.batch > kPanelTile ? 2 : 1, outputs = two && rows == 1 ? 2 : 1;
-  return launch_panels(
-      launcher, args, rows, outputs, two ? 2 : 4,
-      [&](const LaunchShape& shape, const BgmvArgs& part) {
-        return launcher.launch<bgmv_panel_short_kernel<Arch::kSm90, T, kSteps>>(shape, part);
-      },
-      [](int64_t rows, int64_t outputs, int tiles) {
-        return static_cast<size_t>((outputs + tiles * rows) * kPanelLine<kSteps>);
-      });
+  return for_panels<PanelShortTile<kSteps>>(args, [&](const LaunchShape& shape, const BgmvArgs& part) {
+    return launcher.launch<bgmv_panel_short_kernel<Arch::kSm90, T, kSteps>>(shape, part);
+  });
 }
 
-template <class T, int kSteps>
+template <class T, int kSteps, int kRow>
 Status launch_panel(const Launcher& launcher, const BgmvArgs& args) {
-  const int rows = args.batch > kPanelTile &&
-                           div_up(args.batch, 2 * kPanelTile) * div_up(args.h_out, kPanelTile) > 132 ? 2 : 1;
-  return launch_panels(
-      launcher, args, rows, 1, 2,
-      [&](const LaunchShape& shape, const BgmvArgs& part) {
-        return launcher.launch<bgmv_panel_kernel<Arch::kSm90, T, kSteps>>(shape, part);
-      },
-      [](int64_t rows, int64_t outputs, int) {
-        return static_cast<size_t>((kSlices * outputs + kPanelStages * rows) * kPanelLine<kSteps>);
-      });
+  return for_panels<PanelTile<kSteps, kRow>>(args, [&](const LaunchShape& shape, const BgmvArgs& part) {
+    return launcher.launch<bgmv_panel_kernel<Arch::kSm90, T, kSteps, kRow>>(shape, part);
+  });
 }
 
 template <class T>
 Status launch_panel(const Launcher& launcher, const BgmvArgs& args) {
-  return args.h_in <= kDiagonalStep ? launch_panel<T, 1>(launcher, args) : launch_panel<T, 2>(launcher, args);
+  if (args.h_in <= kDiagonalStep) return launch_panel<T, 1, 2>(launcher, args);
+  // By measured times.
+  return args.batch * args.h_out >= 3000000 ? launch_panel<T, 2, 4>(launcher, args)
+                                            : launch_panel<T, 2, 2>(launcher, args);
 }
 
 // Whether the kernels whose weights stay in shared memory take less time than others, as measured.

@@ -25,11 +25,11 @@ struct BgmvArgs {
   bool wide_y;       // kernels that read y in pieces: y consists of whole, aligned pieces of 16 bytes
   bool one_adapter;  // sm_90: there is no other, see BlockRow
   int first_tile;    // of h_out, at blockIdx.y = 0
-  int group_rows;    // sm_90: rows of a group, at most; a power of two; bgmv_panel: rows of a tile
+  int group_rows;    // sm_90: rows of a group, at most; a power of two
   int k_warp_bits;   // long K on sm_90: log2 of the warps that share K
-  int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time; bgmv_panel: buffers
+  int resident;      // long K on sm_90: steps of a warp whose weights are in shared memory at a time
   int steps;         // long K: steps of a warp; bgmv_panel: row tiles of a chunk
-  int team;          // float32: threads that share a row of W; bgmv_panel: warpgroups of a block
+  int team;          // float32: threads that share a row of W
 };
 
 // ---- Rows that share an adapter ------------------------------------------------------------------------------------
