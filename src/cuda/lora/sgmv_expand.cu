@@ -44,8 +44,7 @@ __device__ __forceinline__ uint2 load_four(const void* from, int64_t count) {
 // The same at any address, without a branch and in few registers.
 __device__ __forceinline__ uint2 load_singles(const void* from, int count) {
   uint2 r;
-  asm(
-      "{\n.reg .pred p;\n.reg .b16 e<4>;\nmov.b16 e0, 0;\nmov.b16 e1, 0;\nmov.b16 e2, 0;\nmov.b16 e3, 0;\n"
+  asm("{\n.reg .pred p;\n.reg .b16 e<4>;\nmov.b16 e0, 0;\nmov.b16 e1, 0;\nmov.b16 e2, 0;\nmov.b16 e3, 0;\n"
       "setp.gt.s32 p, %3, 0;\n@p ld.global.nc.b16 e0, [%2];\nsetp.gt.s32 p, %3, 1;\n@p ld.global.nc.b16 e1, [%2+2];\n"
       "setp.gt.s32 p, %3, 2;\n@p ld.global.nc.b16 e2, [%2+4];\nsetp.gt.s32 p, %3, 3;\n@p ld.global.nc.b16 e3, [%2+6];\n"
       "mov.b32 %0, {e0, e1};\nmov.b32 %1, {e2, e3};\n}"

@@ -86,9 +86,11 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], uint32_t ws, u
 }
 
 // A block goes over `strips` strips of kWidth columns: the ring of stages goes on from one to the next, so that what it
-// takes to find the tile is paid once. kSingly: rows of y start anywhere; `staged_at` says where in shared memory their sums go.
+// takes to find the tile is paid once. kSingly: rows of y start anywhere; `staged_at` says where in shared memory their
+// sums go.
 template <Arch kArch, class T, bool kInOut, class S, bool kSingly>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvArgs args, const int strips, const int staged_at) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    sgmv_wide(const SgmvArgs args, const int strips, const int staged_at) {
   if constexpr (kCompiled<kArch>) {
     using W = Wide<S, kInOut>;
     constexpr int kTilesM = S::kWarpRows / 16;
@@ -241,8 +243,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
         for (int m = 0; m < kTilesM; ++m) gather_columns(sums[m], lane);
       }
       if constexpr (kSingly) {
-        float* const staged =
-            reinterpret_cast<float*>(memory + staged_at) + warp * kSinglyFloats;
+        float* const staged = reinterpret_cast<float*>(memory + staged_at) + warp * kSinglyFloats;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           add_singly(args, tile, warp_row + m * 16, warp_column - S::kWidth, sums[m], staged, lane);
@@ -269,8 +270,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
         }
       }
       if (is_end) return;
+      if constexpr (S::kStrips) {
 #pragma unroll
-      for (int i = 0; i < kTilesM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0;
+        for (int i = 0; i < kTilesM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0;
+      }
     }
   }
 }
@@ -278,7 +281,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sgmv_wide(const SgmvA
 template <Arch kArch, class T, bool kInOut, class S>
 Status launch(const Launcher& launcher, const SgmvArgs& args, int64_t strips = 1) {
   LaunchShape shape;
-  const int64_t across = S::kWidth * strips;
+  const int64_t across = S::kWidth * (S::kStrips ? strips : 1);
   shape.grid = static_cast<unsigned>(max_tiles(args, S::kRows) * ((args.d_out + across - 1) / across));
   shape.block = S::kThreads;
   const int64_t steps = (args.d_in + kDepth - 1) / kDepth;
@@ -309,7 +312,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
     return launch<kArch, T, kInOut, Short>(launcher, args, (all + parts - 1) / parts);
   }
   return blocks(Long::kRows, Long::kWidth) >= kEnoughLong ? launch<kArch, T, kInOut, Long>(launcher, args)
-                                                      : launch<kArch, T, kInOut, Small>(launcher, args);
+                                                          : launch<kArch, T, kInOut, Small>(launcher, args);
 }
 
 template <class T, bool kInOut>
