@@ -18,10 +18,12 @@ constexpr int kWarpWidth = 32;
 constexpr int kThreads = 128;
 constexpr int kWidth = kThreads / 32 * kWarpWidth;
 
+constexpr int kSlices = 1;  // of 16 of K
+
 // As many blocks as the registers of a multiprocessor are enough for: what a lane has of y and W, and a few more.
 template <int kGroups, bool kFast>
 inline constexpr int kMinBlocks = kGroups > 1 ? 4
-                                  : kFast     ? 7
+                                  : kFast     ? 8
                                               : 5;
 
 // Four 16-bit elements, of which the first `count` (possibly less than none) are there; zeros elsewhere. kWhole: at a
@@ -41,18 +43,6 @@ __device__ __forceinline__ uint2 load_four(const void* from, int64_t count) {
   return result;
 }
 
-// The same at any address, without a branch and in few registers.
-__device__ __forceinline__ uint2 load_singles(const void* from, int count) {
-  uint2 r;
-  asm("{\n.reg .pred p;\n.reg .b16 e<4>;\nmov.b16 e0, 0;\nmov.b16 e1, 0;\nmov.b16 e2, 0;\nmov.b16 e3, 0;\n"
-      "setp.gt.s32 p, %3, 0;\n@p ld.global.nc.b16 e0, [%2];\nsetp.gt.s32 p, %3, 1;\n@p ld.global.nc.b16 e1, [%2+2];\n"
-      "setp.gt.s32 p, %3, 2;\n@p ld.global.nc.b16 e2, [%2+4];\nsetp.gt.s32 p, %3, 3;\n@p ld.global.nc.b16 e3, [%2+6];\n"
-      "mov.b32 %0, {e0, e1};\nmov.b32 %1, {e2, e3};\n}"
-      : "=r"(r.x), "=r"(r.y)
-      : "l"(from), "r"(count));
-  return r;
-}
-
 // Past the first-level cache: y is read once.
 __device__ __forceinline__ uint4 load_y(const void* from) {
   uint4 v;
@@ -62,50 +52,48 @@ __device__ __forceinline__ uint4 load_y(const void* from) {
   return v;
 }
 
-// A lane's part of W of 32 columns from `column` on, as it lies in memory.
+// W of 32 columns from `column` on: b[slice][product].
 template <class T, bool kInOut, bool kWhole>
-__device__ __forceinline__ void load_weights(uint2 (&v)[4], const T* w, const SgmvArgs& args, int64_t column,
-                                             int lane) {
+__device__ __forceinline__ void load_weights(uint32_t (&b)[kSlices][4][2], const T* w, const SgmvArgs& args,
+                                             int64_t column, int lane) {
   const int64_t c = column + lane / 4 * 4;
-  const int k = lane % 4 * 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (!kInOut) {
-      v[i] = load_four<kWhole>(w + (c + i) * args.d_in + k, c + i >= 0 && c + i < args.d_out ? args.d_in - k : 0);
-    } else if constexpr (kWhole) {  // then the four are on one side of column 0
-      v[i] = load_four<true>(w + (k + i) * args.d_out + c, k + i < args.d_in && c >= 0 ? args.d_out - c : 0);
-    } else {
-      uint32_t e[4];
+  for (int s = 0; s < kSlices; ++s) {
+    const int k = s * 16 + lane % 4 * 4;
+    uint2 v[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        e[j] = 0;
-        if (k + i < args.d_in && c + j >= 0 && c + j < args.d_out) {
-          e[j] = __ldg(reinterpret_cast<const uint16_t*>(w) + (k + i) * args.d_out + c + j);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (!kInOut) {
+        v[i] = load_four<kWhole>(w + (c + i) * args.d_in + k, c + i >= 0 && c + i < args.d_out ? args.d_in - k : 0);
+      } else if constexpr (kWhole) {  // then the four are on one side of column 0
+        v[i] = load_four<true>(w + (k + i) * args.d_out + c, k + i < args.d_in && c >= 0 ? args.d_out - c : 0);
+      } else {
+        uint32_t e[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          e[j] = 0;
+          if (k + i < args.d_in && c + j >= 0 && c + j < args.d_out) {
+            e[j] = __ldg(reinterpret_cast<const uint16_t*>(w) + (k + i) * args.d_out + c + j);
+          }
         }
+        v[i] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
       }
-      v[i] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
+      if constexpr (!kWhole) __syncwarp();  // one after the other: all at once take too many registers
     }
-    if constexpr (!kWhole) __syncwarp();  // one after the other: all at once take too many registers
-  }
-}
-
-// The operands of the four products.
-template <bool kInOut>
-__device__ __forceinline__ void arrange_weights(uint32_t (&b)[4][2], const uint2 (&v)[4]) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if constexpr (kInOut) {
-      const uint32_t select = j % 2 == 0 ? 0x5410 : 0x7632;
-      b[j][0] = __byte_perm(j < 2 ? v[0].x : v[0].y, j < 2 ? v[1].x : v[1].y, select);
-      b[j][1] = __byte_perm(j < 2 ? v[2].x : v[2].y, j < 2 ? v[3].x : v[3].y, select);
-    } else {
-      b[j][0] = v[j].x, b[j][1] = v[j].y;
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kInOut) {
+        const uint32_t select = j % 2 == 0 ? 0x5410 : 0x7632;
+        b[s][j][0] = __byte_perm(j < 2 ? v[0].x : v[0].y, j < 2 ? v[1].x : v[1].y, select);
+        b[s][j][1] = __byte_perm(j < 2 ? v[2].x : v[2].y, j < 2 ? v[3].x : v[3].y, select);
+      } else {
+        b[s][j][0] = v[j].x, b[s][j][1] = v[j].y;
+      }
     }
   }
 }
 
-// kFast: whatever a lane reads or writes of y is there as a whole and aligned. With one group the
-// weights of a strip are asked for before the strip before it is multiplied.
+// kFast: whatever a lane reads or writes of x and y is there as a whole and aligned.
 template <Arch kArch, class T, bool kInOut, int kGroups, bool kFast>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
     sgmv_expand(const SgmvArgs args, const int strips) {
@@ -158,16 +146,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
     const int64_t w_row = kInOut ? args.d_out : args.d_in;
     const bool w_fours = reinterpret_cast<uintptr_t>(tile.w) % 8 == 0 && w_row % 4 == 0 && (!kInOut || shift % 4 == 0);
     const T* const x = static_cast<const T*>(args.x) + (tile.row + g) * args.x_stride + t * 4;
-    const int rest = static_cast<int>(args.d_in) - t * 4;
-    uint2 weights[4];
-    const auto load_w = [&](int64_t column) {
+    uint32_t b[kSlices][4][2];
+    const auto load_b = [&](int64_t column) {
       if (w_fours) {
-        load_weights<T, kInOut, true>(weights, tile.w, args, column, lane);
+        load_weights<T, kInOut, true>(b, tile.w, args, column, lane);
       } else {
-        load_weights<T, kInOut, false>(weights, tile.w, args, column, lane);
+        load_weights<T, kInOut, false>(b, tile.w, args, column, lane);
       }
     };
-    load_w(column);
+    load_b(column);
     if (args.early_reads) grid_dependency_wait<kArch>();
     if (args.early_reads || tile.row != guess) {
 #pragma unroll
@@ -175,26 +162,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
     }
 #pragma unroll 1
     for (; column < end; column += kWidth) {
-      // Fragments of x.
-      uint2 a[kGroups][2];
-      const auto load_x = [&](auto load) {
+      // Fragments of x of all groups, or of one.
+      constexpr int kHave = kSlices == 1 ? kGroups : 1;
+      uint2 a[kHave][kSlices][2];
+      const auto load_x = [&](int m) {
 #pragma unroll
-        for (int m = 0; m < kGroups; ++m) {
+        for (int s = 0; s < kSlices; ++s) {
+          const int64_t rest = args.d_in - s * 16 - t * 4;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int row = m * 16 + half * 8;
-            a[m][half] = load(x + row * args.x_stride, row + g < tile.rows ? rest : 0);
+            const T* from = x + row * args.x_stride + s * 16;
+            const int64_t count = row + g < tile.rows ? rest : 0;
+            a[m % kHave][s][half] =
+                kFast || args.x_fours ? load_four<true>(from, count) : load_four<false>(from, count);
           }
         }
       };
-      if (args.x_fours) {
-        load_x([](const T* from, int count) { return load_four<true>(from, count); });
-      } else {
-        load_x([](const T* from, int count) { return load_singles(from, count); });
-      }
-      uint32_t b[4][2];
-      arrange_weights<kInOut>(b, weights);
-      if (kGroups == 1 && column + kWidth < end) load_w(column + kWidth);
+#pragma unroll
+      for (int m = 0; m < kHave; ++m) load_x(m);
 
       // Rows that start anywhere: a column a lane, by way of shared memory, so that a row is one access of the warp.
       T single[kStaged ? 16 : 1];
@@ -213,9 +199,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
       for (int m = 0; m < kGroups; ++m) {
         if (m * 16 >= tile.rows) break;
         float sums[4][4] = {};
-        const uint2 low = a[m][0], high = a[m][1];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], {low.x, high.x, low.y, high.y}, b[j]);
+        for (int s = 0; s < kSlices; ++s) {
+          const uint2 low = a[m % kHave][s][0], high = a[m % kHave][s][1];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sums[j], {low.x, high.x, low.y, high.y}, b[s][j]);
+        }
+        if (kHave < kGroups && m + kHave < kGroups) load_x(m + kHave);
         if constexpr (kStaged) {
           if (is_single) {
             float* const to = staged + (warp * 16 + g) * kPitch + t * 8;
@@ -267,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kGroups, kFast>)
         // The same registers take this part of the next strip.
         if (column + kWidth < end) read(m, tile.row, tile.rows, column + kWidth);
       }
-      if (kGroups > 1 && column + kWidth < end) load_w(column + kWidth);
+      if (column + kWidth < end) load_b(column + kWidth);
     }
   }
 }
@@ -278,7 +268,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
   const int64_t all = (args.d_out + args.y_shift + kWidth - 1) / kWidth;
   // Tiles of few rows are many, and each has to be found: a block does more of one then, as long as there are blocks
   // enough to fill an H200 twice. A choice that no bit depends on.
-  constexpr int64_t kBlocks = kFast ? 924 : 2112;
+  constexpr int64_t kBlocks = kFast ? 1056 : 2112;
   const int64_t strips =
       kGroups == 1 ? std::clamp((tiles * all + kBlocks - 1) / kBlocks, int64_t{1}, all) : std::min(all, int64_t{2});
   LaunchShape shape;
@@ -289,7 +279,7 @@ Status launch(const Launcher& launcher, const SgmvArgs& args) {
 
 template <Arch kArch, class T, bool kInOut>
 Status launch(const Launcher& launcher, const SgmvArgs& args) {
-  if (!args.y_vectors || args.y_shift != 0 || args.d_out % 8 != 0) {
+  if (!args.y_vectors || args.y_shift != 0 || args.d_out % 8 != 0 || !args.x_fours) {
     return launch<kArch, T, kInOut, 1, false>(launcher, args);
   }
   // Tiles of 64 rows read W less often, where there are enough of them.
