@@ -53,6 +53,19 @@ struct AttentionArgs {
     const int64_t rows = clamp_row(qo_indptr[sequence + 1]) - clamp_row(qo_indptr[sequence]);
     return rows > 0 ? rows : 0;
   }
+  // What the tables say of a sequence of prefill. All is asked for before any of it is looked at: looking waits, and
+  // the compiler would have one trip to memory follow the other.
+  struct Entry {
+    SequencePages pages;
+    int64_t row_begin, num_queries;
+  };
+  __device__ __forceinline__ Entry entry(int64_t sequence) const {
+    const int32_t begin = load_word(kv_indptr + sequence), end = load_word(kv_indptr + sequence + 1);
+    const int32_t last = load_word(last_page_offset + sequence);
+    const int32_t row = load_word(qo_indptr + sequence), row_end = load_word(qo_indptr + sequence + 1);
+    const int64_t first_row = clamp_row(row), rows = clamp_row(row_end) - first_row;
+    return {sequence_pages(begin, end, last, num_page_ptrs, page_size), first_row, rows > 0 ? rows : 0};
+  }
   // The query at `position` sees keys [first_key(position), position + 1); none where position is negative.
   __device__ int64_t first_key(int64_t position) const {
     return window_left < 0 || window_left >= position ? 0 : position - window_left;
@@ -64,6 +77,11 @@ struct AttentionArgs {
   }
 
  private:
+  __device__ __forceinline__ static int32_t load_word(const int32_t* from) {
+    int32_t word;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+  }
   __device__ int64_t clamp_row(int64_t row) const { return row < 0 ? 0 : (row > num_rows ? num_rows : row); }
 #endif
 };

@@ -69,12 +69,15 @@ class ItemFinder {
 
  private:
   __device__ __forceinline__ void write(int64_t index, PrefillItem* item) const {
-    const uint32_t heads = args_.num_kv_heads, group = args_.group_size, splits = splits_, count = row_tiles(q_len_);
-    const uint32_t local = static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(count * splits * heads)));
+    const uint32_t heads = args_.num_kv_heads, group = args_.group_size, splits = splits_;
+    const uint32_t local =
+        static_cast<uint32_t>(index - (end_ - static_cast<int64_t>(row_tiles(q_len_) * splits * heads)));
     const uint32_t part = local / heads, place = part / splits, split = part - place * splits;
     // Late rows see the most keys: they start first.
-    const uint32_t first_row = (count - 1 - place) * kRows, query = first_row / group;
-    const int rows = min(static_cast<int>(q_len_ * group - first_row), kRows);
+    // Counted from the last row, so that a tile that is not full has those that see the fewest keys.
+    const uint32_t end_row = q_len_ * group - place * kRows, first_row = end_row - min(end_row, uint32_t{kRows});
+    const uint32_t query = first_row / group;
+    const int rows = static_cast<int>(end_row - first_row);
     const int head = static_cast<int>(first_row - query * group);
     const int first = kv_len_ - q_len_ + static_cast<int>(query);
     const int last = first + (head + rows - 1) / static_cast<int>(group);
@@ -109,12 +112,12 @@ class ItemFinder {
     q_len_ = kv_len_ = first_page_ = num_pages_ = first_row_ = 0;
     splits_ = 1;
     if (sequence < args_.num_sequences) {
-      const SequencePages pages = args_.pages(sequence);
-      q_len_ = static_cast<int>(args_.num_queries(sequence));
-      first_row_ = static_cast<int>(args_.row_begin(sequence));
-      kv_len_ = static_cast<int>(pages.kv_len);
-      first_page_ = static_cast<int>(pages.first_page);
-      num_pages_ = static_cast<int>(pages.num_pages);
+      const AttentionArgs::Entry entry = args_.entry(sequence);
+      q_len_ = static_cast<int>(entry.num_queries);
+      first_row_ = static_cast<int>(entry.row_begin);
+      kv_len_ = static_cast<int>(entry.pages.kv_len);
+      first_page_ = static_cast<int>(entry.pages.first_page);
+      num_pages_ = static_cast<int>(entry.pages.num_pages);
       if (splits_apart_) splits_ = static_cast<int>(prefill_splits(kv_len_));
     }
     end_ = static_cast<int64_t>(row_tiles(q_len_) * static_cast<uint32_t>(splits_ * args_.num_kv_heads));

@@ -130,28 +130,24 @@ class Output {
   }
 
   // Rounded, through the warp's part of shared_.saved, which merge has read: an access to memory is whole rows.
-  __device__ __forceinline__ void store(const PrefillItem& item, const RowPair& state,
-                                        const float (&sums)[kSums]) const {
+  __device__ __forceinline__ void store(const PrefillItem& item, const RowPair& state, float (&sums)[kSums]) const {
     constexpr int kPieces = kDim / 8;  // of 16 bytes, of a row
-    uint32_t words[2][kPieces];
+    float inverse[2] = {inverse_weight(state.weight[0]), inverse_weight(state.weight[1])};
+    if (item.first_position < 0 || args_.lse != nullptr) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float inverse = inverse_weight(state.weight[r]);
+      for (int r = 0; r < 2; ++r) {
+        const Row place = split_row(item, row_ + 8 * r);
+        const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
+        if (empty) {
+          inverse[r] = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        // + 0: tiles of zero weights turn -0 into 0, wherever they are.
-        words[r][j] =
-            pack<T>(__fmaf_rn(sums[4 * j + 2 * r], inverse, 0.0f), __fmaf_rn(sums[4 * j + 2 * r + 1], inverse, 0.0f));
-      }
-      if (item.first_position >= 0 && args_.lse == nullptr) continue;
-      const Row place = split_row(item, row_ + 8 * r);
-      const bool empty = item.first_position + place.query < 0;  // no key seen: zeros
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) words[r][j] = empty ? 0 : words[r][j];
-      if (args_.lse != nullptr && t_ == 0 && row_ + 8 * r < item.rows) {
-        const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
-        args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =
-            empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
+          for (int i = 0; i < kSums; ++i) sums[i] = i / 2 % 2 == r ? 0.0f : sums[i];
+        }
+        if (args_.lse != nullptr && t_ == 0 && row_ + 8 * r < item.rows) {
+          const int64_t head = item.kv_head * static_cast<int64_t>(args_.group_size) + place.head;
+          args_.lse[(int64_t{item.first_query} + place.query) * args_.num_heads() + head] =
+              empty ? minus_infinity() : __fadd_rn(state.maximum[r], log2f(state.weight[r]));
+        }
       }
     }
     // Piece p of row r of the warp's 16, as tensor copies read it.
@@ -161,8 +157,14 @@ class Output {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kPieces; j += 2) {
-      store_matrices(place_of(lane_ % 8 + lane_ / 8 % 2 * 8, j + lane_ / 16), words[0][j], words[1][j], words[0][j + 1],
-                     words[1][j + 1]);
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // + 0: tiles of zero weights turn -0 into 0, wherever they are.
+        const float* const two = sums + 4 * j + 2 * i;
+        words[i] = pack<T>(__fmaf_rn(two[0], inverse[i % 2], 0.0f), __fmaf_rn(two[1], inverse[i % 2], 0.0f));
+      }
+      store_matrices(place_of(lane_ % 8 + lane_ / 8 % 2 * 8, j + lane_ / 16), words[0], words[1], words[2], words[3]);
     }
     const int first_row = row_ - lane_ / 4;
     if (call_.copy_o && first_row + 16 <= item.rows) {
@@ -172,7 +174,7 @@ class Output {
 #pragma unroll
         for (int c = 0; c < kDim / 64; ++c) {
           store_box(base + c * (16 * 128), &outputs_, c * 64, item.kv_head * args_.group_size,
-                    item.first_query + first_row / args_.group_size);
+                    item.first_query + split_row(item, first_row).query);
         }
         store_commit();
       }

@@ -104,9 +104,10 @@ __global__ void __launch_bounds__(kPrefillMergeThreads)
       int begin = 0, count = 0, length = 0;
       int64_t its = 0;
       if (i < args.num_sequences) {
-        begin = static_cast<int>(args.row_begin(i));
-        count = static_cast<int>(args.num_queries(i));
-        length = static_cast<int>(args.pages(i).kv_len);
+        const AttentionArgs::Entry entry = args.entry(i);
+        begin = static_cast<int>(entry.row_begin);
+        count = static_cast<int>(entry.num_queries);
+        length = static_cast<int>(entry.pages.kv_len);
         its = count * prefill_splits(length);
       }
       int64_t end = its;
