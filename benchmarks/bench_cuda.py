@@ -139,7 +139,10 @@ def write(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--only", default="", help="measure only groups whose name contains this, or one of these (a,b)"
+        "--only",
+        default="",
+        help="measure only groups whose name contains this, or one of these (a,b); with --grid, points whose name has "
+        "all these words, or those of one of these (a b,c d)",
     )
     parser.add_argument("--grid", action="store_true", help="the wide grid of shapes instead of the goals")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the grid after so long")
@@ -162,7 +165,7 @@ def main() -> int:
     if arguments.output is None and not arguments.only:
         arguments.output = Path(__file__).parent / "results"
     if arguments.grid:
-        write(arguments, "cuda_grid", cuda_grid.rows(floors, arguments.seconds), cuda_grid.markdown)
+        write(arguments, "cuda_grid", cuda_grid.rows(floors, arguments.seconds, arguments.only), cuda_grid.markdown)
     else:
         rows: list[dict[str, Any]] = []
         for group, make in {**GROUPS, OVERHEAD: None}.items():

@@ -21,10 +21,10 @@ MAX_WEIGHTS = 3 << 30  # bytes of all sets of one point
 REPLAYS = 5
 
 
-def points() -> list[Callable[[FloorLibrary], dict[str, Any] | None]]:
-    """Every combination, each as what measures it, in an order that is random but always the same: a run that is cut
-    short has seen a fair sample of all of them."""
-    found: list[Callable[[FloorLibrary], dict[str, Any] | None]] = []
+def points() -> list[tuple[str, Callable[[FloorLibrary], dict[str, Any] | None]]]:
+    """Every combination, each as its name and what measures it, in an order that is random but always the same: a run
+    that is cut short has seen a fair sample of all of them."""
+    found: list[tuple[str, Callable[[FloorLibrary], dict[str, Any] | None]]] = []
     for width, rank in itertools.product(WIDTHS, RANKS):
         if rank >= width:
             continue
@@ -32,13 +32,21 @@ def points() -> list[Callable[[FloorLibrary], dict[str, Any] | None]]:
             for rows, kind in itertools.product(ROWS, KINDS):
                 if rows > 1 or kind == "identical":
                     point = {"h": width, "r": rank, "rows": rows, "popularity": kind}
-                    found.append(functools.partial(measure, point=point, shrink=shrink))
+                    found.append((bgmv_name(point, shrink), functools.partial(measure, point=point, shrink=shrink)))
             for count, length in SEGMENTS:
-                found.append(
-                    functools.partial(segments, width=width, rank=rank, count=count, length=length, shrink=shrink)
-                )
+                given: dict[str, Any] = {"width": width, "rank": rank, "count": count, "length": length}
+                found.append((sgmv_name(**given, shrink=shrink), functools.partial(segments, **given, shrink=shrink)))
     random.Random(0).shuffle(found)
     return found
+
+
+def bgmv_name(point: dict[str, Any], shrink: bool) -> str:
+    direction = "shrink" if shrink else "expand"
+    return f"BGMV {direction} h={point['h']} r={point['r']} rows={point['rows']} {point['popularity']}"
+
+
+def sgmv_name(width: int, rank: int, count: int, length: int, shrink: bool) -> str:
+    return f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}"
 
 
 def measure(floors: FloorLibrary, point: dict[str, Any], shrink: bool) -> dict[str, Any] | None:
@@ -55,7 +63,7 @@ def measure(floors: FloorLibrary, point: dict[str, Any], shrink: bool) -> dict[s
         rivals["matmul"] = time_graph(floors, work.matmul(), work.calls, replays=REPLAYS)
     return {
         "group": "grid",
-        "work": f"BGMV {'shrink' if shrink else 'expand'} h={h} r={r} rows={rows} {point['popularity']}",
+        "work": bgmv_name(point, shrink),
         "unit": "us",
         **point,
         "ours": ours,
@@ -80,7 +88,7 @@ def segments(
         rivals["_grouped_mm, add_"] = time_graph(floors, work.grouped_mm(), work.calls, replays=REPLAYS)
     return {
         "group": "grid",
-        "work": f"SGMV {'shrink' if shrink else 'expand'} h={width} r={rank} {count} x {length}",
+        "work": sgmv_name(width, rank, count, length, shrink),
         "unit": "us",
         "h": width,
         "r": rank,
@@ -93,9 +101,15 @@ def segments(
     }
 
 
-def rows(floors: FloorLibrary, seconds: float) -> list[dict[str, Any]]:
+def wanted(name: str, only: str) -> bool:
+    """Whether the name has all words of one of the alternatives, which are separated by commas."""
+    have = name.lower().split()
+    return any(set(words.split()) <= set(have) for words in only.lower().split(","))
+
+
+def rows(floors: FloorLibrary, seconds: float, only: str = "") -> list[dict[str, Any]]:
     start, found = time.monotonic(), []
-    works = points()
+    works = [work for name, work in points() if wanted(name, only)]
     for number, work in enumerate(works):
         if time.monotonic() - start > seconds:
             print(f"stopped after {seconds:.0f} s, {number} of {len(works)} points")

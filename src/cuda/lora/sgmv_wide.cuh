@@ -120,6 +120,21 @@ struct LaneOfY {
     }
   }
 
+  // The same for two, without a branch: what follows need not wait for them.
+  __device__ __forceinline__ void read_if(bool wanted, Vec<T, 8> (&old)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint4 v;
+      asm volatile(
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+          "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+          : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+          : "l"(y + i * step), "r"(static_cast<int>(wanted && is_vector && i * 8 < rows))
+          : "memory");
+      *reinterpret_cast<uint4*>(&old[i]) = v;
+    }
+  }
+
   // Adds row g (half 0) or g + 8 (half 1) of four products to the next of its rows, and leaves that behind.
   __device__ __forceinline__ void add(const Vec<T, 8>& old, const float (&sums)[4][4], int half) {
     T* to = y;

@@ -160,6 +160,16 @@ int main(int argc, char** argv) {
     failed += !single.run(layout, 64, 16, many);
     shapes += 4;
   }
+  // Short segments of more columns than blocks at once: a block takes several strips of them.
+  std::vector<int> few;
+  for (int i = 0; i < 75; ++i) few.push_back(i % 9 == 4 ? 0 : i % 11 == 3 ? 20 : 1 + i % 3);
+  for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
+    for (const int64_t d_in : {5, 13, 16, 24, 33, 100, 128}) {
+      failed += !bfloat16.run(layout, d_in, 3000, few);
+      failed += !half.run(layout, d_in, 3003, few);
+      shapes += 2;
+    }
+  }
   for (const SgmvWeights layout : {SgmvWeights::kOutIn, SgmvWeights::kInOut}) {
     // A large y has a kernel of its own where d_in is small.
     for (const int64_t d_in : {8, 16, 24, 64, 100, 128}) {
