@@ -69,6 +69,8 @@ struct Shape {
   static constexpr int kStageBytes = kRowBytes + kT * kUnitBytes;
   static constexpr int kStages = std::min<int>(
       kMaxStages, (kMostShared - kHeadBytes - kPartBytes - kReceiveBytes) / (size_t{kStageBytes} * kTeams));
+  // Of x, asked for in L2 before the wait for the kernels ahead. With ranks to 64 more than one takes longer.
+  static constexpr int kPrefetchStages = kT < 4 ? 4 : 1;
   static constexpr size_t kSharedBytes =
       kHeadBytes + kPartBytes + kReceiveBytes + size_t{kStageBytes} * kTeams * kStages;
 };
