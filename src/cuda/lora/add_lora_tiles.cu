@@ -21,7 +21,7 @@ using namespace tiles;
 constexpr int64_t kManyRows = 2048;
 // And from here on memory is what bounds it, so that asking early for x helps. Where half of the multiprocessors have a
 // tile it costs 0.3 to 0.9 us instead.
-[[maybe_unused]] constexpr int64_t kPrefetchRows = 4096;
+[[maybe_unused]] constexpr int64_t kPrefetchRows = 3072;
 constexpr int kClusterBits = 1;
 // Of a thread that copies, and of one that computes, where they are not equal: together what the block has.
 [[maybe_unused]] constexpr int kCopyRegisters = 104;
@@ -104,7 +104,17 @@ __global__ void __launch_bounds__(kThreads, 1) add_lora_tiles_kernel(const __gri
     prefetch_x<S>(args, blockIdx.x & (S::kBlocks - 1), [&](int i) { return first + i; });
     grid_dependency_wait<kArch>();
   }
-  find_work<T>(args, &shared.scratch, &shared.jobs[0].work, [&](uint32_t) { return blockIdx.x >> kClusterBits; });
+  const auto choose = [&](uint32_t) { return blockIdx.x >> kClusterBits; };
+  if (AtOnce::can(args)) {
+    if (warp == 0) {
+      const AtOnce tables(args, (blockIdx.x >> kClusterBits) * kRows);
+      find_work_in<T, kRows, AtOnce::kMostSegments / 32>(args, &shared.scratch.tiles, &shared.jobs[0].work, choose,
+                                                         tables);
+    }
+    __syncthreads();
+  } else {
+    find_work<T>(args, &shared.scratch, &shared.jobs[0].work, choose);
+  }
   if (args.early_reads) {
     const Work<kRows>& work = shared.jobs[0].work;
     prefetch_x<S>(args, blockIdx.x & (S::kBlocks - 1), [&](int i) { return i < work.count ? work.rows[i] : -1; });

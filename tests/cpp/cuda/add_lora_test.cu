@@ -426,10 +426,10 @@ void run_many() {
       ++turn;
     }
   }
-  // From 4096 rows on x is asked for early.
+  // From 3072 rows on x is asked for early.
   for (const int turn : {0, 1, 2, 3}) {
     Case c = {};
-    c.rows = 4096 + 67 * turn;
+    c.rows = 3072 + 67 * turn;
     c.h_in = turn % 2 == 0 ? 200 : 4168;
     c.offsets = {0, 72};
     c.y_pad = 5;
