@@ -121,26 +121,42 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value, int lane) {
   return value;
 }
 
+// What tables have of the adapter and the rows of a tile, asked for when the tile is known.
+struct Tables {
+  // By the whole of a warp; for the slice of the lane, if there is one.
+  __device__ __forceinline__ void get_adapter(const Args& args, int adapter, int64_t* a, int64_t* b, int* rank,
+                                              float* scale) const {
+    const int lane = threadIdx.x % 32;
+    if (lane >= args.num_slices) return;
+    *a = args.a_ptr[lane * args.num_adapters + adapter];
+    *b = args.b_ptr[lane * args.num_adapters + adapter];
+    *rank = args.ranks[lane * args.rank_stride + adapter];
+    *scale = args.scales[lane * args.scale_stride + adapter];
+  }
+  // The lane's of window `i`, of 32, behind `position`.
+  __device__ __forceinline__ int row(const Args& args, int position, int i) const {
+    return args.order[position + 32 * i + threadIdx.x % 32];
+  }
+};
+
 // Rows and slices of `adapter` at positions [position, end), at most kRows. By the whole of one warp.
-template <class T, int kRows>
-__device__ __forceinline__ void load_work(const Args& args, int position, int end, int adapter, Work<kRows>* work) {
+template <class T, int kRows, class TablesOf = Tables>
+__device__ __forceinline__ void load_work(const Args& args, int position, int end, int adapter, Work<kRows>* work,
+                                          const TablesOf& tables = {}) {
   static_assert(kMaxLoraSlices <= 32);
   const int lane = threadIdx.x % 32;
   const int n = end - position < kRows ? end - position : kRows;
   Slice slice = {};
   int64_t a = 0, b = 0;
+  tables.get_adapter(args, adapter, &a, &b, &slice.rank, &slice.scale);
   if (lane < args.num_slices) {
-    a = args.a_ptr[lane * args.num_adapters + adapter];
-    b = args.b_ptr[lane * args.num_adapters + adapter];
-    slice.rank = args.ranks[lane * args.rank_stride + adapter];
-    slice.scale = args.scales[lane * args.scale_stride + adapter];
     slice.begin = args.slice_begin[lane];
     slice.width = args.slice_begin[lane + 1] - slice.begin;
   }
   int count = 0;
 #pragma unroll
   for (int first = 0; first < kRows; first += 32) {
-    const int row = first + lane < n ? args.order[position + first + lane] : -1;
+    const int row = first + lane < n ? tables.row(args, position, first / 32) : -1;
     const bool valid = row >= 0 && row < args.rows;
     const uint32_t votes = __ballot_sync(0xffffffffu, valid);
     if (valid) work->rows[count + __popc(votes & ((1u << lane) - 1))] = row;
@@ -181,8 +197,9 @@ __device__ __forceinline__ bool owns_tile(uint32_t tile, uint32_t before, uint32
 }
 
 // The same for up to 32 * kEach segments, by one warp.
-template <class T, int kRows, int kEach, class Choose>
-__device__ __forceinline__ void find_work_in(const Args& args, uint32_t* all_tiles, Work<kRows>* work, Choose choose) {
+template <class T, int kRows, int kEach, class Choose, class TablesOf = Tables>
+__device__ __forceinline__ void find_work_in(const Args& args, uint32_t* all_tiles, Work<kRows>* work, Choose choose,
+                                             const TablesOf& tables = {}) {
   const int lane = threadIdx.x % 32;
   Segment segments[kEach];
   uint32_t before[kEach], total = 0;
@@ -216,7 +233,7 @@ __device__ __forceinline__ void find_work_in(const Args& args, uint32_t* all_til
   if (owners != 0) {
     const int owner = __ffs(owners) - 1;
     load_work<T>(args, __shfl_sync(0xffffffffu, position, owner), __shfl_sync(0xffffffffu, end, owner),
-                 __shfl_sync(0xffffffffu, adapter, owner), work);
+                 __shfl_sync(0xffffffffu, adapter, owner), work, tables);
   }
   if (lane == 0) {
     *all_tiles = total;

@@ -69,11 +69,58 @@ struct Shape {
   static constexpr int kStageBytes = kRowBytes + kT * kUnitBytes;
   static constexpr int kStages = std::min<int>(
       kMaxStages, (kMostShared - kHeadBytes - kPartBytes - kReceiveBytes) / (size_t{kStageBytes} * kTeams));
+  // Of x, asked for in L2 before the wait for the kernels ahead. With ranks to 64 more than one takes longer.
+  static constexpr int kPrefetchStages = kT < 4 ? 4 : 1;
   static constexpr size_t kSharedBytes =
       kHeadBytes + kPartBytes + kReceiveBytes + size_t{kStageBytes} * kTeams * kStages;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// The tables of one slice and a few adapters, asked for together with the segments, in one wait for memory; and the
+// rows, if the tile begins at `position`.
+class AtOnce {
+ public:
+  static constexpr int kMostSegments = 96;
+  static constexpr int kMostAdapters = 64;
+  static __device__ __forceinline__ bool can(const Args& args) {
+    return args.num_slices == 1 && args.max_segments <= kMostSegments && args.num_adapters_32 <= kMostAdapters;
+  }
+
+  __device__ __forceinline__ AtOnce(const Args& args, int position) : position_(position) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = 32 * i + threadIdx.x % 32;
+      if (at < args.num_adapters_32) {
+        a_[i] = args.a_ptr[at], b_[i] = args.b_ptr[at];
+        rank_[i] = args.ranks[at], scale_[i] = args.scales[at];
+      }
+      if (position + at < args.capacity) row_[i] = args.order[position + at];
+    }
+  }
+  __device__ __forceinline__ void get_adapter(const Args&, int adapter, int64_t* a, int64_t* b, int* rank,
+                                              float* scale) const {
+    const int from = adapter % 32;
+    const bool second = adapter >= 32;
+    const auto get = [&](const auto(&of)[2]) {
+      const auto one = __shfl_sync(0xffffffffu, of[0], from), other = __shfl_sync(0xffffffffu, of[1], from);
+      return second ? other : one;
+    };
+    const int64_t of_a = get(a_), of_b = get(b_);
+    const int of_rank = get(rank_);
+    const float of_scale = get(scale_);
+    if (threadIdx.x % 32 == 0) *a = of_a, *b = of_b, *rank = of_rank, *scale = of_scale;
+  }
+  __device__ __forceinline__ int row(const Args& args, int position, int i) const {
+    return position == position_ ? row_[i] : Tables().row(args, position, i);
+  }
+
+ private:
+  int position_;
+  int64_t a_[2] = {}, b_[2] = {};
+  int rank_[2] = {}, row_[2] = {-1, -1};
+  float scale_[2] = {};
+};
 
 // Tiles of a slice in a pass: what its last product of the expand reads is there.
 __device__ __forceinline__ int padded_tiles(int rank) { return rank <= 16 ? 1 : (rank + 31) / 32 * 2; }

@@ -232,11 +232,11 @@ template <class T>
 void run_small() {
   const std::vector<int> some_ranks[] = {{16, 8, 1}, {16, 16}, {8}, {17, 40, 0}, {32, 32}, {24, 64, 16}, {100, 8}};
   std::vector<Case> cases;
-  for (const int64_t rows : {1, 9, 40, 130, 450, 2100}) {
+  for (const int64_t rows : {1, 9, 40, 130, 450, 4100}) {
     for (const int64_t h_in : {7, 64, 136, 520, 4104, 4160}) {
       for (const std::vector<int>& ranks : some_ranks) {
         // Long sums take long under a tool: only for the kernels that have their own.
-        if (h_in > 4096 && ranks[0] != 8 && !((rows == 1 || rows == 2100) && ranks[0] == 24)) continue;
+        if (h_in > 4096 && ranks[0] != 8 && !((rows == 1 || rows == 4100) && ranks[0] == 24)) continue;
         for (int kind = 0; kind < 32; ++kind) {
           Case c = {};
           c.rows = rows, c.h_in = h_in, c.ranks = ranks;
@@ -419,8 +419,24 @@ void run_many() {
       c.null_address = ranks.size() > 2 && turn % 5 == 4;
       c.spare = turn % 3;
       run_case<T>(c, random);
+      if (c.rows > 2000) {
+        c.pattern = 4;
+        run_case<T>(c, random);
+      }
       ++turn;
     }
+  }
+  // From 3072 rows on x is asked for early.
+  for (const int turn : {0, 1, 2, 3}) {
+    Case c = {};
+    c.rows = 3072 + 67 * turn;
+    c.h_in = turn % 2 == 0 ? 200 : 4168;
+    c.offsets = {0, 72};
+    c.y_pad = 5;
+    c.ranks = {turn < 2 ? 16 : 64, 8};
+    c.pattern = turn + 1;
+    c.early_reads = turn % 3 == 0;
+    run_case<T>(c, random);
   }
   for (const int v : {1, 2}) {
     Case c = {};

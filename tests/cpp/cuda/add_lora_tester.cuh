@@ -95,7 +95,8 @@ struct Case {
   int max_rank = 0;                      // 0: the largest there is
   int padded = 0;                        // b_row_stride, and layer strides for slots of that rank; 0: none
   int x_pad = 0, y_pad = 0, offset = 0;  // elements; offset: spoils the alignment of everything
-  int pattern = 0;  // of the rows' adapters: 0 at random, 1 in turn, 2 all the first, 3 at random with rows without
+  int pattern = 0;  // of the rows' adapters: 0 at random, 1 in turn, 2 all the first, 3 at random with rows without,
+                    // 4 neighbours alike, the last adapter first
   int spare = 0;    // segments that are not used
   bool early_reads = false;
   bool null_address = false;  // adapter 1 has none in slice 0
@@ -218,6 +219,7 @@ void run_case(const Case& c, Random& random) {
   for (int64_t t = 0; t < c.rows; ++t) {
     of_row[t] = c.pattern == 2   ? 0
                 : c.pattern == 1 ? static_cast<int>(t % adapters)
+                : c.pattern == 4 ? static_cast<int>(adapters - 1 - t * adapters / c.rows)
                                  : static_cast<int>(random.next() % adapters);
     if (c.pattern == 3 && random.next() % 4 == 0) of_row[t] = -1;
     if (c.few && t % (c.rows / 20 + 1) != 0) of_row[t] = -1;
