@@ -58,7 +58,7 @@ def test_early_reads_reads_early(op):
         pytest.skip("the sm_80 path reads in stream order always")
     case = make(op, 0)
     _, after = results_before_and_after(case)
-    delayed_write(*case.late)
+    delayed_write(*case.late, microseconds=20_000)  # more than the host takes for the call when it is busy
     with pk.early_reads():
         case.run()
     assert not same(case.snapshot(), after)

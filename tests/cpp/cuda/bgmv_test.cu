@@ -328,6 +328,13 @@ void run_small() {
       }
     }
   }
+  for (const int w_offset : {0, 1}) {  // in order, one row a block: where most rows have an adapter of their own
+    Case c = {};
+    c.batch = 65, c.h_in = 16, c.h_out = 4096;
+    c.num_adapters = 40, c.w_offset = w_offset;
+    c.few = true;
+    cases.push_back(c);
+  }
   const auto cost = [](const Case& c) { return (c.h_in * 8 + c.batch) * c.h_out; };
   std::stable_sort(cases.begin(), cases.end(), [&](const Case& a, const Case& b) { return cost(a) < cost(b); });
   Random random{7};
