@@ -175,6 +175,18 @@ __device__ __forceinline__ int find_tile_in(const Args& args, int number, Work<k
 // What a lane of a warp that has not found the tile has instead of a row.
 inline constexpr int kNotFound = INT_MIN;
 
+// All tiles; those of the shares of the warps before `warp` are added to *before.
+template <int kWarps>
+__device__ __forceinline__ uint32_t add_shares(const TileScratch<kWarps>& scratch, int warp, uint32_t* before) {
+  uint32_t total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) *before += scratch.share_tiles[i];
+    total += scratch.share_tiles[i];
+  }
+  return total;
+}
+
 // The same for any number of segments, by the whole block. A function of its own: what it needs takes no registers of
 // the common way.
 template <class T, int kWarps>
@@ -201,12 +213,8 @@ __device__ __noinline__ int find_tile_among_many(const Args& args, int number, T
   if (lane == 0) scratch->share_tiles[warp] = tiles;
   if (threadIdx.x == 0) work->num_slices = 0;
   __syncthreads();
-  uint32_t before = 0, total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) before += scratch->share_tiles[i];
-    total += scratch->share_tiles[i];
-  }
+  uint32_t before = 0;
+  const uint32_t total = add_shares(*scratch, warp, &before);
   const int team_bits = choose_team(args, total);
   const uint32_t tile = block_of_slice(args) >> team_bits;
   if (threadIdx.x == 0) publish_team(args, total, team_bits, work);
@@ -253,12 +261,8 @@ __device__ __noinline__ int find_tile_by_block(const Args& args, int number, Til
     work->num_slices = 0;
   }
   __syncthreads();
-  uint32_t before = sum - segment.tiles, total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) before += scratch->share_tiles[i];
-    total += scratch->share_tiles[i];
-  }
+  uint32_t before = sum - segment.tiles;
+  const uint32_t total = add_shares(*scratch, warp, &before);
   const int team_bits = choose_team(args, total);
   const uint32_t tile = block_of_slice(args) >> team_bits;
   if (thread == 0) publish_team(args, total, team_bits, work);

@@ -112,67 +112,62 @@ Status launch_diagonal_deep(const Launcher& launcher, BgmvArgs args) {
                    });
 }
 
-template <class T>
-Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args) {
-  return for_parts(args, div_up(args.h_out, kRowOutputs), kMaxRowsY,
+// A shrink of one row a block, by blocks of `outputs`.
+template <auto kKernel>
+Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args, int outputs, size_t shared_bytes) {
+  return for_parts(args, div_up(args.h_out, outputs), kMaxRowsY,
                    [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
                      LaunchShape shape;
                      shape.grid = dim3(tile_count, rows);
                      shape.block = dim3(32 * kDiagonalWarps);
-                     shape.shared_bytes = kRowShrinkShared;
-                     return launcher.launch<bgmv_row_shrink_kernel<Arch::kSm90, T>>(shape, part);
+                     shape.shared_bytes = shared_bytes;
+                     return launcher.launch<kKernel>(shape, part);
                    });
+}
+
+// An expand of one row a block, by blocks of `warps` with `outputs` each.
+template <auto kKernel>
+Status launch_row_expand(const Launcher& launcher, const BgmvArgs& args, int warps, int outputs, size_t shared_bytes) {
+  return for_parts(args, div_up(args.h_out, warps * outputs), kMaxRows,
+                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
+                     LaunchShape shape;
+                     shape.grid = dim3(rows, tile_count);
+                     shape.block = dim3(32 * warps);
+                     shape.shared_bytes = shared_bytes;
+                     return launcher.launch<kKernel>(shape, part);
+                   });
+}
+
+template <class T>
+Status launch_row_shrink(const Launcher& launcher, const BgmvArgs& args) {
+  return launch_row_shrink<bgmv_row_shrink_kernel<Arch::kSm90, T>>(launcher, args, kRowOutputs, kRowShrinkShared);
 }
 
 template <class T, int kSteps>
 Status launch_row_shrink_long(const Launcher& launcher, const BgmvArgs& args) {
-  return for_parts(args, args.h_out / kRowOutputs, kMaxRowsY,
-                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
-                     LaunchShape shape;
-                     shape.grid = dim3(tile_count, rows);
-                     shape.block = dim3(32 * kDiagonalWarps);
-                     shape.shared_bytes = size_t{kSteps} * kRowOutputs * kRowPlace;
-                     return launcher.launch<bgmv_row_shrink_long_kernel<Arch::kSm90, T, kSteps>>(shape, part);
-                   });
+  return launch_row_shrink<bgmv_row_shrink_long_kernel<Arch::kSm90, T, kSteps>>(
+      launcher, args, kRowOutputs, size_t{kSteps} * kRowOutputs * kRowPlace);
 }
 
 // Weights straight to registers, kOutputs of a block.
 template <class T, int kOutputs, bool kAhead>
 Status launch_direct_shrink(const Launcher& launcher, const BgmvArgs& args) {
-  return for_parts(
-      args, args.h_out / kOutputs, kMaxRowsY, [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
-        LaunchShape shape;
-        shape.grid = dim3(tile_count, rows);
-        shape.block = dim3(32 * kDiagonalWarps);
-        return launcher.launch<bgmv_direct_shrink_kernel<Arch::kSm90, T, kOutputs, 1, 3, kAhead>>(shape, part);
-      });
+  return launch_row_shrink<bgmv_direct_shrink_kernel<Arch::kSm90, T, kOutputs, 1, 3, kAhead>>(launcher, args, kOutputs,
+                                                                                              0);
 }
 
 // The same, kTiles times 32 outputs of a warp.
 template <class T, int kTiles, bool kAhead>
 Status launch_direct_expand(const Launcher& launcher, const BgmvArgs& args) {
-  return for_parts(
-      args, div_up(args.h_out, kTiles * kDirectWarps * 32), kMaxRows,
-      [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
-        LaunchShape shape;
-        shape.grid = dim3(rows, tile_count);
-        shape.block = dim3(32 * kDirectWarps);
-        return launcher.launch<bgmv_direct_expand_kernel<Arch::kSm90, T, kTiles, kDirectWarps, 4, 1, kAhead>>(shape,
-                                                                                                              part);
-      });
+  return launch_row_expand<bgmv_direct_expand_kernel<Arch::kSm90, T, kTiles, kDirectWarps, 4, 1, kAhead>>(
+      launcher, args, kDirectWarps, kTiles * 32, 0);
 }
 
 // bgmv_row_expand_kernel by blocks of `warps`.
 template <class T, int kTiles>
 Status launch_row_expand(const Launcher& launcher, const BgmvArgs& args, int warps) {
-  return for_parts(args, div_up(args.h_out, warps * kTiles * kRowTile), kMaxRows,
-                   [&](const BgmvArgs& part, unsigned rows, unsigned tile_count) {
-                     LaunchShape shape;
-                     shape.grid = dim3(rows, tile_count);
-                     shape.block = dim3(32 * warps);
-                     shape.shared_bytes = static_cast<size_t>(warps) * kTiles * kRowTileBytes;
-                     return launcher.launch<bgmv_row_expand_kernel<Arch::kSm90, T, kTiles>>(shape, part);
-                   });
+  return launch_row_expand<bgmv_row_expand_kernel<Arch::kSm90, T, kTiles>>(
+      launcher, args, warps, kTiles * kRowTile, static_cast<size_t>(warps) * kTiles * kRowTileBytes);
 }
 
 // Whether all blocks that take one row run at once and are enough: a wave of four on a multiprocessor. Without early

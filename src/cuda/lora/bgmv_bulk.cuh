@@ -203,6 +203,16 @@ __device__ __forceinline__ void step_product_from_zero(float (&d)[4], const Word
   mma_m16n8k16<T>(d, a, b);
 }
 
+// A step of two outputs, upper and lower; from the diagonals of the product a lane takes what is its own.
+template <class T>
+__device__ __forceinline__ void add_diagonals(float& upper_sum, float& lower_sum, const Words<4>& upper,
+                                              const Words<4>& lower, const Words<4>& x, unsigned g) {
+  float product[4];
+  step_product_from_zero<T>(product, upper, lower, x);
+  upper_sum += g % 2 != 0 ? product[1] : product[0];
+  lower_sum += g % 2 != 0 ? product[3] : product[2];
+}
+
 // ---- Barriers in shared memory: an arrival says how many bytes to wait for -----------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {

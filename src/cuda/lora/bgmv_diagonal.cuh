@@ -12,6 +12,20 @@
 
 namespace punica::cuda::bgmv {
 
+// The sum of what the slices of one warp have of an output.
+__device__ __forceinline__ float add_slices(const float* from) {
+  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+  return low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+}
+
+// And that of all eight warps, by neighbouring lanes.
+__device__ __forceinline__ float add_warps(float total) {
+  total += __shfl_xor_sync(0xffffffffu, total, 1);
+  total += __shfl_xor_sync(0xffffffffu, total, 2);
+  total += __shfl_xor_sync(0xffffffffu, total, 4);
+  return total;
+}
+
 // Where this thread's sum of an output of a row goes in the end.
 template <class T, int kRanks, int kWarps>
 struct DiagonalOutput {
@@ -35,13 +49,9 @@ struct DiagonalOutput {
   __device__ __forceinline__ void add(const BgmvArgs& args, const float* sums, int count, T y_before) const {
     const int tid = threadIdx.x, used = count * kRanks * kWarps;
     if (tid / 32 * 32 >= used) return;
-    const float* const from = sums + min(tid, used - 1) * kSlices;
-    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-    float total = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+    float total = add_slices(sums + min(tid, used - 1) * kSlices);
     if (args.k_warp_bits == 3) {
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      total += __shfl_xor_sync(0xffffffffu, total, 4);
+      total = add_warps(total);
     } else {
       for (int i = 0; i < args.k_warp_bits; ++i) total += __shfl_xor_sync(0xffffffffu, total, 1 << i);
     }
@@ -149,10 +159,7 @@ __device__ __forceinline__ bool diagonal_block_aligned(const BgmvArgs& args, Dia
         }
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          float product[4];
-          step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], xs[i]);
-          sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
-          sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+          add_diagonals<T>(sum[2 * p], sum[2 * p + 1], a[2 * p], a[2 * p + 1], xs[i], g);
         }
         // What has this place next.
         if (kRing && steps > kChunk) {

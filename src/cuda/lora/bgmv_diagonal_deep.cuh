@@ -90,10 +90,7 @@ __device__ __forceinline__ void diagonal_block_deep(const BgmvArgs& args, Diagon
   for (int tile = 0; tile < 2; ++tile) {
     float sum[kUnit] = {};
     const auto multiply = [&](int p, const Words<4>& upper, const Words<4>& lower, const Words<4>& xk) {
-      float product[4];
-      step_product_from_zero<T>(product, upper, lower, xk);
-      sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
-      sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+      add_diagonals<T>(sum[2 * p], sum[2 * p + 1], upper, lower, xk, g);
     };
     if (tile == 0) {
       multiply(0, first[0], first[1], xs[0]);

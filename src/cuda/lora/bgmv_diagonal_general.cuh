@@ -174,10 +174,7 @@ struct DiagonalWarp {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       // On the diagonal: column g of rows g and g + 8.
-      float product[4];
-      step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], x);
-      sum[2 * p] += lane / 4 % 2 == 0 ? product[0] : product[1];
-      sum[2 * p + 1] += lane / 4 % 2 == 0 ? product[2] : product[3];
+      add_diagonals<T>(sum[2 * p], sum[2 * p + 1], a[2 * p], a[2 * p + 1], x, lane / 4);
     }
   }
 

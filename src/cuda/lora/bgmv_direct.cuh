@@ -83,18 +83,9 @@ __global__ void __launch_bounds__(256, 4) bgmv_direct_shrink_kernel(const __grid
     const unsigned tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const unsigned k_lane = warp * kDiagonalStep + 8 * lane;
     const T* const x_row = static_cast<const T*>(args.x) + (args.first_row + blockIdx.y) * args.x_stride;
-    for (unsigned line = tid * gridDim.x + blockIdx.x; line < kRowIn / 64; line += blockDim.x * gridDim.x) {
-      prefetch_line(x_row + line * 64);
-    }
+    prefetch_row<kRowIn>(x_row);
     const int m_block = (args.first_tile + static_cast<int>(blockIdx.x)) * kOutputs;
-    const auto y_of = [&] {
-      unsigned thread, tile, row;
-      asm volatile("mov.u32 %0, %%tid.x;\nmov.u32 %1, %%ctaid.x;\nmov.u32 %2, %%ctaid.y;"
-                   : "=r"(thread), "=r"(tile), "=r"(row));
-      return static_cast<T*>(args.y) + (args.first_row + row) * args.y_stride +
-             (args.first_tile + static_cast<int>(tile)) * kOutputs + thread % 32 / kDiagonalWarps;
-    };
-    if (tid == 32) prefetch_line(y_of());
+    if (tid == 32) prefetch_line(row_output<T, kOutputs>(args));
     const T* const x = x_row + k_lane;
     Words<4> xs[2];
     T y_before = from_float<T>(0.0f);
@@ -102,7 +93,7 @@ __global__ void __launch_bounds__(256, 4) bgmv_direct_shrink_kernel(const __grid
     const auto load_rows = [&] {
       xs[0] = load_if(true, x);
       xs[1] = load_if(true, x + kStride);
-      if (stores) y_before = *y_of();
+      if (stores) y_before = *row_output<T, kOutputs>(args);
     };
     if (!early) {
       grid_dependency_wait<kArch>();
@@ -156,13 +147,8 @@ __global__ void __launch_bounds__(256, 4) bgmv_direct_shrink_kernel(const __grid
     }
     __syncthreads();
     if (warp != 0) return;
-    const float* const from = sums + min(lane, kOutputs * kDiagonalWarps - 1u) * kSlices;
-    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-    float total = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    total += __shfl_xor_sync(0xffffffffu, total, 4);
-    if (stores) *y_of() = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
+    const float total = add_warps(add_slices(sums + min(lane, kOutputs * kDiagonalWarps - 1u) * kSlices));
+    if (stores) *row_output<T, kOutputs>(args) = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
   }
 }
 

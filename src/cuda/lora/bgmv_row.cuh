@@ -33,6 +33,25 @@ inline constexpr int kRowPlace = 16 * 32 * kDiagonalWarps;  // bytes from an out
 inline constexpr size_t kRowShrinkShared =
     size_t{2} * kRowOutputs * kRowPlace + sizeof(float) * kSlices * kRowOutputs * kDiagonalWarps;
 
+// Asks for the lines of a row of x, which the blocks that share its outputs share too.
+template <int kIn, class T>
+__device__ __forceinline__ void prefetch_row(const T* x) {
+  for (unsigned line = threadIdx.x * gridDim.x + blockIdx.x; line < kIn / 64; line += blockDim.x * gridDim.x) {
+    prefetch_line(x + line * 64);
+  }
+}
+
+// The output that this lane of the first warp adds up, of blocks of kOutputs. Worked out when it is needed: there are
+// no registers to keep it in.
+template <class T, int kOutputs>
+__device__ __forceinline__ T* row_output(const BgmvArgs& args) {
+  unsigned thread, tile, row;
+  asm volatile("mov.u32 %0, %%tid.x;\nmov.u32 %1, %%ctaid.x;\nmov.u32 %2, %%ctaid.y;"
+               : "=r"(thread), "=r"(tile), "=r"(row));
+  return static_cast<T*>(args.y) + (args.first_row + row) * args.y_stride +
+         (args.first_tile + static_cast<int>(tile)) * kOutputs + thread % 32 / kDiagonalWarps;
+}
+
 // Grid: (blocks that share the outputs, rows).
 template <Arch kArch, class T>
 __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
@@ -46,22 +65,10 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     const unsigned tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const unsigned k_lane = warp * kDiagonalStep + 8 * lane;
     const T* const x_row = static_cast<const T*>(args.x) + (args.first_row + blockIdx.y) * args.x_stride;
-    // The blocks of a row share the lines of its x.
-    for (unsigned line = tid * gridDim.x + blockIdx.x; line < kRowIn / 64; line += blockDim.x * gridDim.x) {
-      prefetch_line(x_row + line * 64);
-    }
+    prefetch_row<kRowIn>(x_row);
     const int m_block = (args.first_tile + static_cast<int>(blockIdx.x)) * kRowOutputs;
     const int rest = args.h_out - m_block;
-    // Of the output that this lane of the first warp adds up. Worked out when it is needed: there are no registers to
-    // keep it in.
-    const auto y_of = [&] {
-      unsigned thread, tile, row;
-      asm volatile("mov.u32 %0, %%tid.x;\nmov.u32 %1, %%ctaid.x;\nmov.u32 %2, %%ctaid.y;"
-                   : "=r"(thread), "=r"(tile), "=r"(row));
-      return static_cast<T*>(args.y) + (args.first_row + row) * args.y_stride +
-             (args.first_tile + static_cast<int>(tile)) * kRowOutputs + thread % 32 / kDiagonalWarps;
-    };
-    if (tid == 32) prefetch_line(y_of());
+    if (tid == 32) prefetch_line(row_output<T, kRowOutputs>(args));
     const T* const x = x_row + k_lane;
     Words<4> xs[2];
     T y_before = from_float<T>(0.0f);
@@ -69,7 +76,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     const auto load_rows = [&] {
       xs[0] = load_if(true, x);
       xs[1] = load_if(true, x + kStride);
-      if (stores) y_before = *y_of();
+      if (stores) y_before = *row_output<T, kRowOutputs>(args);
     };
     if (!args.early_reads) {
       grid_dependency_wait<kArch>();
@@ -119,10 +126,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int p = 0; p < kRowOutputs / 2; ++p) {
-        float product[4];
-        step_product_from_zero<T>(product, a[s][2 * p], a[s][2 * p + 1], xs[s]);
-        sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
-        sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+        add_diagonals<T>(sum[2 * p], sum[2 * p + 1], a[s][2 * p], a[s][2 * p + 1], xs[s], g);
       }
     }
     float* const sums = reinterpret_cast<float*>(bulk_shared + 2 * kRowOutputs * kRowPlace);
@@ -132,13 +136,8 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 4)
     }
     __syncthreads();
     if (warp != 0) return;
-    const float* const from = sums + lane * kSlices;
-    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-    float total = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    total += __shfl_xor_sync(0xffffffffu, total, 4);
-    if (stores) *y_of() = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
+    const float total = add_warps(add_slices(sums + lane * kSlices));
+    if (stores) *row_output<T, kRowOutputs>(args) = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
   }
 }
 
@@ -156,9 +155,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 2)
     const unsigned tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const unsigned k_lane = warp * kDiagonalStep + 8 * lane;
     const T* const x_row = static_cast<const T*>(args.x) + (args.first_row + blockIdx.y) * args.x_stride;
-    for (unsigned line = tid * gridDim.x + blockIdx.x; line < kIn / 64; line += blockDim.x * gridDim.x) {
-      prefetch_line(x_row + line * 64);
-    }
+    prefetch_row<kIn>(x_row);
     const int m_block = (args.first_tile + static_cast<int>(blockIdx.x)) * kRowOutputs;
     T* const y = static_cast<T*>(args.y) + (args.first_row + blockIdx.y) * args.y_stride + m_block +
                  lane / kDiagonalWarps;  // of the lanes of the first warp
@@ -207,10 +204,7 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 2)
       for (int q = 0; q < kRowOutputs; ++q) a[q] = read_piece(image + (kRowOutputs * s + q) * kRowPlace);
 #pragma unroll
       for (int p = 0; p < kRowOutputs / 2; ++p) {
-        float product[4];
-        step_product_from_zero<T>(product, a[2 * p], a[2 * p + 1], xs[s % kResident]);
-        sum[2 * p] += g % 2 != 0 ? product[1] : product[0];
-        sum[2 * p + 1] += g % 2 != 0 ? product[3] : product[2];
+        add_diagonals<T>(sum[2 * p], sum[2 * p + 1], a[2 * p], a[2 * p + 1], xs[s % kResident], g);
       }
       if (s + kResident < kSteps) xs[s % kResident] = load_if(true, x + (s + kResident) * kStride);
     }
@@ -225,13 +219,8 @@ __global__ void __launch_bounds__(32 * kDiagonalWarps, 2)
     }
     __syncthreads();
     if (warp != 0) return;
-    const auto* const from = reinterpret_cast<const float4*>(bulk_shared + lane / kDiagonalWarps * kRowPlace +
-                                                             lane % kDiagonalWarps * kPitch);
-    const float4 low = from[0], high = from[1];
-    float total = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    total += __shfl_xor_sync(0xffffffffu, total, 4);
+    const float total = add_warps(add_slices(reinterpret_cast<const float*>(
+        bulk_shared + lane / kDiagonalWarps * kRowPlace + lane % kDiagonalWarps * kPitch)));
     if (stores) *y = from_float<T>(fmaf(args.scale, total, to_float(y_before)));
   }
 }
